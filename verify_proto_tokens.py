@@ -933,10 +933,11 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     """Reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150, facecolor="white")
     axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07})
-    correct = summary["num_tokens"] - summary["num_errors"]
+    total, correct = summary["num_tokens"], summary["num_tokens"] - summary["num_errors"]
+    accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %)"
     likeness = f"PSNR {summary['psnr']:.1f} dB" if math.isfinite(summary["psnr"]) else "identical picture"
     captions = (
-        (reference, "reference", f"{summary['num_tokens']} tokens, one after another"),
+        (reference, "reference", f"{total} tokens, one after another"),
         (
             reconstruction,
             "one forward pass over two embeddings",
@@ -1002,7 +1003,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
         axis.set_yscale("log" if log else "linear")
         axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8.5, colors=INK)
+        axis.tick_params(which="both", labelsize=8, colors=INK)
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=9)
 
@@ -1206,7 +1207,8 @@ def print_results(args: argparse.Namespace, summary: dict, folder: Path) -> None
     likeness = f"{summary['psnr']:.1f} dB" if math.isfinite(summary["psnr"]) else "identical picture"
     rows = {
         "status": summary["status"],
-        "best accuracy": f"{summary['best_accuracy']:.1f} % at step {summary['best_step']}, {errors} of {total} tokens wrong",
+        "best accuracy": f"{summary['best_accuracy']:.1f} % at step {summary['best_step']}",
+        "wrong tokens": f"{errors} of {total}",
         "PSNR": likeness,
         "parameters": f"{summary['total_params']} for {total} tokens",
         "optimisation": f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}",
