@@ -938,11 +938,7 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     likeness = f"PSNR {summary['psnr']:.1f} dB" if math.isfinite(summary["psnr"]) else "identical picture"
     captions = (
         (reference, "reference", f"{total} tokens, one after another"),
-        (
-            reconstruction,
-            "one forward pass over two embeddings",
-            f"{correct}/{summary['num_tokens']} tokens, {likeness}",
-        ),
+        (reconstruction, "one forward pass over two embeddings", f"{accuracy}, {likeness}"),
     )
     for axis, (image, title, detail) in zip(axes, captions, strict=True):
         axis.imshow(image, interpolation="antialiased")

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Runs the experiment with the settings below. Each can be set in the environment; further arguments go to the script:
+#
+#   bash run_proto_verification.sh --demo
+#   USE_WANDB=true NUM_STEPS=500 bash run_proto_verification.sh --wandb-mode offline
+#
+# Where the current Python lacks the packages, a virtual environment is made in .venv (once) from requirements.txt.
+set -euo pipefail
+
+PROMPT="${PROMPT:-a red apple on a wooden table}"
+IMAGE_SIZE="${IMAGE_SIZE:-256}"
+NUM_STEPS="${NUM_STEPS:-1000}"
+LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the script's default
+SEED="${SEED:-42}"
+SAVE_DIR="${SAVE_DIR:-./proto_tokens_exp}"
+MODEL_PATH="${MODEL_PATH:-}"         # empty: Daniel0724/SimpleAR-1.5B-RL from the Hugging Face hub
+VQ_MODEL_CKPT="${VQ_MODEL_CKPT:-}"   # empty: nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 from the Hugging Face hub
+USE_WANDB="${USE_WANDB:-false}"      # true: log to Weights & Biases
+WANDB_PROJECT="${WANDB_PROJECT:-simplear-proto-tokens}"
+PYTHON="${PYTHON:-python3}"
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+has_packages() {
+    "$1" - <<'PY' 2>/dev/null
+import importlib.util, sys
+names = ("torch", "transformers", "wandb", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub")
+sys.exit(not all(map(importlib.util.find_spec, names)))
+PY
+}
+
+if ! has_packages "$PYTHON"; then
+    if ! has_packages "$here/.venv/bin/python"; then
+        echo "Installing the packages of requirements.txt into $here/.venv (once)"
+        "$PYTHON" -m venv "$here/.venv"
+        "$here/.venv/bin/python" -m pip install --quiet --requirement "$here/requirements.txt"
+    fi
+    PYTHON="$here/.venv/bin/python"
+fi
+
+arguments=(--prompt "$PROMPT" --image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
+    --save-dir "$SAVE_DIR" --wandb-project "$WANDB_PROJECT")
+if [ -n "$LEARNING_RATE" ]; then arguments+=(--learning-rate "$LEARNING_RATE"); fi
+if [ -n "$MODEL_PATH" ]; then arguments+=(--model-path "$MODEL_PATH"); fi
+if [ -n "$VQ_MODEL_CKPT" ]; then arguments+=(--vq-model-ckpt "$VQ_MODEL_CKPT"); fi
+if [ "$USE_WANDB" = true ]; then arguments+=(--use-wandb); fi
+
+exec "$PYTHON" "$here/verify_proto_tokens.py" "${arguments[@]}" "$@"

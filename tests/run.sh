@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The one test command: sets up .venv, checks the style, runs every test.
+#
+#   bash tests/run.sh            # all
+#   bash tests/run.sh -k wandb   # arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest tests "$@"
