@@ -298,7 +298,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
@@ -624,7 +624,8 @@ def read_cached_codes(file: Path, key: str, num_tokens: int, codebook_size: int)
 def write_cached_codes(file: Path, codes: Tensor, seconds: float, key: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as partial:
-        save_file({"codes": codes.cpu()}, partial, {"key": key, "autoregressive_seconds": repr(seconds)})
+        metadata = {"key": key, "autoregressive_seconds": repr(seconds)}
+        partial.write_bytes(to_safetensors({"codes": codes.cpu()}, metadata))
 
 
 @torch.inference_mode()
@@ -1121,9 +1122,9 @@ def write_proto_tokens(
     tensors = {"e_t": proto_tokens.e_t, "m": proto_tokens.m, "target_ids": target_ids}
     if predicted_ids is not None:
         tensors["predicted_ids"] = predicted_ids
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(file) as partial:
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, partial, {"settings": json.dumps(settings)})
+        partial.write_bytes(to_safetensors(stored, {"settings": json.dumps(settings)}))
 
 
 def remove_earlier_results(folder: Path) -> None:

@@ -1,0 +1,113 @@
+"""The command line: defaults, spellings, run names, and every value that is refused before anything slow happens."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import verify_proto_tokens as vpt
+
+
+def test_defaults_are_those_of_the_documentation():
+    args = vpt.parse_args([])
+    assert args.model_path == "Daniel0724/SimpleAR-1.5B-RL"
+    assert args.vq_model_ckpt == "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
+    assert args.prompt == "a red apple on a wooden table"
+    assert (args.image_size, args.cfg_scale, args.temperature, args.top_k, args.top_p) == (256, 6.0, 1.0, None, 1.0)
+    assert (args.seed, args.num_steps, args.vocabulary, args.target_accuracy, args.log_every) == (
+        42,
+        1000,
+        "full",
+        100,
+        1,
+    )
+    assert str(args.save_dir) == "proto_tokens_exp"
+    assert (args.wandb_project, args.wandb_tags, args.use_wandb) == ("simplear-proto-tokens", ["proto-tokens"], False)
+
+
+def test_every_option_is_accepted_with_underscores():
+    def values(name: str) -> list[str]:
+        action = actions[name]
+        if action.nargs == 0:
+            return []
+        return [action.choices[0] if action.choices else "cpu" if name == "--device" else "1"]
+
+    actions = {a.option_strings[0]: a for a in vpt.build_parser()._actions if a.option_strings[0].startswith("--")}
+    for name in actions.keys() - {"--demo"}:
+        spelled = vpt.parse_args([name.replace("-", "_").replace("__", "--", 1), *values(name)])
+        assert vars(spelled) == vars(vpt.parse_args([name, *values(name)])), name
+
+
+def test_only_the_name_of_an_option_changes_its_underscores():
+    assert vpt.parse_args(["--wandb_run_name=my_run_1"]).wandb_run_name == "my_run_1"
+    assert vpt.parse_args(["--prompt", "snake_case"]).prompt == "snake_case"
+
+
+def test_a_run_is_named_from_its_settings_as_in_the_guide():
+    args = vpt.parse_args(["--learning-rate", "0.01", "--num-steps", "1000", "--image-size", "256", "--seed", "42"])
+    assert args.wandb_run_name == "proto_256px_steps1000_lr001_seed42"
+
+
+def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert vpt.parse_args([]).wandb_run_name.endswith("_abc123")
+
+
+def test_demo_only_points_at_the_bundled_models():
+    plain, demo = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"]))
+    assert {name for name in plain if plain[name] != demo[name]} == {"demo", "model_path", "vq_model_ckpt"}
+
+
+REFUSED = {
+    "--num-steps": ["0", "-1", "1.5", "many", ""],
+    "--learning-rate": ["0", "-0.1", "nan", "inf", "fast"],
+    "--temperature": ["0", "-1", "nan", "inf"],
+    "--top-p": ["0", "1.01", "-0.5", "nan"],
+    "--top-k": ["0", "-3", "2.5"],
+    "--cfg-scale": ["-1", "nan", "inf"],
+    "--image-size": ["0", "-256", "big"],
+    "--grad-clip": ["-1", "nan"],
+    "--target-accuracy": ["-1", "101", "nan"],
+    "--log-every": ["0", "-5"],
+    "--seed": ["-1", "x"],
+    "--codebook-size": ["0", "-1"],
+    "--prompt": ["", "   ", "\n\t"],
+    "--vocabulary": ["text"],
+    "--dtype": ["int8"],
+    "--wandb-mode": ["sometimes"],
+    "--wandb-run-name": ["../up", "/abs", "a/b", "..", "", "reference_cache", "x" * 200],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option in REFUSED for value in REFUSED[option]])
+def test_a_value_out_of_range_is_one_line_that_names_the_option(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args([f"{option}={value}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1 and option in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--unknown"], ["--num-step", "5"], ["stray"], ["--prompt"], ["--demo", "--model-path", "x"]]
+)
+def test_an_unknown_abbreviated_or_contradictory_option_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args(arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_and_mistakes_do_not_wait_for_the_heavy_imports():
+    probe = (
+        "import sys, runpy\n"
+        "sys.argv = ['verify_proto_tokens.py', sys.argv[1]]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules, 'wandb' in sys.modules)\n"
+    )
+    for argument, code in (("--help", 0), ("--bogus", 2)):
+        command = [sys.executable, "-c", probe, argument]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert process.stdout.splitlines()[-1] == f"code {code} False False"

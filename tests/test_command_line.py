@@ -1,0 +1,292 @@
+"""The script as a process, on the demo model and on broken input: what a user types, sees and finds on disk."""
+
+import csv
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import DEMO, save_tiny_generator, save_tiny_vq, script_runner
+from PIL import Image
+from safetensors import safe_open
+
+IMAGES = {"reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map"}
+FILES = {f"{name}.png" for name in IMAGES} | {"config.json", "history.csv", "summary.json", "proto_tokens.safetensors"}
+SUMMARY = {"final_accuracy", "best_accuracy", "final_top5_accuracy", "final_loss", "num_errors", "error_rate"}
+SUMMARY |= {"total_params", "status", "one_pass_seconds", "autoregressive_seconds", "speedup", "psnr"}
+COLUMNS = ["step", "train/loss", "train/accuracy", "train/top5_accuracy", "train/correct_tokens", "train/best_accuracy"]
+COLUMNS += ["train/learning_rate", "embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """One short demo run, shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("demo")
+    run = script_runner(folder)
+    result = run("--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp")
+    assert result.code == 0, result.err
+    result.folder = folder / "exp" / "proto_256px_steps40_lr01_seed42"
+    result.again = run
+    return result
+
+
+def test_a_demo_run_leaves_every_file_and_nothing_else(demo_run):
+    assert {file.name for file in demo_run.folder.iterdir()} == FILES
+
+
+def test_the_pictures_open_at_the_size_asked_for(demo_run):
+    for name in IMAGES:
+        Image.open(demo_run.folder / f"{name}.png").verify()
+    assert Image.open(demo_run.folder / "reference_image.png").size == (256, 256)
+    assert Image.open(demo_run.folder / "reconstructed_image.png").size == (256, 256)
+
+
+def test_the_summary_holds_every_key(demo_run):
+    summary = json.loads((demo_run.folder / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert summary["num_tokens"] == 64 and summary["total_params"] == 2 * 512
+    assert summary["best_accuracy"] == pytest.approx(100 - summary["error_rate"])
+    assert summary["speedup"] > 1
+
+
+def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
+    with (demo_run.folder / "history.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == COLUMNS
+    assert [int(row["step"]) for row in rows] == list(range(1, 41))
+    assert float(rows[-1]["train/loss"]) < 0.7 * float(rows[0]["train/loss"])
+
+
+def test_the_config_holds_all_settings_and_versions(demo_run):
+    config = json.loads((demo_run.folder / "config.json").read_text())
+    assert config["num_steps"] == 40 and config["cfg_scale"] == 6.0 and config["device"] == "cpu"
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["codebook_size"] == 625 and config["factor"] == 32
+
+
+def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
+    with safe_open(demo_run.folder / "proto_tokens.safetensors", "pt") as file:
+        e_t, m, target_ids, predicted_ids = map(file.get_tensor, ("e_t", "m", "target_ids", "predicted_ids"))
+        settings = json.loads(file.metadata()["settings"])
+    from transformers import Qwen2ForCausalLM
+
+    generator = Qwen2ForCausalLM.from_pretrained(DEMO / "generator", dtype=torch.float32)
+    inputs = torch.cat((e_t[:, None], m.expand(1, 63, -1)), dim=1)
+    with torch.no_grad():
+        assert torch.equal(generator(inputs_embeds=inputs).logits.argmax(-1), predicted_ids)
+    summary = json.loads((demo_run.folder / "summary.json").read_text())
+    assert int((predicted_ids != target_ids).sum()) == summary["num_errors"]
+    assert settings["prompt"] == "a red apple on a wooden table"
+
+
+def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
+    assert re.search(r"best accuracy +\d+\.\d %", demo_run.out)
+    assert "exp/proto_256px_steps40_lr01_seed42" in demo_run.out
+
+
+def test_a_second_run_reuses_the_reference_and_repeats_history_and_tokens_bit_for_bit(demo_run):
+    first = {name: (demo_run.folder / name).read_bytes() for name in FILES}
+    result = demo_run.again("--demo", "--device", "cpu", "--num-steps", "40", "--save-dir", "exp")
+    assert result.code == 0 and "reused" in result.out
+    for name in ("history.csv", "proto_tokens.safetensors", "reference_image.png", "reconstructed_image.png"):
+        assert (demo_run.folder / name).read_bytes() == first[name], name
+
+
+def test_without_use_wandb_wandb_is_not_even_imported(run_tiny, tmp_path):
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "wandb.py").write_text("raise SystemExit('wandb was imported')")
+    assert run_tiny(env={"PYTHONPATH": str(tmp_path / "trap")}).code == 0
+    assert run_tiny("--use-wandb", env={"PYTHONPATH": str(tmp_path / "trap")}).code == 1  # the trap works
+
+
+def refused(result, *words):
+    """One line on stderr, exit code 2, no traceback."""
+    assert result.code == 2, (result.out, result.err)
+    lines = [line for line in result.err.splitlines() if not line.startswith(("reference:", "proto-tokens:"))]
+    assert len(lines) == 1 and lines[0].startswith("verify_proto_tokens.py: error:"), result.err
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def model_folders(tmp_path):
+    """Copies of the tiny models to break."""
+    save_tiny_generator(tmp_path / "generator")
+    save_tiny_vq(tmp_path / "vq")
+    return tmp_path / "generator", tmp_path / "vq"
+
+
+@pytest.fixture
+def run_tiny(run_script, model_folders):
+    generator, vq = model_folders
+
+    def run(*arguments, env=None):
+        tiny = ("--model-path", generator, "--vq-model-ckpt", vq, "--device", "cpu", "--image-size", 16)
+        return run_script(*tiny, "--num-steps", 3, *arguments, env=env)
+
+    return run
+
+
+def test_folders_with_spaces_and_non_ascii_letters_work(run_tiny, tmp_path):
+    result = run_tiny("--save-dir", "größe und raum", "--wandb-run-name", "läuft gut 1")
+    assert result.code == 0, result.err
+    assert {file.name for file in (tmp_path / "größe und raum" / "läuft gut 1").iterdir()} == FILES
+
+
+def test_a_codebook_unknown_to_the_decoder_is_read_off_the_embedding_rows(run_tiny):
+    assert "1400 text ids + 12 visual codes" in run_tiny().out
+
+
+def test_a_given_codebook_size_overrides_what_the_models_say(run_tiny):
+    assert "1400 text ids + 8 visual codes" in run_tiny("--codebook-size", "8").out
+
+
+def test_an_unreachable_hub_points_at_the_other_ways(run_script):
+    refused(run_script("--device", "cpu"), "--model-path", "--demo", "local folder")
+
+
+def test_a_gated_or_unknown_repository_is_said_to_be_one(run_script):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            code, name = (403, "GatedRepo") if "gated" in self.path else (404, "RepoNotFound")
+            self.send_response(code)
+            self.send_header("X-Error-Code", name)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    refused(run_script("--model-path", "someone/gated", "--device", "cpu", env=env), "gated", "licence")
+    refused(run_script("--model-path", "someone/nothing", "--device", "cpu", env=env), "no such repository", "--demo")
+    server.shutdown()
+
+
+def test_a_model_path_that_does_not_exist(run_script):
+    refused(run_script("--model-path", "./nowhere"), "--model-path ./nowhere", "no such folder")
+
+
+def test_a_model_path_that_is_a_file(run_tiny, model_folders):
+    refused(run_tiny("--model-path", model_folders[0] / "config.json"), "--model-path", "is a file")
+
+
+def test_a_folder_that_is_no_model(run_tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(run_tiny("--model-path", tmp_path / "empty"), "config.json", "no model folder")
+
+
+def break_config_json(generator, vq):
+    (generator / "config.json").write_text("{")
+
+
+def break_model_type(generator, vq):
+    (generator / "config.json").write_text('{"model_type": "llama", "vocab_size": 99}')
+
+
+def break_weights_missing(generator, vq):
+    (generator / "model.safetensors").unlink()
+
+
+def break_weights_cut(generator, vq):
+    file = generator / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20_000])
+
+
+def break_weights_of_another_shape(generator, vq):
+    save_tiny_generator(generator.parent / "other", hidden_size=48)
+    shutil.copy(generator.parent / "other" / "model.safetensors", generator)
+
+
+def break_weights_without_some_tensors(generator, vq):
+    save_tiny_generator(generator.parent / "other", num_hidden_layers=1)
+    shutil.copy(generator.parent / "other" / "model.safetensors", generator)
+
+
+def break_vocabulary(generator, vq):
+    save_tiny_generator(generator, vocab_size=1400)
+
+
+def break_text_tokenizer(generator, vq):
+    (generator / "tokenizer.json").write_text("not json")
+
+
+def break_special_tokens(generator, vq):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = generator / name
+        file.write_text(file.read_text().replace("<|soi|>", "<|other|>"))
+
+
+def break_decoder_missing(generator, vq):
+    (vq / "decoder.jit").unlink()
+
+
+def break_decoder_text(generator, vq):
+    (vq / "decoder.jit").write_text("not TorchScript")
+
+
+def break_decoder_cut(generator, vq):
+    file = vq / "decoder.jit"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def break_decoder_kind(generator, vq):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), vq / "decoder.jit")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (break_config_json, ["config.json", "damaged"]),
+        (break_model_type, ["llama", "qwen2"]),
+        (break_weights_missing, ["weights"]),
+        (break_weights_cut, ["weights"]),
+        (break_weights_of_another_shape, ["weights"]),
+        (break_weights_without_some_tensors, ["lack", "tensors"]),
+        (break_vocabulary, ["embedding rows", "codebook"]),
+        (break_text_tokenizer, ["text tokenizer"]),
+        (break_special_tokens, ["<|soi|>"]),
+        (break_decoder_missing, ["decoder.jit"]),
+        (break_decoder_text, ["decoder.jit", "TorchScript"]),
+        (break_decoder_cut, ["decoder.jit", "TorchScript"]),
+        (break_decoder_kind, ["decoder.jit"]),
+    ],
+)
+def test_a_broken_model_file_is_named(run_tiny, model_folders, tmp_path, damage, words):
+    damage(*model_folders)
+    refused(run_tiny("--save-dir", "out"), *words)
+    left = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert left == []
+
+
+@pytest.mark.parametrize("size", ["15", "2"])
+def test_an_image_size_that_is_no_multiple_of_the_factor(run_tiny, size):
+    refused(run_tiny("--image-size", size), "--image-size", "multiple", "4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:99", "warp", "meta"])
+def test_a_device_that_is_not_there(run_tiny, device):
+    refused(run_tiny("--device", device), f"--device {device}")
+
+
+def test_a_save_directory_that_cannot_be_written(run_tiny, tmp_path):
+    (tmp_path / "occupied").write_text("a file")
+    refused(run_tiny("--save-dir", "occupied"), "--save-dir occupied")
+    assert (tmp_path / "occupied").read_text() == "a file"
+
+
+def test_a_diverged_run_saves_the_best_so_far_then_says_so(run_tiny, tmp_path):
+    result = run_tiny("--learning-rate", "1e38", "--num-steps", "50", "--save-dir", "out", "--wandb-run-name", "hot")
+    refused(result, "finite", "--learning-rate", "proto_tokens.safetensors")
+    with safe_open(tmp_path / "out" / "hot" / "proto_tokens.safetensors", "pt") as file:
+        assert file.get_tensor("e_t").isfinite().all()
+    assert (tmp_path / "out" / "hot" / "history.csv").stat().st_size > 0
+    assert not (tmp_path / "out" / "hot" / "summary.json").exists()

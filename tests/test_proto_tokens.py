@@ -1,0 +1,147 @@
+"""The optimisation: one pass and its loss against a plain loop, metrics by hand, the schedule, the frozen generator."""
+
+import math
+
+import pytest
+import torch
+
+import verify_proto_tokens as vpt
+
+
+def target(models, batch=1, num_tokens=16):
+    rng = torch.Generator().manual_seed(5)
+    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
+
+
+def optimise(models, args, codes=None):
+    rows = []
+    result = vpt.optimise_proto_tokens(models, target(models) if codes is None else codes, args, rows.append)
+    return result, rows
+
+
+def test_one_pass_equals_feeding_the_embeddings_one_by_one(tiny_models):
+    proto_tokens = vpt.initial_proto_tokens(2, tiny_models.hidden_size, seed=3, device=torch.device("cpu"))
+    hidden_states = vpt.one_pass_hidden_states(tiny_models.generator, proto_tokens, 9)
+    for row in range(2):
+        for position in range(9):
+            vectors = [proto_tokens.e_t[row], *[proto_tokens.m] * position]
+            alone = tiny_models.generator.model(inputs_embeds=torch.stack(vectors)[None]).last_hidden_state[0, -1]
+            assert torch.allclose(hidden_states[row, position], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "visual"])
+def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary):
+    args, codes = make_args("--num-steps", "1", "--vocabulary", vocabulary), target(tiny_models)
+    _, rows = optimise(tiny_models, args, codes)
+    start = vpt.initial_proto_tokens(1, tiny_models.hidden_size, args.seed, torch.device("cpu"))
+    inputs = torch.cat((start.e_t[:, None], start.m.repeat(1, 15, 1)), dim=1)
+    logits = tiny_models.generator(inputs_embeds=inputs).logits[0]  # [N, V]
+    if vocabulary == "visual":
+        logits = logits[:, 1400:]
+    first_code = 0 if vocabulary == "visual" else 1400
+    loss = sum(-logits[i].log_softmax(0)[codes[0, i] + first_code] for i in range(16)) / 16
+    gradients = torch.autograd.grad(loss, [start.e_t, start.m])
+    assert rows[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
+    assert rows[0]["gradients/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_metrics_match_numbers_worked_by_hand():
+    logits = torch.tensor(
+        [[[9.0, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [0, 0, 0, 8, 0, 0, 0]]]
+    )
+    # the target is the largest, the fifth largest, the seventh largest, the largest
+    correct, in_top5 = vpt.token_metrics(logits, torch.tensor([[0, 3, 1, 3]]))
+    assert (correct.item(), in_top5.item()) == (2, 3)
+
+
+def test_the_rate_warms_up_then_follows_a_cosine():
+    rates = [vpt.rate_at(step, 1000, 0.1) for step in range(1, 1001)]
+    assert rates[0] == pytest.approx(0.1 / vpt.WARMUP_STEPS)
+    assert max(rates) == rates[vpt.WARMUP_STEPS] == pytest.approx(0.1)
+    assert rates[(1000 + vpt.WARMUP_STEPS) // 2] == pytest.approx(0.05, rel=0.01)
+    assert rates[-1] == pytest.approx(vpt.FINAL_RATE)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 21])
+def test_a_short_run_has_positive_rates_too(num_steps):
+    assert all(0 < vpt.rate_at(step, num_steps, 0.1) <= 0.1 for step in range(1, num_steps + 1))
+
+
+def test_the_generator_gets_no_gradients_and_keeps_its_values_bit_for_bit(tiny_models, make_args):
+    before = {name: p.clone() for name, p in tiny_models.generator.named_parameters()}
+    result, _ = optimise(tiny_models, make_args("--num-steps", "30"))
+    for name, parameter in tiny_models.generator.named_parameters():
+        assert not parameter.requires_grad and parameter.grad is None, name
+        assert torch.equal(parameter, before[name]), name
+    assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
+
+
+def test_only_two_hidden_sized_vectors_learn(tiny_models, make_args):
+    result, _ = optimise(tiny_models, make_args("--num-steps", "5"))
+    assert result.best.e_t.shape == (1, tiny_models.hidden_size) and result.best.m.shape == (tiny_models.hidden_size,)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_proto_tokens_are_float32_whatever_the_generators_precision(make_args, dtype):
+    args = make_args("--dtype", dtype, "--num-steps", "5")
+    models = vpt.load_models(args)
+    assert models.generator.dtype == getattr(torch, dtype)
+    result, _ = optimise(models, args)
+    assert result.best.e_t.dtype == result.best.m.dtype == torch.float32
+
+
+def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
+    args = make_args("--num-steps", "60", "--learning-rate", "3")  # far too high: accuracy jumps about
+    result, rows = optimise(tiny_models, args)
+    accuracies = [row["train/accuracy"] for row in rows]
+    assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.best_step - 1]
+    reconstruction = vpt.reconstruct(tiny_models, result.best, target(tiny_models), "full")
+    assert 100 * (1 - reconstruction.wrong.float().mean()) == pytest.approx(max(accuracies))
+
+
+def test_it_stops_as_soon_as_the_target_accuracy_is_reached(tiny_models, make_args):
+    same = torch.zeros(1, 16, dtype=torch.long)  # sixteen times one code: easy
+    result, rows = optimise(tiny_models, make_args("--num-steps", "500", "--target-accuracy", "90"), same)
+    assert result.steps < 500
+    assert [row["train/accuracy"] >= 90 for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
+def test_target_accuracy_zero_never_stops_early(tiny_models, make_args):
+    same = torch.zeros(1, 16, dtype=torch.long)
+    result, rows = optimise(tiny_models, make_args("--num-steps", "100", "--target-accuracy", "0"), same)
+    assert result.steps == 100 and rows[-1]["train/accuracy"] == 100
+
+
+def test_log_every_thins_the_rows_and_changes_nothing_else(tiny_models, make_args):
+    every, rows = optimise(tiny_models, make_args("--num-steps", "25"))
+    tenth, thinned = optimise(tiny_models, make_args("--num-steps", "25", "--log-every", "10"))
+    assert [row["step"] for row in thinned] == [1, 10, 20, 25]
+    assert thinned == [row for row in rows if row["step"] in (1, 10, 20, 25)]
+    assert torch.equal(every.best.e_t, tenth.best.e_t)
+
+
+def test_the_same_seed_gives_the_same_history_bit_for_bit(tiny_models, make_args):
+    first, second = (optimise(tiny_models, make_args("--num-steps", "20"))[1] for _ in range(2))
+    assert first == second
+    assert first != optimise(tiny_models, make_args("--num-steps", "20", "--seed", "7"))[1]
+
+
+def test_clipping_bounds_the_update_but_not_the_logged_norm(tiny_models, make_args):
+    free = optimise(tiny_models, make_args("--num-steps", "3"))[1]
+    clipped = optimise(tiny_models, make_args("--num-steps", "3", "--grad-clip", "1e-9"))[1]
+    assert clipped[0]["gradients/grad_norm"] == free[0]["gradients/grad_norm"]
+    assert clipped[2]["train/loss"] != free[2]["train/loss"]
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_with_the_best_so_far(tiny_models, make_args):
+    result, rows = optimise(tiny_models, make_args("--num-steps", "200", "--learning-rate", "1e38"))
+    assert result.diverged and result.steps < 200
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+    assert result.best.e_t.isfinite().all() and result.best.m.isfinite().all()
+
+
+def test_several_targets_share_m_and_have_an_e_t_each(tiny_models, make_args):
+    result, rows = optimise(tiny_models, make_args("--num-steps", "5"), target(tiny_models, batch=3))
+    assert result.best.e_t.shape == (3, tiny_models.hidden_size) and result.best.m.shape == (tiny_models.hidden_size,)
+    assert 0 <= rows[-1]["train/correct_tokens"] <= 3 * 16

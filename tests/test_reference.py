@@ -1,0 +1,193 @@
+"""Decoding the reference: guidance, sampling, agreement with transformers' own generate, and the cache."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LogitsProcessor
+
+import verify_proto_tokens as vpt
+
+
+def test_prompts_follow_the_template_word_for_word():
+    assert vpt.conditional_prompt("a cat") == "<|t2i|>A highly realistic image of a cat<|soi|>"
+    assert vpt.unconditional_prompt() == (
+        "<|t2i|>An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, "
+        "bad teeth, bad eyes, bad limbs, distortion<|soi|>"
+    )
+
+
+def test_guidance_matches_numbers_worked_by_hand():
+    cond, uncond = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    scores = vpt.guided_scores(cond, uncond, cfg_scale=3.0)
+    # log 0.5 + 3 (log 0.75 - log 0.5) = log(0.5 * 1.5^3), log(0.5 * 0.5^3)
+    assert torch.allclose(scores.exp(), torch.tensor([[1.6875, 0.0625]]))
+
+
+def test_guidance_of_one_is_the_conditional_distribution():
+    cond, uncond = torch.randn(3, 7), torch.randn(3, 7)
+    assert torch.allclose(vpt.guided_scores(cond, uncond, 1.0).exp(), cond.softmax(-1))
+
+
+def drawn(scores, temperature=1.0, top_k=None, top_p=1.0, count=4000) -> torch.Tensor:
+    """The share of draws that each index gets."""
+    rng = torch.Generator().manual_seed(0)
+    draws = vpt.sample(scores.expand(count, -1), temperature, top_k, top_p, rng)
+    return torch.bincount(draws, minlength=scores.shape[-1]) / count
+
+
+SCORES = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+
+
+def test_sampling_follows_the_distribution():
+    assert torch.allclose(drawn(SCORES), SCORES.exp()[0], atol=0.03)
+
+
+def test_temperature_sharpens_the_distribution():
+    assert torch.allclose(drawn(SCORES, temperature=0.5), (SCORES / 0.5).softmax(-1)[0], atol=0.03)
+
+
+def test_top_k_keeps_the_k_likeliest():
+    assert (drawn(SCORES, top_k=2) > 0).tolist() == [False, True, False, True]
+
+
+def test_top_k_of_one_is_greedy():
+    assert drawn(SCORES, top_k=1).tolist() == [0, 1, 0, 0]
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_share():
+    assert (drawn(SCORES, top_p=0.65) > 0).tolist() == [False, True, False, True]
+
+
+def test_a_tiny_top_p_still_keeps_the_likeliest():
+    assert drawn(SCORES, top_p=1e-6).tolist() == [0, 1, 0, 0]
+
+
+class VisualOnly(LogitsProcessor):
+    def __init__(self, first: int, count: int):
+        self.visual = slice(first, first + count)
+
+    def __call__(self, input_ids, scores):
+        masked = torch.full_like(scores, -math.inf)
+        masked[:, self.visual] = scores[:, self.visual]
+        return masked
+
+
+@pytest.mark.parametrize("prompt", ["a red apple on a wooden table", "x"])
+@pytest.mark.parametrize("cfg_scale", [1.5, 6.0])
+def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tiny_models, make_args, prompt, cfg_scale):
+    args = make_args("--top-k", "1", "--cfg-scale", str(cfg_scale))
+    codes, _ = vpt.generate_visual_codes(tiny_models, [prompt], 40, args)
+
+    def ids(text):
+        return torch.tensor([tiny_models.text_tokenizer(text)["input_ids"]])
+
+    prompt_ids = ids(vpt.conditional_prompt(prompt))
+    negative_ids = ids(vpt.unconditional_prompt())
+    peer = tiny_models.generator.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        negative_prompt_ids=negative_ids,
+        negative_prompt_attention_mask=torch.ones_like(negative_ids),
+        guidance_scale=cfg_scale,
+        logits_processor=[VisualOnly(tiny_models.visual_offset, tiny_models.codebook_size)],
+        do_sample=False,
+        max_new_tokens=40,
+        min_new_tokens=40,
+    )
+    assert (codes + tiny_models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
+
+
+def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
+    codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
+    assert codes.shape == (1, 200) and seconds > 0
+    assert codes.min() >= 0 and codes.max() < tiny_models.codebook_size
+    assert codes.unique().numel() > 6  # hot enough to stray, had text ids been open to it
+
+
+def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args):
+    prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", "1")
+    together, _ = vpt.generate_visual_codes(tiny_models, prompts, 24, args)
+    alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args)[0] for prompt in prompts]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_the_seed_decides_the_picture(tiny_models, make_args):
+    def codes(seed):
+        return vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--seed", str(seed)))[0].tolist()
+
+    assert codes(1) == codes(1) != codes(2)
+
+
+def cache_files(args):
+    return sorted((args.save_dir / "reference_cache").glob("*"))
+
+
+def test_the_same_settings_reuse_the_reference(tiny_models, make_args, capsys):
+    first = vpt.make_reference(tiny_models, make_args())
+    second = vpt.make_reference(tiny_models, make_args("--num-steps", "7", "--learning-rate", "0.3"))
+    assert "reused" in capsys.readouterr().out
+    assert torch.equal(first.codes, second.codes)
+    assert first.autoregressive_seconds == second.autoregressive_seconds
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--prompt=a cat", "--seed=1", "--image-size=20", "--cfg-scale=2", "--temperature=2", "--top-k=3", "--top-p=0.5"],
+)
+def test_any_other_setting_makes_a_reference_of_its_own(tiny_models, make_args, change):
+    vpt.make_reference(tiny_models, make_args())
+    vpt.make_reference(tiny_models, make_args(change))
+    assert len(cache_files(make_args())) == 2
+
+
+def test_another_model_makes_a_reference_of_its_own(tiny_models, make_args):
+    other = vpt.Models(**(vars(tiny_models) | {"fingerprint": "other weights"}))
+    vpt.make_reference(tiny_models, make_args())
+    vpt.make_reference(other, make_args())
+    assert len(cache_files(make_args())) == 2
+
+
+def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = vpt.fingerprint_of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert vpt.fingerprint_of(tmp_path) != before
+
+
+def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):
+    vpt.make_reference(tiny_models, make_args())
+    vpt.make_reference(tiny_models, make_args("--force-generate"))
+    assert "reused" not in capsys.readouterr().out
+
+
+def damage_truncate(file):
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def damage_empty(file):
+    file.write_bytes(b"")
+
+
+def damage_text(file):
+    file.write_text("not a tensor file")
+
+
+def damage_range(file):
+    save_file({"codes": load_file(file)["codes"] + 10_000}, file, {"key": file.stem, "autoregressive_seconds": "1"})
+
+
+def damage_key(file):
+    save_file(load_file(file), file, {"key": "another", "autoregressive_seconds": "1"})
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_text, damage_range, damage_key])
+def test_a_damaged_or_foreign_cache_file_is_replaced_with_a_warning(tiny_models, make_args, capsys, damage):
+    reference = vpt.make_reference(tiny_models, make_args())
+    (file,) = cache_files(make_args())
+    damage(file)
+    again = vpt.make_reference(tiny_models, make_args())
+    assert "generating the reference anew" in capsys.readouterr().err
+    assert torch.equal(again.codes, reference.codes)
+    assert torch.equal(load_file(file)["codes"], reference.codes)

@@ -1,0 +1,79 @@
+"""Weights & Biases: a real offline run, read back from its `.wandb` file."""
+
+import json
+
+import pytest
+import wandb_file
+from conftest import script_runner
+from PIL import Image
+
+HISTORY = {"train/loss", "train/accuracy", "train/top5_accuracy", "train/correct_tokens", "train/best_accuracy"}
+HISTORY |= {"train/learning_rate", "embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"}
+MEDIA = {"reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map"}
+SUMMARY = {"final_accuracy", "best_accuracy", "final_top5_accuracy", "final_loss", "num_errors", "error_rate"}
+SUMMARY |= {"total_params", "status", "one_pass_seconds", "autoregressive_seconds", "speedup"}
+
+
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wandb")
+    arguments = ["--demo", "--device", "cpu", "--num-steps", "12", "--use-wandb", "--wandb-tags", "one,two"]
+    arguments += ["--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-group", "mine"]
+    result = script_runner(folder)(*arguments, env={"WANDB_MODE": "offline"})
+    assert result.code == 0, result.err
+    return wandb_file.read(folder)
+
+
+def test_every_metric_of_the_contract_is_logged_at_every_step(offline_run):
+    rows = [row for row in offline_run.history if "train/loss" in row]
+    assert [row["_step"] for row in rows] == list(range(1, 13))
+    assert all(row.keys() >= HISTORY for row in rows)
+
+
+def test_every_medium_of_the_contract_is_logged_as_an_image_that_opens(offline_run):
+    media = {name: row[name] for row in offline_run.history for name in MEDIA if name in row}
+    assert media.keys() == MEDIA
+    for value in media.values():
+        assert value["_type"] == "image-file"
+        Image.open(offline_run.folder / "files" / value["path"]).verify()
+
+
+def test_every_key_of_the_contract_is_in_the_summary(offline_run):
+    assert offline_run.summary.keys() >= SUMMARY
+    assert offline_run.summary["total_params"] == 1024
+
+
+def test_name_project_group_tags_and_config_arrive(offline_run):
+    assert offline_run.run.display_name == "my run" and offline_run.run.project == "my-project"
+    assert offline_run.run.run_group == "mine" and list(offline_run.run.tags) == ["one", "two"]
+    assert offline_run.config["num_steps"] == 12 and offline_run.config["prompt"] == "a red apple on a wooden table"
+    assert "torch" in json.dumps(offline_run.config["versions"])
+
+
+def test_the_proto_tokens_are_an_artifact(offline_run):
+    (artifact,) = [a for a in offline_run.artifacts if a.type == "proto-tokens"]
+    assert [entry.path for entry in artifact.manifest.contents] == ["proto_tokens.safetensors"]
+
+
+def test_the_run_ends_as_a_success(offline_run):
+    assert offline_run.exit_code == 0
+
+
+def test_the_flag_wins_over_the_environments_mode(run_script, tmp_path):
+    arguments = ["--demo", "--device", "cpu", "--num-steps", "2", "--use-wandb", "--wandb-mode", "disabled"]
+    assert run_script(*arguments, env={"WANDB_MODE": "offline"}).code == 0
+    assert not list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_a_run_under_a_sweep_agent_logs_without_the_flag(run_script, tmp_path):
+    env = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
+    result = run_script("--demo", "--device", "cpu", "--num_steps=2", "--save_dir=out", env=env)
+    assert result.code == 0, result.err
+    assert "best_accuracy" in wandb_file.read(tmp_path).summary
+    assert len(list((tmp_path / "out").glob("*_run1"))) == 1
+
+
+def test_online_without_a_key_is_refused_in_one_line_not_asked_for(run_script):
+    result = run_script("--demo", "--device", "cpu", "--num-steps", "2", "--use-wandb", "--wandb-mode", "online")
+    assert result.code == 2
+    assert "wandb login" in result.err.splitlines()[-1] and "Traceback" not in result.err
