@@ -372,7 +372,7 @@ def pick_device(name: str | None) -> torch.device:
         name = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from None
     return device
@@ -1086,8 +1086,15 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "warmup_steps": WARMUP_STEPS,
         "final_learning_rate": FINAL_RATE,
     }
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONED}
     return settings | resolved | {"versions": versions}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_text(file: Path, text: str) -> None:
@@ -1252,6 +1259,9 @@ def main() -> None:
         run_experiment(parse_args())
     except UserError as error:
         exit_with_error(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

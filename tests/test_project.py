@@ -1,0 +1,148 @@
+"""What surrounds the script: the shell command, the sweep, the README, and the demo model's files."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import DEMO, ROOT
+from safetensors import safe_open
+
+import verify_proto_tokens as vpt
+
+OPTIONS = {option for action in vpt.build_parser()._actions for option in action.option_strings}
+
+
+@pytest.fixture
+def run_shell(tmp_path):
+    def run(*arguments, **settings):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HF_HUB_OFFLINE": "1"}
+        env |= {"PYTHON": sys.executable, "SAVE_DIR": str(tmp_path / "out")} | settings
+        command = ["bash", str(ROOT / "run_proto_verification.sh"), "--demo", "--device", "cpu", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def test_the_shell_command_takes_settings_from_the_environment(run_shell, tmp_path):
+    result = run_shell(NUM_STEPS="3", SEED="7", PROMPT="a cat on green grass", LEARNING_RATE="0.05")
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "proto_256px_steps3_lr005_seed7" / "config.json").read_text())
+    assert config["prompt"] == "a cat on green grass"
+
+
+def test_the_shell_command_passes_arguments_on_and_they_win(run_shell, tmp_path):
+    result = run_shell(
+        "--num-steps", "2", "--wandb-run-name", "mine", NUM_STEPS="900", WANDB_MODE="offline", USE_WANDB="true"
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "mine" / "config.json").read_text())["num_steps"] == 2
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_the_shell_command_ends_with_the_scripts_own_exit_code(run_shell):
+    assert run_shell("--num-steps", "0").returncode == 2
+
+
+def test_the_visible_top_level_is_what_it_should_be():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    visible = {name.split("/")[0] for name in tracked if name and not name.startswith(".")}
+    assert visible == {
+        "README.md",
+        "requirements.txt",
+        "run_proto_verification.sh",
+        "sweep_config.yaml",
+        "tests",
+        "verify_proto_tokens.py",
+    }
+
+
+def test_the_sweep_is_that_of_the_guide_and_its_parameters_are_options():
+    sweep = yaml.safe_load((ROOT / "sweep_config.yaml").read_text())
+    assert sweep["program"] == "verify_proto_tokens.py" and "command" not in sweep
+    assert sweep["metric"] == {"name": "best_accuracy", "goal": "maximize"}
+    for name, parameter in sweep["parameters"].items():
+        for value in parameter.get("values", []) + [parameter[end] for end in ("min", "max") if end in parameter]:
+            assert getattr(vpt.parse_args([f"--{name}={value}"]), name) == value
+
+
+def test_the_readme_names_every_option_and_no_other():
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
+    assert named - {"--num_steps"} == OPTIONS - {"-h"}
+
+
+def test_the_readme_states_the_defaults_as_they_are():
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| `?([^|`]+?)`? \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    stated = {option: value for option, value in rows if re.fullmatch(r"[\d.]+", value)}
+    assert stated.keys() >= {"--image-size", "--num-steps", "--learning-rate", "--grad-clip", "--target-accuracy"}
+    args = vars(vpt.parse_args([]))
+    for option, value in stated.items():
+        assert float(value) == args[option.strip("-").replace("-", "_")], option
+
+
+def test_the_demo_model_stays_within_40_megabytes():
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if ".work" not in file.parts) < 40e6
+
+
+def test_the_demo_generator_has_the_real_formats():
+    config = json.loads((DEMO / "generator" / "config.json").read_text())
+    assert config["model_type"] == "qwen2"
+    with safe_open(DEMO / "generator" / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert 10e6 < sum(tensor.numel() for tensor in weights.values()) < 18e6
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_the_demo_tokenizer_keeps_the_special_tokens_whole():
+    text_tokenizer = vpt.load_text_tokenizer(DEMO / "generator")
+    ids = text_tokenizer(vpt.conditional_prompt("a red apple on a wooden table"))["input_ids"]
+    assert text_tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|t2i|>", "<|soi|>"]
+    assert text_tokenizer.decode(ids) == vpt.conditional_prompt("a red apple on a wooden table")
+
+
+def test_the_demo_encoder_and_decoder_have_the_real_shapes():
+    encoder, decoder = (torch.jit.load(DEMO / "vq" / f"{name}.jit") for name in ("encoder", "decoder"))
+    video = torch.zeros(2, 3, 1, 256, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        indices, codes, _ = encoder(video)
+        decoded = decoder(indices)
+    assert indices.shape == (2, 1, 8, 8) and not indices.is_floating_point()
+    assert codes.shape == (2, 4, 1, 8, 8)
+    assert decoded.shape == video.shape and decoded.dtype == torch.bfloat16
+
+
+def test_the_demo_decoder_carries_its_fsq_levels():
+    decoder = vpt.load_vq_decoder(DEMO / "vq", torch.device("cpu"))
+    assert vpt.fsq_codebook_size(decoder) == math.prod((5, 5, 5, 5))
+    assert vpt.downsampling_factor(decoder, torch.device("cpu")) == 32
+
+
+def test_a_larger_demo_picture_is_a_larger_grid():
+    decoder = vpt.load_vq_decoder(DEMO / "vq", torch.device("cpu"))
+    assert vpt.decode_codes(decoder, torch.zeros(1, 256, dtype=torch.long)).shape == (1, 3, 512, 512)
+
+
+@pytest.mark.parametrize("prompt", ["a red apple on a wooden table", "a penguin on green grass"])
+def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
+    """Its picture, encoded as the drawings were, is likelier under its own caption than under another's."""
+    models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
+    args = vpt.parse_args(["--demo", "--device", "cpu", "--prompt", prompt, "--save-dir", str(tmp_path)])
+    codes = vpt.make_reference(models, args).codes
+
+    def loss(caption: str) -> float:
+        ids = torch.tensor(models.text_tokenizer(vpt.conditional_prompt(caption))["input_ids"])
+        sequence = torch.cat((ids, codes[0] + models.visual_offset))[None]
+        with torch.no_grad():
+            logits = models.generator(sequence).logits[0, len(ids) - 1 : -1]
+        return torch.nn.functional.cross_entropy(logits, codes[0] + models.visual_offset).item()
+
+    other = "a blue book under the night sky"
+    assert loss(prompt) < 0.5 * loss(other)
