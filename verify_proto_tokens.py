@@ -688,7 +688,8 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
         ordered, order = scores.sort(descending=True)
         probability = ordered.softmax(-1)
         before = probability.cumsum(-1) - probability  # the share that the likelier codes hold already
-        scores = scores.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
+        beyond = before >= top_p  # in the order of likelihood
+        scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(scores.softmax(-1), 1, generator=rng).squeeze(-1)
 
 
