@@ -21,6 +21,11 @@ PYTHON="${PYTHON:-python3}"
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "$PYTHON is older than Python 3.11 or missing: set PYTHON to a newer one" >&2
+    exit 2
+fi
+
 has_packages() {
     "$1" - <<'PY' 2>/dev/null
 import importlib.util, sys

@@ -26,7 +26,7 @@ import os
 import platform
 import re
 import sys
-import textwrap
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,7 +58,8 @@ def number(kind: type, minimum: float, maximum: float = math.inf, open_minimum: 
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text!r}") from None
-        if not math.isfinite(value) or not minimum <= value <= maximum or (open_minimum and value == minimum):
+        # Not a number fails every comparison.
+        if not minimum <= value <= maximum or value in (math.inf, minimum if open_minimum else None):
             raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text}")
         return value
 
@@ -81,7 +82,14 @@ def run_name(text: str) -> str:
 
 
 def tags(text: str) -> list[str]:
-    return [tag.strip() for tag in text.split(",") if tag.strip()]
+    found = [tag.strip() for tag in text.split(",") if tag.strip()]
+    if any(len(tag) > 64 for tag in found):
+        raise argparse.ArgumentTypeError("has a tag of more than 64 characters, which W&B does not take")
+    return found
+
+
+def folder_path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--cfg-scale",
-        type=number(float, 0),
+        type=number(float, 0, 1000),
         default=6.0,
         metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)",
@@ -176,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-steps", type=number(int, 1), default=1000, metavar="STEPS", help="at most (default: %(default)s)")
     add(
         "--learning-rate",
-        type=number(float, 0, open_minimum=True),
+        type=number(float, 0, 1e37, open_minimum=True),
         default=0.1,
         metavar="RATE",
         help="peak rate of AdamW; the reference recipe has 0.01 (default: %(default)s)",
@@ -213,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add(
         "--save-dir",
-        type=Path,
+        type=folder_path,
         default=Path("./proto_tokens_exp"),
         metavar="FOLDER",
         help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)",
@@ -285,14 +293,15 @@ def in_sweep() -> bool:
 
 
 if __name__ == "__main__":
-    parse_args()  # before the heavy imports, so that --help and a mistyped option answer at once
+    # `main` parses for real; this is only so that --help and a mistyped option answer before the heavy imports.
+    parse_args()
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -306,7 +315,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalL
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 
-GENERATOR_FILES = ("*.json", "*.safetensors", "merges.txt")
+CONFIGURATION_FILES = ("*.json", "merges.txt")
+GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
 VQ_FILES = ("decoder.jit",)
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 REAL_SIZE = 100e6  # parameters from which a run on a CPU deserves a word about its duration
@@ -326,6 +336,7 @@ class Models:
     codebook_size: int
     factor: int  # pixels a latent cell spans, in each direction
     fingerprint: str  # of the generator's files
+    vq_fingerprint: str
 
     @property
     def device(self) -> torch.device:
@@ -340,10 +351,11 @@ def load_models(args: argparse.Namespace) -> Models:
     """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
+    generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     vocabulary_rows = read_vocabulary_rows(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
-    vq_decoder = load_vq_decoder(local_folder(args.vq_model_ckpt, VQ_FILES, "--vq-model-ckpt"), device)
+    vq_folder = local_folder(args.vq_model_ckpt, VQ_FILES, "--vq-model-ckpt")
+    vq_decoder = load_vq_decoder(vq_folder, device)
     factor = downsampling_factor(vq_decoder, device)
     if args.image_size % factor:
         below = args.image_size // factor * factor
@@ -358,13 +370,22 @@ def load_models(args: argparse.Namespace) -> Models:
             f"--model-path {args.model_path} has {vocabulary_rows} embedding rows, too few for {visual_offset} text "
             f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
+    generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     generator = load_generator(generator_folder, dtype, device)
     print(
         f"generator: {sum(p.numel() for p in generator.parameters()) / 1e6:,.1f} M parameters, "
         f"{str(dtype).removeprefix('torch.')} on {device}; {visual_offset} text ids + {codebook_size} visual codes"
     )
-    fingerprint = fingerprint_of(generator_folder)
-    return Models(generator, text_tokenizer, vq_decoder, visual_offset, codebook_size, factor, fingerprint)
+    return Models(
+        generator,
+        text_tokenizer,
+        vq_decoder,
+        visual_offset,
+        codebook_size,
+        factor,
+        fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
+        vq_fingerprint=fingerprint_of(vq_folder, VQ_FILES),
+    )
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -388,6 +409,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def last_line(error: BaseException) -> str:
+    """Where TorchScript's own errors say what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+
+
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     """The folder itself, or the local snapshot of a hub repository, downloaded where needed. Raises UserError."""
     folder = Path(name).expanduser()
@@ -409,9 +435,9 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
             f"{option} {name}: there is no such folder, and no such repository on the Hugging Face hub that you may "
             "read (a private one needs `hf auth login`); name a local folder, or try --demo"
         ) from None
-    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
         raise UserError(
-            f"{option} {name}: there is no such folder, and the Hugging Face hub cannot be reached "
+            f"{option} {name}: there is no such folder, and it cannot be fetched from the Hugging Face hub "
             f"({first_line(error.__cause__ or error)[:120]}); name a local folder, or try --demo (no network)"
         ) from None
 
@@ -478,10 +504,10 @@ def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device
     """Pixels per latent cell, learnt by decoding one cell. Raises UserError."""
     try:
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
-    except (RuntimeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:  # whatever foreign TorchScript may raise
         raise UserError(
-            f"--vq-model-ckpt: decoder.jit does not decode one code to a picture ({first_line(error)}): it is no "
-            "Cosmos-style discrete decoder"
+            f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device} ({last_line(error)}): it "
+            "is no Cosmos-style discrete decoder, or its operations do not exist there (then try --device cpu)"
         ) from None
 
 
@@ -501,12 +527,12 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     return ((video[:, :, 0].float().cpu() + 1) / 2).clamp(0, 1)
 
 
-def fingerprint_of(folder: Path) -> str:
+def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     """Identifies a model by its commit where it is a hub snapshot, else by the content of its files."""
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in GENERATOR_FILES for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -522,7 +548,7 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
         ids = torch.zeros(batch, length, dtype=torch.long)
         started = time.perf_counter()
         with torch.inference_mode():
-            models.generator.model(input_ids=ids, use_cache=False)
+            models.generator(input_ids=ids, use_cache=False)
         return time.perf_counter() - started
 
     probe = min(num_tokens, 256)
@@ -530,8 +556,8 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
     reference = seconds_of(2, 1) * num_tokens
     optimisation = 2 * seconds_of(1, probe) * num_tokens / probe * num_steps  # backward costs about one more forward
     print(
-        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(reference)} for the reference and "
-        f"{duration(optimisation)} for {num_steps} steps; a GPU, --dtype bfloat16 or fewer --num-steps shorten this"
+        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(reference)} for a new reference "
+        f"and {duration(optimisation)} for {num_steps} steps; a GPU, --dtype bfloat16 or fewer --num-steps shorten this"
     )
 
 
@@ -645,6 +671,8 @@ def generate_visual_codes(
     visual_head = models.generator.lm_head.weight[visual_rows]  # [K, D]
     rng = torch.Generator(models.device).manual_seed(args.seed)
     cache, codes = transformers.DynamicCache(config=models.generator.config), []
+    models.generator.model(input_ids=input_ids[:, -1:], use_cache=False)  # the clock is not to pay for the warm-up
+    synchronise(models.device)
     started = time.perf_counter()
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
         hidden_states = models.generator.model(
@@ -655,6 +683,10 @@ def generate_visual_codes(
             use_cache=True,
         ).last_hidden_state[:, -1]  # [2B, D]
         scores = guided_scores(*(hidden_states @ visual_head.T).float().chunk(2), args.cfg_scale)  # [B, K]
+        if not codes and not scores.isfinite().all():
+            raise UserError(
+                "the generator's logits are not finite: try --dtype float32 or bfloat16; else its weights are damaged"
+            )
         codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rng))  # [B]
         input_ids = (codes[-1] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
         attention_mask = F.pad(attention_mask, (0, 1), value=1)
@@ -680,7 +712,7 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rng: torch.Generator) -> Tensor:
     """Draws one index per row of scores [B, K] -> [B]; ties with the k-th largest score stay in."""
-    scores = scores / temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None and top_k < scores.shape[-1]:
         kth_largest = scores.topk(top_k).values[:, -1:]
         scores = scores.masked_fill(scores < kth_largest, -math.inf)
@@ -689,7 +721,7 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
         probability = ordered.softmax(-1)
         before = probability.cumsum(-1) - probability  # the share that the likelier codes hold already
         beyond = before >= top_p  # in the order of likelihood
-        scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+        scores = scores.masked_fill(torch.empty_like(beyond).scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(scores.softmax(-1), 1, generator=rng).squeeze(-1)
 
 
@@ -750,7 +782,11 @@ def competing_head(models: Models, vocabulary: str) -> tuple[Tensor, int]:
 
 
 def token_metrics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts over logits [B, N, V] and target [B, N]: positions whose argmax is the target, and whose top 5 hold it."""
+    """Counts over logits [B, N, V] and target [B, N]: positions whose argmax is the target, and whose top 5 hold it.
+
+    Only strictly larger logits keep a target out of the top 5, which may hold more than five where a low precision
+    makes ties.
+    """
     target_logits = logits.gather(-1, target[..., None])
     correct = (logits.argmax(-1) == target).sum()
     in_top5 = ((logits > target_logits).sum(-1) < 5).sum()
@@ -879,13 +915,18 @@ def psnr(pixels: Tensor, reference: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def summarise(models: Models, reference: Reference, result: Optimisation, reconstruction: Reconstruction) -> dict:
+def status_of(best_accuracy: float) -> str:
+    if best_accuracy >= SUCCESS:
+        return "success"
+    return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
+
+
+def summarise(reference: Reference, result: Optimisation, reconstruction: Reconstruction) -> dict:
     """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds."""
     last = result.history[-1]
     num_errors = int(reconstruction.wrong.sum())
     num_tokens = reference.codes.numel()
-    best_accuracy = last["train/best_accuracy"]
-    status = "success" if best_accuracy >= SUCCESS else "partial_success"
+    best_accuracy = 100 * (num_tokens - num_errors) / num_tokens  # of the embeddings as stored
     return {
         "final_accuracy": last["train/accuracy"],
         "best_accuracy": best_accuracy,
@@ -894,7 +935,7 @@ def summarise(models: Models, reference: Reference, result: Optimisation, recons
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / num_tokens,
         "total_params": result.best.e_t.numel() + result.best.m.numel(),
-        "status": status if best_accuracy >= PARTIAL_SUCCESS else "need_improvement",
+        "status": status_of(best_accuracy),
         "num_tokens": num_tokens,
         "best_step": result.best_step,
         "steps": result.steps,
@@ -927,8 +968,9 @@ def render(figure: Figure) -> Image.Image:
 
 
 def caption_of(prompt: str) -> str:
-    """The prompt as a figure's heading: plain text, of one line's length."""
-    return textwrap.shorten(prompt, 72, placeholder=" …")
+    """The prompt as a figure's heading: one line of at most 72 characters."""
+    one_line = " ".join(prompt.split())
+    return one_line if len(one_line) <= 72 else one_line[:71] + "…"
 
 
 def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.Image, summary: dict) -> Image.Image:
@@ -1038,7 +1080,9 @@ def draw_figures(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("torch", "transformers", "wandb", "numpy", "pillow", "matplotlib", "safetensors")
+VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb")
+VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
+IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 
 
@@ -1059,9 +1103,8 @@ def open_run_folder(args: argparse.Namespace) -> Path:
     try:
         for each in (folder, args.save_dir / CACHE_FOLDER):
             each.mkdir(parents=True, exist_ok=True)
-            with written_whole(each / ".writable") as probe:
-                probe.touch()
-            (each / ".writable").unlink()
+            with tempfile.TemporaryFile(dir=each):
+                pass
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     if (folder / "summary.json").exists():
@@ -1073,7 +1116,6 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """All settings, what they resolved to, and the versions: everything needed to run it again."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     resolved = {
-        "run_name": args.wandb_run_name,
         "device": str(models.device),
         "dtype": str(models.generator.dtype).removeprefix("torch."),
         "codebook_size": models.codebook_size,
@@ -1082,6 +1124,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "num_tokens": (args.image_size // models.factor) ** 2,
         "hidden_size": models.hidden_size,
         "generator_fingerprint": models.fingerprint,
+        "vq_fingerprint": models.vq_fingerprint,
         "initial_scale": INITIAL_SCALE,
         "betas": list(BETAS),
         "warmup_steps": WARMUP_STEPS,
@@ -1137,9 +1180,8 @@ def write_proto_tokens(
 
 def remove_earlier_results(folder: Path) -> None:
     """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
-    for pattern in ("*.png", "history.csv", "summary.json", PROTO_TOKENS_FILE):
-        for file in folder.glob(pattern):
-            file.unlink()
+    for name in (*(f"{image}.png" for image in IMAGES), "history.csv", "summary.json", PROTO_TOKENS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1156,7 +1198,7 @@ def tracked(args: argparse.Namespace, settings: dict) -> Iterator[object | None]
 
     try:
         run = wandb.init(
-            project=args.wandb_project,
+            project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
             entity=args.wandb_entity,
             name=args.wandb_run_name,
             group=args.wandb_group,
@@ -1164,13 +1206,18 @@ def tracked(args: argparse.Namespace, settings: dict) -> Iterator[object | None]
             mode=args.wandb_mode,
             config=settings,
         )
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:
         raise UserError(
             f"W&B does not start ({first_line(error)}): run `wandb login`, or take --wandb-mode offline, or leave out "
             "--use-wandb"
         ) from None
-    with run:
+    # Not `with run`: that prints a traceback of what is only a clear line to the user.
+    try:
         yield run
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
 
 
 def log_step(run: object | None, row: dict[str, float]) -> None:
@@ -1197,8 +1244,10 @@ def log_results(run: object | None, images: dict[str, Image.Image], summary: dic
 
 def synchronise(device: torch.device) -> None:
     """Waits for the device, so that a clock read next measures finished work."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def progress_bar(iterable, label: str, unit: str) -> tqdm:
@@ -1230,13 +1279,13 @@ def run_experiment(args: argparse.Namespace) -> None:
     models = load_models(args)
     settings = describe_run(args, models)
     warn_if_slow(models, settings["num_tokens"], args.num_steps)
-    reference = make_reference(models, args)
-    target_ids = reference.codes + models.visual_offset
-    remove_earlier_results(folder)
-    write_json(folder / "config.json", settings)
-    write_images(folder, {"reference_image": to_image(reference.pixels[0])})
-
     with tracked(args, settings) as run:
+        reference = make_reference(models, args)
+        target_ids = reference.codes + models.visual_offset
+        remove_earlier_results(folder)
+        write_json(folder / "config.json", settings)
+        write_images(folder, {"reference_image": to_image(reference.pixels[0])})
+
         result = optimise_proto_tokens(models, reference.codes, args, lambda row: log_step(run, row))
         write_history(folder / "history.csv", result.history)
         write_proto_tokens(folder / PROTO_TOKENS_FILE, result.best, target_ids, None, settings)
@@ -1246,7 +1295,7 @@ def run_experiment(args: argparse.Namespace) -> None:
                 f"--grad-clip 1; the best proto-tokens so far are in {folder / PROTO_TOKENS_FILE}"
             )
         reconstruction = reconstruct(models, result.best, reference.codes, args.vocabulary)
-        summary = summarise(models, reference, result, reconstruction)
+        summary = summarise(reference, result, reconstruction)
         images = draw_figures(args.prompt, reference, reconstruction, summary, result.history)
         write_images(folder, images)
         write_proto_tokens(folder / PROTO_TOKENS_FILE, result.best, target_ids, reconstruction.predicted_ids, settings)

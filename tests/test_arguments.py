@@ -62,11 +62,12 @@ def test_demo_only_points_at_the_bundled_models():
 
 REFUSED = {
     "--num-steps": ["0", "-1", "1.5", "many", ""],
-    "--learning-rate": ["0", "-0.1", "nan", "inf", "fast"],
+    "--wandb-tags": ["x" * 65],
+    "--learning-rate": ["0", "-0.1", "nan", "inf", "1e39", "fast"],
     "--temperature": ["0", "-1", "nan", "inf"],
     "--top-p": ["0", "1.01", "-0.5", "nan"],
     "--top-k": ["0", "-3", "2.5"],
-    "--cfg-scale": ["-1", "nan", "inf"],
+    "--cfg-scale": ["-1", "nan", "inf", "1e39"],
     "--image-size": ["0", "-256", "big"],
     "--grad-clip": ["-1", "nan"],
     "--target-accuracy": ["-1", "101", "nan"],
@@ -88,6 +89,10 @@ def test_a_value_out_of_range_is_one_line_that_names_the_option(option, value, c
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1 and option in lines[0]
+
+
+def test_a_number_of_any_length_is_taken():
+    assert vpt.parse_args(["--num-steps", "9" * 400]).num_steps == int("9" * 400)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from conftest import DEMO, save_tiny_generator, save_tiny_vq, script_runner
 from PIL import Image
 from safetensors import safe_open
 
+import verify_proto_tokens as vpt
+
 IMAGES = {"reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map"}
 FILES = {f"{name}.png" for name in IMAGES} | {"config.json", "history.csv", "summary.json", "proto_tokens.safetensors"}
 SUMMARY = {"final_accuracy", "best_accuracy", "final_top5_accuracy", "final_loss", "num_errors", "error_rate"}
@@ -266,6 +268,19 @@ def test_a_broken_model_file_is_named(run_tiny, model_folders, tmp_path, damage,
     assert left == []
 
 
+def test_only_a_runs_own_files_are_replaced(run_tiny, tmp_path):
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "holiday.png").write_text("precious")
+    assert run_tiny("--save-dir", "out", "--wandb-run-name", "mine").code == 0
+    assert (tmp_path / "out" / "mine" / "holiday.png").read_text() == "precious"
+
+
+def test_a_real_size_model_on_a_cpu_is_announced_with_its_duration(tiny_models, monkeypatch, capsys):
+    monkeypatch.setattr(vpt, "REAL_SIZE", 1)
+    vpt.warn_if_slow(tiny_models, num_tokens=16, num_steps=10)
+    assert re.search(r"expect about [\d.]+ s for a new reference and [\d.]+ s for 10 steps", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("size", ["15", "2"])
 def test_an_image_size_that_is_no_multiple_of_the_factor(run_tiny, size):
     refused(run_tiny("--image-size", size), "--image-size", "multiple", "4")
@@ -284,7 +299,7 @@ def test_a_save_directory_that_cannot_be_written(run_tiny, tmp_path):
 
 
 def test_a_diverged_run_saves_the_best_so_far_then_says_so(run_tiny, tmp_path):
-    result = run_tiny("--learning-rate", "1e38", "--num-steps", "50", "--save-dir", "out", "--wandb-run-name", "hot")
+    result = run_tiny("--learning-rate", "1e37", "--num-steps", "50", "--save-dir", "out", "--wandb-run-name", "hot")
     refused(result, "finite", "--learning-rate", "proto_tokens.safetensors")
     with safe_open(tmp_path / "out" / "hot" / "proto_tokens.safetensors", "pt") as file:
         assert file.get_tensor("e_t").isfinite().all()

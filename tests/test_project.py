@@ -87,6 +87,14 @@ def test_the_readme_states_the_defaults_as_they_are():
         assert float(value) == args[option.strip("-").replace("-", "_")], option
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", DEMO / "README.md"])
+def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!=)", text.replace("WANDB_MODE", "").replace("CUDA_VISIBLE_DEVICES", ""))
+
+
 def test_the_demo_model_stays_within_40_megabytes():
     assert sum(file.stat().st_size for file in DEMO.rglob("*") if ".work" not in file.parts) < 40e6
 

@@ -37,6 +37,10 @@ def drawn(scores, temperature=1.0, top_k=None, top_p=1.0, count=4000) -> torch.T
     return torch.bincount(draws, minlength=scores.shape[-1]) / count
 
 
+def test_an_extreme_temperature_is_greedy_not_an_error():
+    assert drawn(SCORES, temperature=1e-40).tolist() == [0, 1, 0, 0]
+
+
 SCORES = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
 
 
@@ -151,9 +155,20 @@ def test_another_model_makes_a_reference_of_its_own(tiny_models, make_args):
 
 def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = vpt.fingerprint_of(tmp_path)
+    before = vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES)
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    assert vpt.fingerprint_of(tmp_path) != before
+    assert vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES) != before
+
+
+def test_only_a_hub_snapshot_is_identified_by_its_folders_name(tmp_path):
+    names = {}
+    for parent in ("a", "b"):
+        for name in ("last", "0123456789abcdef0123456789abcdef01234567"):
+            folder = tmp_path / parent / "snapshots" / name
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_text(parent)
+            names.setdefault(name, set()).add(vpt.fingerprint_of(folder, vpt.GENERATOR_FILES))
+    assert [len(found) for found in names.values()] == [2, 1]
 
 
 def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):

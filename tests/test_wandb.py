@@ -77,3 +77,10 @@ def test_online_without_a_key_is_refused_in_one_line_not_asked_for(run_script):
     result = run_script("--demo", "--device", "cpu", "--num-steps", "2", "--use-wandb", "--wandb-mode", "online")
     assert result.code == 2
     assert "wandb login" in result.err.splitlines()[-1] and "Traceback" not in result.err
+
+
+def test_a_diverged_run_ends_as_failed_with_one_line_and_no_traceback(run_script, tmp_path):
+    arguments = ["--demo", "--device", "cpu", "--num-steps", "50", "--learning-rate", "1e37", "--use-wandb"]
+    result = run_script(*arguments, env={"WANDB_MODE": "offline"})
+    assert result.code == 2 and "Traceback" not in result.err and "finite" in result.err
+    assert wandb_file.read(tmp_path).exit_code == 1

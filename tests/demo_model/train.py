@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="intermediate results and checkpoints")
     parser.add_argument("--output", type=Path, default=HERE, help="where the finished model goes")
     parser.add_argument("--vq-steps", type=int, default=5500, help="training steps of the visual tokenizer (batch 16)")
-    parser.add_argument("--generator-steps", type=int, default=2200, help="training steps of the generator (batch 64)")
+    parser.add_argument("--generator-steps", type=int, default=1700, help="training steps of the generator (batch 64)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
