@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -36,6 +37,13 @@ def save_tiny_generator(folder: Path, **changes) -> None:
     Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "generator" / name, folder / name)
+
+
+def spoil_text_head(folder: Path) -> None:
+    """Makes one text id's logit not a number: the reference, of visual ids, still decodes; the full loss does not."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][7] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def save_tiny_vq(folder: Path) -> None:
@@ -85,3 +93,22 @@ def script_runner(folder: Path):
 @pytest.fixture
 def run_script(tmp_path):
     return script_runner(tmp_path)
+
+
+@pytest.fixture
+def model_folders(tmp_path):
+    """Copies of the tiny models to break."""
+    save_tiny_generator(tmp_path / "generator")
+    save_tiny_vq(tmp_path / "vq")
+    return tmp_path / "generator", tmp_path / "vq"
+
+
+@pytest.fixture
+def run_tiny(run_script, model_folders):
+    generator, vq = model_folders
+
+    def run(*arguments, env=None):
+        tiny = ("--model-path", generator, "--vq-model-ckpt", vq, "--device", "cpu", "--image-size", 16)
+        return run_script(*tiny, "--num-steps", 3, *arguments, env=env)
+
+    return run

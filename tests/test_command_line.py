@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import DEMO, save_tiny_generator, save_tiny_vq, script_runner
+from conftest import DEMO, save_tiny_generator, script_runner, spoil_text_head
 from PIL import Image
 from safetensors import safe_open
 
@@ -107,29 +107,10 @@ def test_without_use_wandb_wandb_is_not_even_imported(run_tiny, tmp_path):
 def refused(result, *words):
     """One line on stderr, exit code 2, no traceback."""
     assert result.code == 2, (result.out, result.err)
-    lines = [line for line in result.err.splitlines() if not line.startswith(("reference:", "proto-tokens:"))]
+    lines = [line for line in result.err.splitlines() if line and not line.startswith(("reference:", "proto-tokens:"))]
     assert len(lines) == 1 and lines[0].startswith("verify_proto_tokens.py: error:"), result.err
     for word in words:
         assert word in lines[0]
-
-
-@pytest.fixture
-def model_folders(tmp_path):
-    """Copies of the tiny models to break."""
-    save_tiny_generator(tmp_path / "generator")
-    save_tiny_vq(tmp_path / "vq")
-    return tmp_path / "generator", tmp_path / "vq"
-
-
-@pytest.fixture
-def run_tiny(run_script, model_folders):
-    generator, vq = model_folders
-
-    def run(*arguments, env=None):
-        tiny = ("--model-path", generator, "--vq-model-ckpt", vq, "--device", "cpu", "--image-size", 16)
-        return run_script(*tiny, "--num-steps", 3, *arguments, env=env)
-
-    return run
 
 
 def test_folders_with_spaces_and_non_ascii_letters_work(run_tiny, tmp_path):
@@ -298,9 +279,9 @@ def test_a_save_directory_that_cannot_be_written(run_tiny, tmp_path):
     assert (tmp_path / "occupied").read_text() == "a file"
 
 
-def test_a_diverged_run_saves_the_best_so_far_then_says_so(run_tiny, tmp_path):
-    result = run_tiny("--learning-rate", "1e37", "--num-steps", "50", "--save-dir", "out", "--wandb-run-name", "hot")
-    refused(result, "finite", "--learning-rate", "proto_tokens.safetensors")
+def test_a_diverged_run_saves_the_best_so_far_then_says_so(run_tiny, model_folders, tmp_path):
+    spoil_text_head(model_folders[0])
+    refused(run_tiny("--save-dir", "out", "--wandb-run-name", "hot"), "finite", "--learning-rate", "proto_tokens")
     with safe_open(tmp_path / "out" / "hot" / "proto_tokens.safetensors", "pt") as file:
         assert file.get_tensor("e_t").isfinite().all()
     assert (tmp_path / "out" / "hot" / "history.csv").stat().st_size > 0

@@ -140,7 +140,7 @@ def test_a_larger_demo_picture_is_a_larger_grid():
 
 @pytest.mark.parametrize("prompt", ["a red apple on a wooden table", "a penguin on green grass"])
 def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
-    """Its picture, encoded as the drawings were, is likelier under its own caption than under another's."""
+    """Its tokens are likelier under their own caption than under another's, by more than a nat a token."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     args = vpt.parse_args(["--demo", "--device", "cpu", "--prompt", prompt, "--save-dir", str(tmp_path)])
     codes = vpt.make_reference(models, args).codes
@@ -153,4 +153,4 @@ def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
         return torch.nn.functional.cross_entropy(logits, codes[0] + models.visual_offset).item()
 
     other = "a blue book under the night sky"
-    assert loss(prompt) < 0.5 * loss(other)
+    assert loss(prompt) < loss(other) - 1

@@ -135,9 +135,21 @@ def test_clipping_bounds_the_update_but_not_the_logged_norm(tiny_models, make_ar
 
 
 def test_a_loss_that_is_no_longer_finite_ends_the_run_with_the_best_so_far(tiny_models, make_args):
-    result, rows = optimise(tiny_models, make_args("--num-steps", "200", "--learning-rate", "1e37"))
-    assert result.diverged and result.steps < 200
+    calls = []
+
+    def fail_at_the_tenth_pass(module, inputs, output):
+        calls.append(1)
+        if len(calls) == 10:
+            output.last_hidden_state = output.last_hidden_state * math.nan
+        return output
+
+    hook = tiny_models.generator.model.register_forward_hook(fail_at_the_tenth_pass)
+    result, rows = optimise(tiny_models, make_args("--num-steps", "200"))
+    hook.remove()
+    assert result.diverged and result.steps == 10 and len(rows) == 9
     assert all(math.isfinite(row["train/loss"]) for row in rows)
+    best = min(rows, key=lambda row: (-row["train/accuracy"], row["train/loss"]))
+    assert result.best_step == best["step"]
     assert result.best.e_t.isfinite().all() and result.best.m.isfinite().all()
 
 

@@ -25,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from verify_proto_tokens import conditional_prompt, unconditional_prompt
 
 HERE = Path(__file__).resolve().parent
+INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
+# Guidance multiplies differences of log-probabilities: a floor under them keeps unlikely tokens unlikely.
+LABEL_SMOOTHING = 0.1
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="intermediate results and checkpoints")
     parser.add_argument("--output", type=Path, default=HERE, help="where the finished model goes")
-    parser.add_argument("--vq-steps", type=int, default=5500, help="training steps of the visual tokenizer (batch 16)")
-    parser.add_argument("--generator-steps", type=int, default=1700, help="training steps of the generator (batch 64)")
+    parser.add_argument("--vq-steps", type=int, default=3400, help="training steps of the visual tokenizer (batch 16)")
+    parser.add_argument("--generator-steps", type=int, default=2000, help="training steps of the generator (batch 64)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -200,7 +203,10 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
         batch = [torch.tensor(negative if unconditional else prompts[row]) for row in rows]
         lengths = torch.tensor([len(prompt) for prompt in batch])
         target = targets[rows]  # [B, N]
-        sequences = [torch.cat((prompt, tokens[:-1])) for prompt, tokens in zip(batch, target, strict=True)]
+        # Some of the tokens fed in are replaced, so that sampling can go on from a token that training never had there.
+        noise = torch.from_numpy(rng.integers(vq.CODEBOOK_SIZE, size=target.shape)) + len(text_tokenizer)
+        fed = torch.where(torch.from_numpy(rng.random(target.shape)) < INPUT_NOISE, noise, target)
+        sequences = [torch.cat((prompt, tokens[:-1])) for prompt, tokens in zip(batch, fed, strict=True)]
         # Padding lies behind everything that counts, so causal attention needs no mask.
         inputs = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -208,7 +214,7 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
             places = lengths[:, None] - 1 + torch.arange(num_tokens)  # [B, N]
             hidden_states = hidden_states[torch.arange(len(rows))[:, None], places]
             logits = generator.lm_head(hidden_states)  # [B, N, V]
-        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), label_smoothing=LABEL_SMOOTHING)
 
     training = Training("generator", generator, args, args.generator_steps, peak=1.2e-3, decay=0.05, betas=(0.9, 0.95))
     return training.run(loss_of_batch).eval()

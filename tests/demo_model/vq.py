@@ -78,6 +78,13 @@ def convolver(channels: int) -> nn.Sequential:
     )
 
 
+def pointwise(channels: int) -> nn.Sequential:
+    """Two pointwise convolutions: depth without a wider view."""
+    return nn.Sequential(
+        ChannelNorm(channels), nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1)
+    )
+
+
 class Residual(nn.Module):
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -96,22 +103,26 @@ def up(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Video [B, 3, 1, H, W] in [-1, 1] -> (indices [B, 1, h, w], codes [B, d, 1, h, w], loss)."""
+    """Video [B, 3, 1, H, W] in [-1, 1] -> (indices [B, 1, h, w], codes [B, d, 1, h, w], loss).
+
+    It sees each cell with a margin of four pixels and no more: the inside of a thing has the same tokens before every
+    background, and a generator can put together pairs that it never saw.
+    """
 
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
             nn.PixelUnshuffle(4),
-            nn.Conv2d(48, 48, 3, padding=1),
-            down(48, 96),
-            Residual(convolver(96)),
-            down(96, 160),
-            Residual(mixer(160)),
-            down(160, 224),
-            Residual(mixer(224)),
-            Residual(mixer(224)),
-            ChannelNorm(224),
-            nn.Conv2d(224, len(LEVELS), 1),
+            nn.Conv2d(48, 64, 3, padding=1),
+            down(64, 128),
+            Residual(pointwise(128)),
+            down(128, 224),
+            Residual(pointwise(224)),
+            down(224, 256),
+            Residual(pointwise(256)),
+            Residual(pointwise(256)),
+            ChannelNorm(256),
+            nn.Conv2d(256, len(LEVELS), 1),
         )
         self.quantizer = Quantizer()
 
