@@ -25,17 +25,42 @@ import math
 import os
 import platform
 import re
+import shlex
+import signal
+import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """How AdamW finds the proto-tokens: all but the number of steps."""
+
+    initial_scale: float  # standard deviation of the initial values
+    betas: tuple[float, float]
+    warmup_steps: int
+    learning_rate: float  # at the peak; from there a cosine to FINAL_RATE
+    grad_clip: float  # 0 is off
+
+
+RECIPES = {
+    # A short second-moment memory is the largest single gain over the reference recipe.
+    "tuned": Recipe(initial_scale=0.5, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.1, grad_clip=0.0),
+    "reference": Recipe(initial_scale=0.01, betas=(0.9, 0.999), warmup_steps=0, learning_rate=0.01, grad_clip=1.0),
+}
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
@@ -44,6 +69,53 @@ CACHE_FOLDER = "reference_cache"
 
 class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with code 2."""
+
+
+@contextlib.contextmanager
+def enough_memory_for(what: str) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not full:
+            raise
+        raise UserError(
+            f"out of memory for {what}: a smaller --image-size, --dtype bfloat16 or --vocabulary visual needs less"
+        ) from None
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class StopSwitch:
+    """The first SIGINT or SIGTERM raises Stopped, at once or, inside `held_back`, where the block looks for it.
+
+    A second one ends the process at once.
+    """
+
+    def __init__(self):
+        self.received, self.at_once = None, True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if self.at_once:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        self.at_once = False
+        yield
+        self.at_once = True
 
 
 def number(kind: type, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> Callable:
@@ -92,6 +164,16 @@ def folder_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"takes no value, or true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+# Sweep agents write a switch as --demo=True.
+SWITCH = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -113,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust",
     )
-    add("--demo", action="store_true", help="use the small demo model kept in the repository; needs no network")
+    add("--demo", **SWITCH, help="use the small demo model kept in the repository; needs no network")
     add(
         "--codebook-size",
         type=number(int, 1),
@@ -172,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)",
     )
-    add("--force-generate", action="store_true", help="generate the reference even if it is cached with these settings")
+    add("--force-generate", **SWITCH, help="generate the reference even if it is cached with these settings")
     add(
         "--seed",
         type=number(int, 0, 2**63 - 1),
@@ -183,18 +265,24 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimisation of the proto-tokens").add_argument
     add("--num-steps", type=number(int, 1), default=1000, metavar="STEPS", help="at most (default: %(default)s)")
     add(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="tuned",
+        help="initial values, betas, warm-up, and the defaults of the next two options; `reference` is the usual one: "
+        "normal x 0.01, betas 0.9 and 0.999, no warm-up, rate 0.01, clipping at 1 (default: %(default)s)",
+    )
+    add(
         "--learning-rate",
         type=number(float, 0, 1e37, open_minimum=True),
-        default=0.1,
         metavar="RATE",
-        help="peak rate of AdamW; the reference recipe has 0.01 (default: %(default)s)",
+        help=f"peak rate of AdamW (default: {RECIPES['tuned'].learning_rate}, that of the recipe)",
     )
     add(
         "--grad-clip",
         type=number(float, 0),
-        default=0.0,
         metavar="NORM",
-        help="clip the joint gradient of e_t and m to this norm; 0 is off (default: %(default)s)",
+        help="clip the joint gradient of e_t and m to this norm; 0 is off "
+        f"(default: {RECIPES['tuned'].grad_clip:g}, that of the recipe)",
     )
     add(
         "--vocabulary",
@@ -217,6 +305,25 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="steps between two rows of history.csv and of W&B's history (default: %(default)s)",
     )
+    add(
+        "--save-every",
+        type=number(int, 1),
+        default=100,
+        metavar="STEPS",
+        help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        **SWITCH,
+        help="go on with the interrupted run of this name, settings and save directory; starts where there is none",
+    )
+    add(
+        "--from-proto-tokens",
+        type=folder_path,
+        metavar="FILE",
+        help="learn nothing: reconstruct the picture from an earlier run's proto_tokens.safetensors, whose prompt, "
+        "size and vocabulary hold; the models must be that run's",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add(
@@ -228,7 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("Weights & Biases").add_argument
-    add("--use-wandb", action="store_true", help="log to W&B; a run started by a sweep agent does so without this flag")
+    add("--use-wandb", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
     add("--wandb-project", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
     add("--wandb-entity", metavar="NAME", help="user or team (default: W&B's own default)")
     add(
@@ -245,6 +352,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="separated by commas (default: proto-tokens)",
     )
     add("--wandb-group", metavar="NAME", help="group that the run belongs to")
+    add(
+        "--image-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)",
+    )
     add(
         "--wandb-mode",
         choices=("online", "offline", "disabled"),
@@ -268,6 +381,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([with_hyphens(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     if args.demo and (args.model_path or args.vq_model_ckpt):
         parser.error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
+    for name in ("learning_rate", "grad_clip"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(RECIPES[args.recipe], name))
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
@@ -283,6 +399,8 @@ def exit_with_error(message: str) -> None:
 def default_run_name(args: argparse.Namespace) -> str:
     rate = f"{args.learning_rate:g}".replace(".", "")
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
+    if args.from_proto_tokens:
+        name = "reconstructed"
     # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
     return f"{name}_{os.environ['WANDB_RUN_ID']}" if in_sweep() and os.environ.get("WANDB_RUN_ID") else name
 
@@ -728,10 +846,8 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 # ----------------------------------------------------------------------------------------------------------------------
 # Proto-tokens
 
-INITIAL_SCALE = 0.5  # standard deviation of the initial values
-BETAS = (0.9, 0.9)  # a short second-moment memory: the largest single gain over the reference recipe
-WARMUP_STEPS = 20
 FINAL_RATE = 1e-5
+CHUNK_LOGITS = 2**24  # logits held at a time: 64 MB in float32
 
 
 @dataclass(frozen=True)
@@ -745,23 +861,27 @@ class ProtoTokens:
         return ProtoTokens(self.e_t.detach().clone(), self.m.detach().clone())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Optimisation:
-    """What the optimisation found: the best embeddings, where, how long it took, and its logged rows."""
+    """Where an optimisation stands: all that its next step depends on, and what it has found so far."""
 
+    proto_tokens: ProtoTokens  # the masters, which learn
+    optimizer: torch.optim.AdamW
     best: ProtoTokens
-    best_step: int
-    steps: int
-    seconds: float
-    history: list[dict[str, float]]
-    diverged: bool
+    best_step: int = 0
+    best_accuracy: float = -1.0  # percent
+    best_loss: float = math.inf  # of the best step
+    step: int = 0  # steps behind it
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)  # its logged rows
+    diverged: bool = False
 
 
-def initial_proto_tokens(batch: int, hidden_size: int, seed: int, device: torch.device) -> ProtoTokens:
+def initial_proto_tokens(batch: int, hidden_size: int, scale: float, seed: int, device: torch.device) -> ProtoTokens:
     """Normal values from a random stream of their own: the same on every device and for any number of steps."""
     rng = torch.Generator().manual_seed(seed)
-    m = torch.randn(hidden_size, generator=rng) * INITIAL_SCALE
-    e_t = torch.randn(batch, hidden_size, generator=rng) * INITIAL_SCALE
+    m = torch.randn(hidden_size, generator=rng) * scale
+    e_t = torch.randn(batch, hidden_size, generator=rng) * scale
     return ProtoTokens(e_t.to(device).requires_grad_(), m.to(device).requires_grad_())
 
 
@@ -781,21 +901,34 @@ def competing_head(models: Models, vocabulary: str) -> tuple[Tensor, int]:
     return weight[models.visual_offset : models.visual_offset + models.codebook_size], 0
 
 
-def token_metrics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts over logits [B, N, V] and target [B, N]: positions whose argmax is the target, and whose top 5 hold it.
+def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of hidden_states [B, N, D] @ head.T [D, V] against target [B, N], never holding [B, N, V] logits.
 
-    Only strictly larger logits keep a target out of the top 5, which may hold more than five where a low precision
-    makes ties.
+    Returns the losses [B, N] in nats, the gradient [B, N, D] of their mean with respect to hidden_states, and the
+    target's rank [B, N]: 0 where it is the argmax, else how many ids beat it (at least 1). Of a softmax's input z the
+    gradient is softmax(z) - onehot(target), so each chunk of logits gives its loss, gradient and ranks while it is
+    there.
     """
-    target_logits = logits.gather(-1, target[..., None])
-    correct = (logits.argmax(-1) == target).sum()
-    in_top5 = ((logits > target_logits).sum(-1) < 5).sum()
-    return correct, in_top5
+    flat, targets = hidden_states.flatten(0, 1), target.flatten()
+    losses, ranks, gradient = flat.new_empty(len(flat), dtype=torch.float32), targets.new_empty(len(flat)), []
+    for rows in torch.arange(len(flat), device=flat.device).split(max(1, CHUNK_LOGITS // len(head))):
+        logits = (flat[rows] @ head.T).float()  # [C, V]
+        target_logits = logits.gather(-1, targets[rows, None])  # [C, 1]
+        largest, predicted = logits.max(-1, keepdim=True)
+        ahead = (logits > target_logits).sum(-1)
+        # A low precision makes ties, which the argmax decides.
+        ranks[rows] = torch.where(predicted[:, 0] == targets[rows], 0, ahead.clamp(min=1))
+        weights = logits.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        losses[rows] = (total.log() + (largest - target_logits))[:, 0]
+        expected = (weights.to(head.dtype) @ head).float() / total  # [C, D], the head's mean row under the softmax
+        gradient.append((expected - head[targets[rows]]) / len(flat))
+    return losses.view_as(target), torch.cat(gradient).view_as(hidden_states), ranks.view_as(target)
 
 
-def rate_at(step: int, num_steps: int, peak: float) -> float:
+def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine from `peak` to FINAL_RATE over the remaining steps; `step` counts from 1."""
-    warmup = min(WARMUP_STEPS, num_steps // 10)
+    warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup - 1) / max(1, num_steps - warmup - 1)
@@ -803,66 +936,71 @@ def rate_at(step: int, num_steps: int, peak: float) -> float:
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimise_proto_tokens(
-    models: Models, codes: Tensor, args: argparse.Namespace, log_step: Callable[[dict[str, float]], None]
-) -> Optimisation:
-    """Minimises the mean cross-entropy of one pass over [e_t, m, ..., m] against `codes` [B, N].
-
-    A row's numbers belong to the embeddings before that step's update; the best are those with the highest accuracy,
-    and among equals the lowest loss. `log_step` gets every logged row. Ends early at --target-accuracy, or where the
-    loss or its gradient is no longer finite (`diverged`).
-    """
-    batch, num_tokens = codes.shape
-    proto_tokens = initial_proto_tokens(batch, models.hidden_size, args.seed, models.device)
+def new_optimisation(models: Models, batch: int, args: argparse.Namespace) -> Optimisation:
+    recipe = RECIPES[args.recipe]
+    proto_tokens = initial_proto_tokens(batch, models.hidden_size, recipe.initial_scale, args.seed, models.device)
     parameters = [proto_tokens.e_t, proto_tokens.m]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=recipe.betas, weight_decay=0.0)
+    return Optimisation(proto_tokens, optimizer, proto_tokens.copy())
+
+
+def target_is_reached(state: Optimisation, args: argparse.Namespace) -> bool:
+    return 0 < args.target_accuracy <= state.best_accuracy
+
+
+def gradient_step(models: Models, proto_tokens: ProtoTokens, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass and its gradient, left in the proto-tokens' `.grad`; returns losses and target ranks, both [B, N]."""
+    hidden_states = one_pass_hidden_states(models.generator, proto_tokens, target.shape[1])  # [B, N, D]
+    losses, gradient, target_rank = chunked_cross_entropy(hidden_states.detach(), head, target)
+    proto_tokens.e_t.grad = proto_tokens.m.grad = None
+    hidden_states.backward(gradient.to(hidden_states.dtype))
+    return losses, target_rank
+
+
+def optimise_proto_tokens(
+    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation
+) -> Iterator[dict[str, float]]:
+    """Minimises the mean cross-entropy of one pass over [e_t, m, ..., m] against `codes` [B, N], from where `state` is.
+
+    Yields a row of numbers a step, by its W&B names, when `state` is that after the step. The numbers belong to the
+    embeddings before the step's update; the best are those with the highest accuracy, and among equals the lowest
+    loss. Ends early at --target-accuracy, or where the loss or its gradient is no longer finite (`state.diverged`).
+    """
+    proto_tokens, parameters = state.proto_tokens, [state.proto_tokens.e_t, state.proto_tokens.m]
     head, first_code = competing_head(models, args.vocabulary)
-    target = codes + first_code  # [B, N]
-    best, best_step, best_score = proto_tokens.copy(), 0, (-1.0, -math.inf)
-    history, diverged = [], False
-    started = time.perf_counter()
-    with progress_bar(range(1, args.num_steps + 1), "proto-tokens", "steps") as steps:
-        for step in steps:
-            rate = rate_at(step, args.num_steps, args.learning_rate)
-            optimizer.param_groups[0]["lr"] = rate
-            logits = (one_pass_hidden_states(models.generator, proto_tokens, num_tokens) @ head.T).float()  # [B, N, V]
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-            with torch.no_grad():
-                correct, in_top5 = token_metrics(logits, target)
-                norms = (proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm())
-                measured = torch.stack((loss, correct, in_top5, *norms, grad_norm)).tolist()  # the step's one host sync
-            loss_value, correct_count, top5_count, e_t_norm, m_norm, grad_norm_value = measured
-            if not math.isfinite(loss_value + grad_norm_value):
-                diverged = True
-                break
-            accuracy = 100 * correct_count / codes.numel()
-            if (accuracy, -loss_value) > best_score:
-                best, best_step, best_score = proto_tokens.copy(), step, (accuracy, -loss_value)
-            reached = 0 < args.target_accuracy <= accuracy
-            if step % args.log_every == 0 or step in (1, args.num_steps) or reached:
-                row = {
-                    "step": step,
-                    "train/loss": loss_value,
-                    "train/accuracy": accuracy,
-                    "train/top5_accuracy": 100 * top5_count / codes.numel(),
-                    "train/correct_tokens": int(correct_count),
-                    "train/best_accuracy": best_score[0],
-                    "train/learning_rate": rate,
-                    "embeddings/e_t_norm": e_t_norm,
-                    "embeddings/m_norm": m_norm,
-                    "gradients/grad_norm": grad_norm_value,
-                }
-                history.append(row)
-                log_step(row)
-                status = f"loss {loss_value:.3f}, correct {correct_count:.0f}/{codes.numel()} ({accuracy:.1f} %)"
-                steps.set_postfix_str(f"{status}, best {best_score[0]:.1f} %", refresh=False)
-            if reached:
-                break
-            optimizer.step()
-    return Optimisation(best, best_step, step, time.perf_counter() - started, history, diverged)
+    while state.step < args.num_steps and not target_is_reached(state, args):
+        started = time.perf_counter()
+        rate = rate_at(state.step + 1, args.num_steps, RECIPES[args.recipe].warmup_steps, args.learning_rate)
+        state.optimizer.param_groups[0]["lr"] = rate
+        losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+        with torch.no_grad():
+            counts = ((target_rank == 0).sum(), (target_rank < 5).sum())
+            norms = (proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm())
+            measured = torch.stack((losses.mean(), *counts, *norms, grad_norm)).tolist()  # the step's one host sync
+        loss, correct, in_top5, e_t_norm, m_norm, grad_norm = measured
+        if not math.isfinite(loss + grad_norm):
+            state.diverged = True
+            return
+        accuracy = 100 * correct / codes.numel()
+        if (accuracy, -loss) > (state.best_accuracy, -state.best_loss):
+            state.best, state.best_step = proto_tokens.copy(), state.step + 1
+            state.best_accuracy, state.best_loss = accuracy, loss
+        state.optimizer.step()
+        state.step += 1
+        state.seconds += time.perf_counter() - started
+        yield {
+            "step": state.step,
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "train/top5_accuracy": 100 * in_top5 / codes.numel(),
+            "train/correct_tokens": int(correct),
+            "train/best_accuracy": state.best_accuracy,
+            "train/learning_rate": rate,
+            "embeddings/e_t_norm": e_t_norm,
+            "embeddings/m_norm": m_norm,
+            "gradients/grad_norm": grad_norm,
+        }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,14 +1024,16 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str) -> Reconstruction:
-    """One forward pass, argmax, VQ decode; the pass is timed too (median of five, after one to warm up).
+def reconstruct(
+    models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str, repeats: int = 6
+) -> Reconstruction:
+    """One forward pass, argmax, VQ decode; the pass is timed too (median of the repeats after the first).
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
     head, first_code = competing_head(models, vocabulary)
     seconds = []
-    for _ in range(6):
+    for _ in range(repeats):
         synchronise(models.device)
         started = time.perf_counter()
         logits = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1]) @ head.T  # [B, N, V]
@@ -906,7 +1046,7 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabu
     predicted_codes = logits[..., first_code : first_code + models.codebook_size].argmax(-1)
     pixels = decode_codes(models.vq_decoder, predicted_codes)
     predicted_ids = predicted - first_code + models.visual_offset
-    return Reconstruction(predicted_ids, target_rank, pixels, sorted(seconds[1:])[2])
+    return Reconstruction(predicted_ids, target_rank, pixels, statistics.median(seconds[1:] or seconds))
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:
@@ -921,30 +1061,41 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
-def summarise(reference: Reference, result: Optimisation, reconstruction: Reconstruction) -> dict:
-    """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds."""
-    last = result.history[-1]
+def summarise(reference: Reference, state: Optimisation, reconstruction: Reconstruction) -> dict:
+    """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds.
+
+    What only an optimisation knows is left out where none took place.
+    """
     num_errors = int(reconstruction.wrong.sum())
     num_tokens = reference.codes.numel()
     best_accuracy = 100 * (num_tokens - num_errors) / num_tokens  # of the embeddings as stored
-    return {
-        "final_accuracy": last["train/accuracy"],
+    summary = {
         "best_accuracy": best_accuracy,
-        "final_top5_accuracy": last["train/top5_accuracy"],
-        "final_loss": last["train/loss"],
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / num_tokens,
-        "total_params": result.best.e_t.numel() + result.best.m.numel(),
+        "total_params": state.best.e_t.numel() + state.best.m.numel(),
         "status": status_of(best_accuracy),
         "num_tokens": num_tokens,
-        "best_step": result.best_step,
-        "steps": result.steps,
-        "optimisation_seconds": result.seconds,
         "one_pass_seconds": reconstruction.one_pass_seconds,
-        "autoregressive_seconds": reference.autoregressive_seconds,
-        "speedup": reference.autoregressive_seconds / reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.pixels, reference.pixels),
     }
+    if not state.history:
+        return summary
+    last = state.history[-1]
+    return summary | {
+        "final_accuracy": last["train/accuracy"],
+        "final_top5_accuracy": last["train/top5_accuracy"],
+        "final_loss": last["train/loss"],
+        "best_step": state.best_step,
+        "steps": state.step,
+        "optimisation_seconds": state.seconds,
+        "autoregressive_seconds": reference.autoregressive_seconds,
+        "speedup": reference.autoregressive_seconds / reconstruction.one_pass_seconds,
+    }
+
+
+def likeness(decibels: float) -> str:
+    return f"PSNR {decibels:.1f} dB" if math.isfinite(decibels) else "identical picture"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -979,10 +1130,9 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07})
     total, correct = summary["num_tokens"], summary["num_tokens"] - summary["num_errors"]
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %)"
-    likeness = f"PSNR {summary['psnr']:.1f} dB" if math.isfinite(summary["psnr"]) else "identical picture"
     captions = (
         (reference, "reference", f"{total} tokens, one after another"),
-        (reconstruction, "one forward pass over two embeddings", f"{accuracy}, {likeness}"),
+        (reconstruction, "one forward pass over two embeddings", f"{accuracy}, {likeness(summary['psnr'])}"),
     )
     for axis, (image, title, detail) in zip(axes, captions, strict=True):
         axis.imshow(image, interpolation="antialiased")
@@ -1068,13 +1218,13 @@ def draw_figures(
 ) -> dict[str, Image.Image]:
     """Every picture of a run, by its W&B name; its file is that name with `.png`."""
     reference_image, reconstructed_image = to_image(reference.pixels[0]), to_image(reconstruction.pixels[0])
-    return {
+    images = {
         "reference_image": reference_image,
         "reconstructed_image": reconstructed_image,
         "comparison": draw_comparison(prompt, reference_image, reconstructed_image, summary),
-        "training_curves": draw_training_curves(history),
         "token_error_map": draw_token_error_map(reference_image, reconstruction.target_rank[0]),
     }
+    return images | ({"training_curves": draw_training_curves(history)} if history else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1084,6 +1234,8 @@ VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetens
 VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
 IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
+STATE_FILE = "interrupted_run.safetensors"
+COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
 
 @contextlib.contextmanager
@@ -1097,19 +1249,32 @@ def written_whole(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def open_run_folder(args: argparse.Namespace) -> Path:
-    """Makes <save-dir>/<run-name> and tries that it can be written. Raises UserError."""
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Makes <save-dir>/<run-name>, tries that it can be written, and keeps other runs out of it. Raises UserError."""
     folder = args.save_dir / args.wandb_run_name
+    needed = (folder, args.save_dir / CACHE_FOLDER, *reversed((args.save_dir, *args.save_dir.parents)))
+    made = [each for each in needed if not each.exists()]
     try:
-        for each in (folder, args.save_dir / CACHE_FOLDER):
+        for each in needed[:2]:
             each.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=each):
                 pass
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
-    if (folder / "summary.json").exists():
-        print(f"note: the results of an earlier run in {folder} will be replaced; --wandb-run-name keeps runs apart")
-    return folder
+    try:
+        if fcntl:
+            # On the folder itself: the lock ends with the process, however it ends, and leaves no file.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {folder}: name this one with --wandb-run-name, or wait") from None
+    finally:
+        os.close(lock)
+        for each in (*made[:2], *reversed(made[2:])):
+            with contextlib.suppress(OSError):
+                each.rmdir()  # only what this run made, and only what stayed empty
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
@@ -1125,11 +1290,8 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "hidden_size": models.hidden_size,
         "generator_fingerprint": models.fingerprint,
         "vq_fingerprint": models.vq_fingerprint,
-        "initial_scale": INITIAL_SCALE,
-        "betas": list(BETAS),
-        "warmup_steps": WARMUP_STEPS,
         "final_learning_rate": FINAL_RATE,
-    }
+    } | {name: getattr(RECIPES[args.recipe], name) for name in ("initial_scale", "betas", "warmup_steps")}
     versions = {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONED}
     return settings | resolved | {"versions": versions}
 
@@ -1180,49 +1342,234 @@ def write_proto_tokens(
 
 def remove_earlier_results(folder: Path) -> None:
     """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
-    for name in (*(f"{image}.png" for image in IMAGES), "history.csv", "summary.json", PROTO_TOKENS_FILE):
+    # The summary, which says that the others are whole, goes first.
+    for name in ("summary.json", "history.csv", PROTO_TOKENS_FILE, STATE_FILE, *(f"{image}.png" for image in IMAGES)):
         (folder / name).unlink(missing_ok=True)
+
+
+# What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
+FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
+FREE_TO_CHANGE |= {"demo", "model_path", "vq_model_ckpt", "device"}
+
+
+def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:
+    """Raises UserError that names every setting in which the run to go on with differs."""
+    settings = json.loads(json.dumps(settings))  # as the earlier ones were stored
+    names = [name for name in settings if name not in FREE_TO_CHANGE and not name.startswith("wandb_")]
+    changed = [f"{n} ({earlier.get(n)}, now {settings[n]})" for n in names if earlier.get(n) != settings[n]]
+    if changed:
+        raise UserError(
+            f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
+            "this run another --wandb-run-name, or leave out --resume to replace it"
+        )
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether the run in `folder` has ended with these settings. Raises UserError where its settings are others."""
+    if not (folder / "summary.json").exists():
+        return False
+    refuse_other_settings(folder, read_json(folder / "config.json"), settings)
+    return True
+
+
+def read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{file} is missing or damaged: leave out --resume to run anew")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What an interrupted run left: tensors by name, numbers, logged rows, and the id of its W&B run."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, float]
+    history: list[dict[str, float]]
+    run_id: str | None
+
+
+def write_state(file: Path, state: Optimisation, codes: Tensor, settings: dict, run_id: str | None) -> None:
+    tensors = {"codes": codes, "best.e_t": state.best.e_t, "best.m": state.best.m}
+    for name in ("e_t", "m"):
+        parameter = getattr(state.proto_tokens, name)
+        moments = state.optimizer.state[parameter]
+        tensors |= {name: parameter.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
+    content = {name: getattr(state, name) for name in COUNTERS}
+    metadata = {"settings": settings, "numbers": content, "history": state.history, "run_id": run_id}
+    with written_whole(file) as partial:
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        partial.write_bytes(to_safetensors(stored, {name: json.dumps(value) for name, value in metadata.items()}))
+
+
+def read_state(folder: Path, settings: dict) -> SavedState | None:
+    """The state of the interrupted run in `folder`; None where there is none. Raises UserError."""
+    file = folder / STATE_FILE
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
+            metadata = {name: json.loads(value) for name, value in stored.metadata().items()}
+            earlier = metadata.pop("settings")
+            saved = SavedState(tensors, **metadata)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{file} is damaged: leave out --resume to run anew") from None
+    refuse_other_settings(folder, earlier, settings)
+    return saved
+
+
+def restore_state(state: Optimisation, codes: Tensor, saved: SavedState) -> None:
+    """Puts a fresh optimisation where the interrupted one stood. Raises UserError where its target was another."""
+    if not torch.equal(saved.tensors["codes"], codes.cpu()):
+        raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
+    moments = {}
+    for index, name in enumerate(("e_t", "m")):
+        prefix = f"{name}."
+        getattr(state.proto_tokens, name).data.copy_(saved.tensors[name])
+        getattr(state.best, name).copy_(saved.tensors[f"best.{name}"])
+        moments[index] = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments if saved.numbers["step"] else {}, "param_groups": groups})
+    for name in COUNTERS:
+        setattr(state, name, saved.numbers[name])
+    state.history = saved.history
+
+
+# ---- an earlier run's proto-tokens
+
+
+def read_proto_tokens(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and settings of --from-proto-tokens; its prompt, size and vocabulary become those of `args`.
+
+    Raises UserError.
+    """
+    file = args.from_proto_tokens
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in ("e_t", "m", "target_ids")}
+            settings = json.loads(stored.metadata()["settings"])
+        args.prompt, args.image_size, args.vocabulary = (settings[n] for n in ("prompt", "image_size", "vocabulary"))
+    except FileNotFoundError:
+        raise UserError(f"--from-proto-tokens {file}: there is no such file") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        raise UserError(f"--from-proto-tokens {file} is damaged or no proto_tokens.safetensors of a run") from None
+    return tensors, settings
+
+
+def take_proto_tokens(models: Models, stored: tuple[dict[str, Tensor], dict]) -> tuple[Reference, Optimisation]:
+    """The stored target, decoded, and the stored embeddings as a finished optimisation. Raises UserError."""
+    tensors, settings = stored
+    ours = {"hidden_size": models.hidden_size, "visual_offset": models.visual_offset}
+    ours |= {"codebook_size": models.codebook_size, "generator_fingerprint": models.fingerprint}
+    other = [f"{name} {settings.get(name)}, not {value}" for name, value in ours.items() if settings.get(name) != value]
+    if other:
+        raise UserError(f"--from-proto-tokens: the file was made for another model ({other[0]}): name that one")
+    codes = (tensors["target_ids"] - models.visual_offset).to(models.device)
+    reference = Reference(codes, math.nan, decode_codes(models.vq_decoder, codes))
+    best = ProtoTokens(tensors["e_t"].to(models.device), tensors["m"].to(models.device))
+    return reference, Optimisation(best, None, best)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking: the only place that touches Weights & Biases
 
 
+# Together the longest that a run waits for a server that does not answer, with the 10 s of `wandb.login`.
+WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 15, 30
+
+
 @contextlib.contextmanager
-def tracked(args: argparse.Namespace, settings: dict) -> Iterator[object | None]:
-    """Yields a W&B run that ends with the block, as failed if the block raises; None where W&B is not asked for."""
+def tracked(args: argparse.Namespace, settings: dict, run_id: str | None) -> Iterator[object | None]:
+    """Yields a W&B run that ends with the block, as failed if the block raises; None where W&B is not asked for.
+
+    Trouble with the server never ends the experiment: it is said once, and the run is kept offline, to sync later.
+    """
     if not (args.use_wandb or in_sweep()):
         yield None
         return
-    import wandb
-
-    try:
-        run = wandb.init(
-            project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
-            entity=args.wandb_entity,
-            name=args.wandb_run_name,
-            group=args.wandb_group,
-            tags=args.wandb_tags,
-            mode=args.wandb_mode,
-            config=settings,
-        )
-    except (wandb.Error, ValueError) as error:
-        raise UserError(
-            f"W&B does not start ({first_line(error)}): run `wandb login`, or take --wandb-mode offline, or leave out "
-            "--use-wandb"
-        ) from None
+    run = start_wandb(args, settings, run_id)
+    exit_code = 1
     # Not `with run`: that prints a traceback of what is only a clear line to the user.
     try:
         yield run
-    except BaseException:
-        run.finish(exit_code=1)
+        exit_code = 0
+    except Stopped as stopped:
+        exit_code = stopped.exit_code
         raise
-    run.finish()
+    finally:
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            print(
+                f"W&B: the server did not take everything in time; send the rest with: {sync_command(run)}",
+                file=sys.stderr,
+            )
+
+
+def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
+    """A new W&B run, or the one called `run_id` continued. Raises UserError where W&B refuses a name."""
+    import wandb
+
+    mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
+    if mode == "online":
+        try:
+            wandb.login(verify=True)  # asks for a key on a terminal only, and a server for ten seconds only
+        except wandb.Error as error:
+            mode = keep_offline(error)
+    options = {"entity": args.wandb_entity, "name": args.wandb_run_name, "group": args.wandb_group}
+    options |= {"tags": args.wandb_tags, "config": settings, "id": run_id, "resume": "allow" if run_id else None}
+    options["project"] = None if in_sweep() else args.wandb_project  # a sweep's runs belong to the sweep's project
+    options["settings"] = wandb.Settings(
+        init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, finish_timeout_raises=True
+    )
+    try:
+        try:
+            run = wandb.init(mode=mode, **options)
+        except wandb.errors.CommError as error:
+            wandb.teardown()  # a service that failed once would fail an offline run too
+            run = wandb.init(mode=keep_offline(error), **options)
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"W&B does not take these settings: {first_line(error)}") from None
+    run.define_metric("optimisation_step", hidden=True)
+    for names in ("train/*", "embeddings/*", "gradients/*", "progress/*"):
+        run.define_metric(names, step_metric="optimisation_step")
+    run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
+    return run
+
+
+def keep_offline(error: Exception) -> str:
+    print(f"W&B: {first_line(error)}; this run is kept offline", file=sys.stderr)
+    return "offline"
+
+
+def sync_command(run: object) -> str:
+    return f"wandb sync {shlex.quote(str(Path(run.settings.sync_dir)))}"
 
 
 def log_step(run: object | None, row: dict[str, float]) -> None:
+    """A row of the history; `best_accuracy` too, so that a sweep can stop a run early."""
     if run:
-        run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        values = {name: value for name, value in row.items() if name != "step"}
+        extra = {"best_accuracy": row["train/best_accuracy"], "optimisation_step": row["step"]}
+        run.log(values | extra, step=row["step"])
+
+
+def log_progress(run: object | None, image: Image.Image, step: int) -> None:
+    if run:
+        import wandb
+
+        run.log({"progress/reconstruction": wandb.Image(image, caption=f"step {step}")}, step=step)
+
+
+def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> None:
+    """After a resumption, what the killed run had logged but not sent."""
+    for row in history:
+        if run and row["step"] >= run.step:
+            log_step(run, row)
 
 
 def log_results(run: object | None, images: dict[str, Image.Image], summary: dict, proto_tokens_file: Path) -> None:
@@ -1231,7 +1578,7 @@ def log_results(run: object | None, images: dict[str, Image.Image], summary: dic
         return
     import wandb
 
-    run.log({name: wandb.Image(image) for name, image in images.items()}, step=summary["steps"])
+    run.log({name: wandb.Image(image) for name, image in images.items()}, step=summary.get("steps"))
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
     artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
     artifact.add_file(str(proto_tokens_file))
@@ -1250,68 +1597,157 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def progress_bar(iterable, label: str, unit: str) -> tqdm:
+def progress_bar(iterable, label: str, unit: str, **options) -> tqdm:
     """Lively on a terminal, a line a half-minute in a log file."""
     lively = sys.stderr.isatty()
-    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=0.1 if lively else 30)
+    interval = 0.1 if lively else 30
+    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
 
 
-def print_results(args: argparse.Namespace, summary: dict, folder: Path) -> None:
+def print_results(summary: dict, folder: Path, run: object | None) -> None:
     errors, total = summary["num_errors"], summary["num_tokens"]
-    likeness = f"{summary['psnr']:.1f} dB" if math.isfinite(summary["psnr"]) else "identical picture"
+    at_step = f" at step {summary['best_step']}" if "steps" in summary else ""
     rows = {
         "status": summary["status"],
-        "best accuracy": f"{summary['best_accuracy']:.1f} % at step {summary['best_step']}",
+        "best accuracy": f"{summary['best_accuracy']:.1f} %{at_step}",
         "wrong tokens": f"{errors} of {total}",
-        "PSNR": likeness,
+        "likeness": likeness(summary["psnr"]),
         "parameters": f"{summary['total_params']} for {total} tokens",
-        "optimisation": f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}",
-        "one pass": f"{1000 * summary['one_pass_seconds']:.1f} ms instead of "
-        f"{duration(summary['autoregressive_seconds'])}: {summary['speedup']:.0f} x faster",
-        "files": f"{folder}/",
+        "one pass": f"{1000 * summary['one_pass_seconds']:.1f} ms",
     }
+    if "steps" in summary:
+        rows["one pass"] += (
+            f" instead of {duration(summary['autoregressive_seconds'])}: {summary['speedup']:.0f} x faster"
+        )
+        rows["optimisation"] = f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}"
+    rows["files"] = f"{folder}/"
+    if run and run.offline:
+        rows["to W&B later"] = sync_command(run)
     print("\n" + "\n".join(f"  {label:<14} {value}" for label, value in rows.items()))
 
 
-def run_experiment(args: argparse.Namespace) -> None:
-    """The whole experiment. Raises UserError for what the user can put right."""
-    folder = open_run_folder(args)
-    models = load_models(args)
-    settings = describe_run(args, models)
-    warn_if_slow(models, settings["num_tokens"], args.num_steps)
-    with tracked(args, settings) as run:
-        reference = make_reference(models, args)
-        target_ids = reference.codes + models.visual_offset
-        remove_earlier_results(folder)
-        write_json(folder / "config.json", settings)
-        write_images(folder, {"reference_image": to_image(reference.pixels[0])})
-
-        result = optimise_proto_tokens(models, reference.codes, args, lambda row: log_step(run, row))
-        write_history(folder / "history.csv", result.history)
-        write_proto_tokens(folder / PROTO_TOKENS_FILE, result.best, target_ids, None, settings)
-        if result.diverged:
-            raise UserError(
-                f"the loss or its gradient is no longer finite at step {result.steps}: lower --learning-rate or set "
-                f"--grad-clip 1; the best proto-tokens so far are in {folder / PROTO_TOKENS_FILE}"
+def run_steps(
+    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: object | None, save: Callable
+) -> None:
+    """The optimisation with everything around it: progress bar, history, W&B, saved states."""
+    with progress_bar(None, "proto-tokens", "steps", total=args.num_steps, initial=state.step) as bar:
+        for row in optimise_proto_tokens(models, codes, args, state):
+            ended = state.step == args.num_steps or target_is_reached(state, args)
+            if state.step == 1 or state.step % args.log_every == 0 or ended:
+                state.history.append(row)
+                log_step(run, row)
+            if args.image_every and state.step % args.image_every == 0:
+                pixels = reconstruct(models, state.best, codes, args.vocabulary, repeats=1).pixels
+                log_progress(run, to_image(pixels[0]), state.step)
+            if not ended:
+                save(now=state.step % args.save_every == 0)
+            correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
+            bar.set_postfix_str(
+                f"loss {row['train/loss']:.3f}, {correct}, best {state.best_accuracy:.1f} %", refresh=False
             )
-        reconstruction = reconstruct(models, result.best, reference.codes, args.vocabulary)
-        summary = summarise(reference, result, reconstruction)
-        images = draw_figures(args.prompt, reference, reconstruction, summary, result.history)
-        write_images(folder, images)
-        write_proto_tokens(folder / PROTO_TOKENS_FILE, result.best, target_ids, reconstruction.predicted_ids, settings)
-        write_json(folder / "summary.json", summary)
-        log_results(run, images, summary, folder / PROTO_TOKENS_FILE)
-    print_results(args, summary, folder)
+            bar.update()
+
+
+def learn_proto_tokens(
+    models: Models,
+    reference: Reference,
+    args: argparse.Namespace,
+    folder: Path,
+    settings: dict,
+    saved: SavedState | None,
+    run: object | None,
+    stop: StopSwitch,
+) -> Optimisation:
+    """Optimises from the start, or from where an interrupted run in `folder` stood; leaves history and best embeddings.
+
+    Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
+    """
+    state = new_optimisation(models, len(reference.codes), args)
+    if saved:
+        restore_state(state, reference.codes, saved)
+        log_missing_rows(run, state.history)
+        print(f"resumed after step {state.step}")
+    else:
+        remove_earlier_results(folder)
+    write_json(folder / "config.json", settings)
+    write_images(folder, {"reference_image": to_image(reference.pixels[0])})
+
+    def save(now: bool) -> None:
+        if now or stop.received:
+            write_state(folder / STATE_FILE, state, reference.codes, settings, run.id if run else None)
+        if stop.received:
+            raise Stopped(stop.received)
+
+    with stop.held_back():
+        try:
+            with enough_memory_for(f"step {state.step + 1} of the optimisation"):
+                run_steps(models, reference.codes, args, state, run, save)
+        except UserError:
+            save(now=True)
+            raise
+    write_history(folder / "history.csv", state.history)
+    target_ids = reference.codes + models.visual_offset
+    write_proto_tokens(folder / PROTO_TOKENS_FILE, state.best, target_ids, None, settings)
+    if state.diverged:
+        raise UserError(
+            f"the loss or its gradient is no longer finite at step {state.step + 1}: lower --learning-rate or set "
+            f"--grad-clip 1; the best proto-tokens so far are in {folder / PROTO_TOKENS_FILE}"
+        )
+    return state
+
+
+def publish(
+    models: Models,
+    reference: Reference,
+    state: Optimisation,
+    args: argparse.Namespace,
+    folder: Path,
+    settings: dict,
+    run: object | None,
+) -> dict:
+    """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
+    reconstruction = reconstruct(models, state.best, reference.codes, args.vocabulary)
+    summary = summarise(reference, state, reconstruction)
+    images = draw_figures(args.prompt, reference, reconstruction, summary, state.history)
+    target_ids = reference.codes + models.visual_offset
+    write_images(folder, images)
+    write_proto_tokens(folder / PROTO_TOKENS_FILE, state.best, target_ids, reconstruction.predicted_ids, settings)
+    write_json(folder / "summary.json", summary)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    log_results(run, images, summary, folder / PROTO_TOKENS_FILE)
+    return summary
+
+
+def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
+    """The whole experiment. Raises UserError for what the user can put right."""
+    with run_folder(args) as folder:
+        stored = read_proto_tokens(args) if args.from_proto_tokens else None
+        models = load_models(args)
+        settings = describe_run(args, models)
+        if args.resume and is_finished(folder, settings):
+            print(f"the run in {folder} is finished: there is nothing to resume")
+            return
+        warn_if_slow(models, settings["num_tokens"], args.num_steps)
+        saved = read_state(folder, settings) if args.resume else None
+        with tracked(args, settings, saved and saved.run_id) as run:
+            if stored:
+                reference, state = take_proto_tokens(models, stored)
+            else:
+                reference = make_reference(models, args)
+                state = learn_proto_tokens(models, reference, args, folder, settings, saved, run, stop)
+            summary = publish(models, reference, state, args, folder, settings, run)
+        print_results(summary, folder, run)
 
 
 def main() -> None:
     try:
-        run_experiment(parse_args())
+        args = parse_args()
+        run_experiment(args, StopSwitch())
     except UserError as error:
         exit_with_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; --resume goes on from the last saved step", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
 
 
 if __name__ == "__main__":

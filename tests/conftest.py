@@ -22,11 +22,16 @@ TINY_CODEBOOK = 12
 
 
 class TinyDecoder(nn.Module):
-    """A VQ decoder of factor 4 without any state about its codebook: each code is a flat square of its own grey."""
+    """A VQ decoder without any state about its codebook: each code is a flat square of its own grey."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
 
     def forward(self, indices: Tensor) -> Tensor:
         grey = indices.float() / 6.0 - 1.0
-        return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).unsqueeze(1).repeat(1, 3, 1, 1, 1)
+        wide = grey.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
+        return wide.unsqueeze(1).repeat(1, 3, 1, 1, 1)
 
 
 def save_tiny_generator(folder: Path, **changes) -> None:
@@ -46,9 +51,9 @@ def spoil_text_head(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def save_tiny_vq(folder: Path) -> None:
+def save_tiny_vq(folder: Path, factor: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.jit.save(torch.jit.script(TinyDecoder()), folder / "decoder.jit")
+    torch.jit.save(torch.jit.script(TinyDecoder(factor)), folder / "decoder.jit")
 
 
 @pytest.fixture(scope="session")
@@ -75,17 +80,34 @@ def tiny_models(make_args) -> vpt.Models:
     return vpt.load_models(make_args())
 
 
+def clean_environment(folder: Path) -> dict[str, str]:
+    """Away from any W&B or hub account, and from the network."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HOME": str(folder)}
+
+
+def start_script(folder: Path, *arguments, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Starts the script as a process in `folder`."""
+    command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *map(str, arguments)]
+    environment = clean_environment(folder) | (env or {})
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def ended(process: subprocess.Popen, timeout: float = 240) -> SimpleNamespace:
+    """Waits for a process; its exit code and output."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
 def script_runner(folder: Path):
-    """Runs the script as a process in `folder`, away from any W&B or hub account; gives its code and output."""
+    """Runs the script as a process in `folder` to its end."""
 
     def run(*arguments, env: dict[str, str] | None = None, timeout: float = 240) -> SimpleNamespace:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_"))}
-        clean |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HOME": str(folder)}
-        command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *map(str, arguments)]
-        process = subprocess.run(
-            command, cwd=folder, env=clean | (env or {}), capture_output=True, text=True, timeout=timeout
-        )
-        return SimpleNamespace(code=process.returncode, out=process.stdout, err=process.stderr)
+        return ended(start_script(folder, *arguments, env=env), timeout)
 
     return run
 
@@ -104,11 +126,16 @@ def model_folders(tmp_path):
 
 
 @pytest.fixture
-def run_tiny(run_script, model_folders):
+def tiny_arguments(model_folders):
+    """The command line's part that names the tiny models, 16 tokens, and 3 steps unless more are asked for."""
     generator, vq = model_folders
+    tiny = ("--model-path", generator, "--vq-model-ckpt", vq, "--device", "cpu", "--image-size", 16)
+    return (*tiny, "--num-steps", 3)
 
+
+@pytest.fixture
+def run_tiny(run_script, tiny_arguments):
     def run(*arguments, env=None):
-        tiny = ("--model-path", generator, "--vq-model-ckpt", vq, "--device", "cpu", "--image-size", 16)
-        return run_script(*tiny, "--num-steps", 3, *arguments, env=env)
+        return run_script(*tiny_arguments, *arguments, env=env)
 
     return run

@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_documentation():
 def test_every_option_is_accepted_with_underscores():
     def values(name: str) -> list[str]:
         action = actions[name]
-        if action.nargs == 0:
+        if action.nargs in (0, "?"):
             return []
         return [action.choices[0] if action.choices else "cpu" if name == "--device" else "1"]
 
@@ -37,6 +37,11 @@ def test_every_option_is_accepted_with_underscores():
     for name in actions.keys() - {"--demo"}:
         spelled = vpt.parse_args([name.replace("-", "_").replace("__", "--", 1), *values(name)])
         assert vars(spelled) == vars(vpt.parse_args([name, *values(name)])), name
+
+
+@pytest.mark.parametrize("text", ["True", "true", "False"])
+def test_a_switch_also_takes_the_value_that_a_sweep_agent_writes(text):
+    assert vpt.parse_args([f"--demo={text}"]).demo is (text.lower() == "true")
 
 
 def test_only_the_name_of_an_option_changes_its_underscores():

@@ -35,7 +35,7 @@ def test_codes_decode_in_raster_order(tiny_models):
 
 
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 1, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
     codes = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(2))
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
     hidden_states = vpt.one_pass_hidden_states(tiny_models.generator, proto_tokens, 16)
@@ -46,7 +46,7 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models):
 
 
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 1, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
     codes = torch.zeros(1, 16, dtype=torch.long)
     full = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
     visual = vpt.reconstruct(tiny_models, proto_tokens, codes, "visual")
@@ -65,11 +65,11 @@ def test_status_follows_the_best_accuracy(accuracy, status):
 
 
 def test_the_summary_counts_the_errors_of_the_stored_embeddings(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 1, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
     codes = torch.zeros(1, 16, dtype=torch.long)
     reference = vpt.Reference(codes, 2.0, vpt.decode_codes(tiny_models.vq_decoder, codes))
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, "visual")
-    result = vpt.Optimisation(proto_tokens, 2, 3, 1.0, history(), False)
+    result = vpt.Optimisation(proto_tokens, None, proto_tokens, history=history())
     summary = vpt.summarise(reference, result, reconstruction)
     assert summary["num_errors"] == int(reconstruction.wrong.sum())
     assert summary["error_rate"] == 100 * summary["num_errors"] / 16
@@ -126,7 +126,7 @@ def test_the_history_reads_back(tmp_path):
 
 
 def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
-    proto_tokens = vpt.initial_proto_tokens(1, 8, 0, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, 8, 0.5, 0, torch.device("cpu"))
     vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, torch.zeros(1, 4), None, {})
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}

@@ -72,12 +72,6 @@ def test_a_run_under_a_sweep_agent_logs_without_the_flag(run_script, tmp_path):
     assert len(list((tmp_path / "out").glob("*_run1"))) == 1
 
 
-def test_online_without_a_key_is_refused_in_one_line_not_asked_for(run_script):
-    result = run_script("--demo", "--device", "cpu", "--num-steps", "2", "--use-wandb", "--wandb-mode", "online")
-    assert result.code == 2
-    assert "wandb login" in result.err.splitlines()[-1] and "Traceback" not in result.err
-
-
 def test_a_diverged_run_ends_as_failed_with_one_line_and_no_traceback(run_tiny, model_folders, tmp_path):
     spoil_text_head(model_folders[0])
     result = run_tiny("--use-wandb", env={"WANDB_MODE": "offline"})

@@ -85,13 +85,15 @@ def evaluate_proto_tokens(chosen: list[str]) -> None:
             args = settings_for(caption, folder)
             reference = vpt.make_reference(models, args)
             started = time.perf_counter()
-            result = vpt.optimise_proto_tokens(models, reference.codes, args, lambda row: None)
+            state = vpt.new_optimisation(models, len(reference.codes), args)
+            for _ in vpt.optimise_proto_tokens(models, reference.codes, args, state):
+                pass
             seconds.append(time.perf_counter() - started)
-            reconstruction = vpt.reconstruct(models, result.best, reference.codes, args.vocabulary)
+            reconstruction = vpt.reconstruct(models, state.best, reference.codes, args.vocabulary)
             accuracies.append(100 * (1 - reconstruction.wrong.float().mean().item()))
             distinct = reference.codes.unique().numel()
             print(
-                f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {result.steps} steps, PSNR "
+                f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {state.step} steps, PSNR "
                 f"{vpt.psnr(reconstruction.pixels, reference.pixels):.1f} dB, {distinct} distinct tokens: {caption}"
             )
     print(f"accuracy: median {statistics.median(accuracies):.1f} %, lowest {min(accuracies):.1f} %")

@@ -1,0 +1,186 @@
+"""Interrupted runs: what a kill, a signal or a second run leaves behind, and going on as if nothing had happened."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ended, save_tiny_generator, start_script
+from safetensors.torch import load_file
+
+import verify_proto_tokens as vpt
+
+STATE, TIMES = "interrupted_run.safetensors", {"seconds", "speedup"}
+LONG = ("--num-steps", 2500, "--save-every", 50, "--target-accuracy", 0, "--wandb-run-name", "run")
+
+
+def wait_for(condition, process=None, seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def results_of(folder) -> tuple[dict, str, dict]:
+    """Tensors, history and summary, but for what a clock measured."""
+    summary = json.loads((folder / "summary.json").read_text())
+    timeless = {name: value for name, value in summary.items() if not any(word in name for word in TIMES)}
+    tensors = {name: tensor.tolist() for name, tensor in load_file(folder / "proto_tokens.safetensors").items()}
+    return tensors, (folder / "history.csv").read_text(), timeless
+
+
+@pytest.fixture
+def interrupted(tiny_arguments, tmp_path):
+    """A long run that a SIGTERM stopped: its arguments, its end, and its folder."""
+    arguments = (*tiny_arguments, *LONG, "--save-dir", tmp_path / "out")
+    process, folder = start_script(tmp_path, *arguments), tmp_path / "out" / "run"
+    wait_for((folder / STATE).exists, process)
+    process.send_signal(signal.SIGTERM)
+    return arguments, ended(process, 10), folder
+
+
+def test_a_state_written_and_read_back_goes_on_bit_for_bit(tiny_models, make_args, tmp_path):
+    args, codes = make_args("--num-steps", "12"), torch.arange(16)[None] % 12
+    whole = vpt.new_optimisation(tiny_models, 1, args)
+    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
+    for interruption in (1, 5, 11):
+        first, second = (vpt.new_optimisation(tiny_models, 1, args) for _ in range(2))
+        steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
+        before = [next(steps) for _ in range(interruption)]
+        vpt.write_state(tmp_path / STATE, first, codes, {}, None)
+        vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
+        assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
+        assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
+
+
+def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(tiny_arguments, run_script, tmp_path):
+    assert run_script(*tiny_arguments, *LONG, "--save-dir", "whole").code == 0
+    arguments, state = (*tiny_arguments, *LONG, "--save-dir", "killed", "--resume"), tmp_path / "killed" / "run" / STATE
+    moments = random.Random(3)
+    for _ in range(3):
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = start_script(tmp_path, *arguments)
+        wait_for(lambda then=before: state.exists() and state.stat().st_mtime_ns > then, process)
+        time.sleep(moments.uniform(0, 1))
+        process.kill()
+        process.communicate()
+    assert run_script(*arguments).code == 0
+    assert results_of(tmp_path / "killed" / "run") == results_of(tmp_path / "whole" / "run")
+    names = {file.name for file in (tmp_path / "killed" / "run").iterdir() if not file.name.endswith(".partial")}
+    assert names == {file.name for file in (tmp_path / "whole" / "run").iterdir()}
+
+
+def test_sigterm_saves_the_state_and_ends_with_143_and_one_line(interrupted):
+    _, end, folder = interrupted
+    assert end.code == 143
+    assert "SIGTERM" in end.err.splitlines()[-1] and "--resume" in end.err and "Traceback" not in end.err
+    assert (folder / STATE).exists() and not (folder / "summary.json").exists()
+
+
+def test_ctrl_c_ends_with_130_also_before_the_first_step(tiny_arguments, tmp_path):
+    process = start_script(tmp_path, *tiny_arguments, *LONG, "--save-dir", "out")
+    wait_for((tmp_path / "out" / "run").exists, process)
+    process.send_signal(signal.SIGINT)
+    end = ended(process, 20)
+    assert end.code == 130 and "Traceback" not in end.err
+
+
+def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, run_script):
+    arguments, _, folder = interrupted
+    result = run_script(*arguments, "--resume")
+    assert result.code == 0 and "resumed after step" in result.out
+    steps = [int(line.split(",")[0]) for line in (folder / "history.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(1, 2501))
+    assert not (folder / STATE).exists()
+
+
+def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, run_script):
+    arguments, _, folder = interrupted
+    before = (folder / STATE).read_bytes()
+    result = run_script(*arguments, "--resume", "--learning-rate", 0.05, "--seed", 43)
+    assert result.code == 2 and len(result.err.strip().splitlines()) == 1
+    assert "learning_rate (0.1, now 0.05)" in result.err and "seed (42, now 43)" in result.err
+    assert (folder / STATE).read_bytes() == before
+
+
+def test_a_damaged_state_is_one_line(interrupted, run_script):
+    arguments, _, folder = interrupted
+    whole = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(whole[: len(whole) // 2])
+    result = run_script(*arguments, "--resume")
+    assert result.code == 2 and STATE in result.err and "Traceback" not in result.err
+
+
+def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(run_tiny, tmp_path):
+    arguments = ("--resume", "--save-dir", "out", "--wandb-run-name", "run")
+    assert run_tiny(*arguments).code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out" / "run").iterdir()}
+    again = run_tiny(*arguments)
+    assert again.code == 0 and "finished" in again.out
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "run").iterdir()} == before
+    other = run_tiny(*arguments, "--seed", 7)
+    assert other.code == 2 and "seed (42, now 7)" in other.err
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_at_work(tiny_arguments, run_script, tmp_path):
+    arguments = (*tiny_arguments, *LONG, "--save-dir", "out")
+    first = start_script(tmp_path, *arguments)
+    wait_for((tmp_path / "out" / "run" / STATE).exists, first)
+    second = run_script(*arguments)
+    assert second.code == 2 and "another run is at work" in second.err
+    first.kill()
+    first.communicate()
+    assert run_script(*arguments, "--resume").code == 0  # a killed run leaves no lock
+
+
+def test_a_run_that_fails_before_its_first_result_leaves_nothing(run_tiny, tmp_path):
+    result = run_tiny("--image-size", 17, "--save-dir", tmp_path / "new" / "out")
+    assert result.code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_log_every_thins_the_history_and_changes_nothing_else(run_tiny, tmp_path):
+    for every in (1, 10):
+        assert run_tiny("--num-steps", 25, "--log-every", every, "--save-dir", tmp_path / str(every)).code == 0
+    (one,), (ten,) = (list((tmp_path / str(every)).glob("proto_*")) for every in (1, 10))
+    rows = (one / "history.csv").read_text().splitlines()
+    assert (ten / "history.csv").read_text().splitlines() == [rows[line] for line in (0, 1, 10, 20, 25)]
+    assert results_of(one)[0] == results_of(ten)[0]
+
+
+@pytest.fixture
+def stored(run_tiny, tmp_path):
+    assert run_tiny("--save-dir", "out", "--wandb-run-name", "run").code == 0
+    return tmp_path / "out" / "run"
+
+
+def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimising(stored, run_tiny, tmp_path):
+    file = stored / "proto_tokens.safetensors"
+    result = run_tiny("--from-proto-tokens", file, "--save-dir", "again")
+    assert result.code == 0, result.err
+    (folder,) = (folder for folder in (tmp_path / "again").iterdir() if folder.name != "reference_cache")
+    for name in ("reconstructed_image.png", "reference_image.png", "token_error_map.png"):
+        assert (folder / name).read_bytes() == (stored / name).read_bytes()
+    assert not (folder / "history.csv").exists()
+    earlier, summary = (json.loads((each / "summary.json").read_text()) for each in (stored, folder))
+    assert summary["best_accuracy"] == earlier["best_accuracy"] and "steps" not in summary
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_proto_tokens_file_that_does_not_load_is_one_line(stored, run_tiny, damage):
+    file = stored / "proto_tokens.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    result = run_tiny("--from-proto-tokens", file)
+    assert result.code == 2 and file.name in result.err and len(result.err.strip().splitlines()) == 1
+
+
+def test_proto_tokens_of_another_model_are_refused(stored, run_tiny, model_folders):
+    save_tiny_generator(model_folders[0], hidden_size=64)
+    result = run_tiny("--from-proto-tokens", stored / "proto_tokens.safetensors")
+    assert result.code == 2 and "another model (hidden_size 32, not 64)" in result.err
