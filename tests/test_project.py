@@ -75,7 +75,8 @@ def test_the_sweep_is_that_of_the_guide_and_its_parameters_are_options():
 
 def test_the_readme_names_every_option_and_no_other():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
-    assert named - {"--num_steps"} == OPTIONS - {"-h"}
+    of_other_tools = {"--array", "--gres", "--count", "--root"}
+    assert named - {"--num_steps"} - of_other_tools == OPTIONS - {"-h"}
 
 
 def test_the_readme_states_the_defaults_as_they_are():
@@ -92,7 +93,7 @@ def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(p
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
-    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!=)", text.replace("WANDB_MODE", "").replace("CUDA_VISIBLE_DEVICES", ""))
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!=)", re.sub("WANDB_MODE|HF_HOME|CUDA_VISIBLE_DEVICES", "", text))
 
 
 def test_the_demo_model_stays_within_40_megabytes():
@@ -140,7 +141,7 @@ def test_a_larger_demo_picture_is_a_larger_grid():
 
 @pytest.mark.parametrize("prompt", ["a red apple on a wooden table", "a penguin on green grass"])
 def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
-    """Its tokens are likelier under their own caption than under another's, by more than a nat a token."""
+    """Its tokens are likelier under their own caption than under another's: at most half the loss."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     args = vpt.parse_args(["--demo", "--device", "cpu", "--prompt", prompt, "--save-dir", str(tmp_path)])
     codes = vpt.make_reference(models, args).codes
@@ -153,4 +154,4 @@ def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
         return torch.nn.functional.cross_entropy(logits, codes[0] + models.visual_offset).item()
 
     other = "a blue book under the night sky"
-    assert loss(prompt) < loss(other) - 1
+    assert loss(prompt) < 0.5 * loss(other)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pictures
 import torch
-import torch.nn.functional as F
 import vq
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -26,8 +25,9 @@ from verify_proto_tokens import conditional_prompt, unconditional_prompt
 
 HERE = Path(__file__).resolve().parent
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
-# Guidance multiplies differences of log-probabilities: a floor under them keeps unlikely tokens unlikely.
-LABEL_SMOOTHING = 0.1
+# Guidance multiplies differences of log-probabilities, also of tokens that neither prompt expects. Much smoothing of
+# the unconditional side keeps its floor above the conditional one's: what neither expects is pushed down, not drawn up.
+LABEL_SMOOTHING, UNCONDITIONAL_SMOOTHING = 0.2, 0.8
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="intermediate results and checkpoints")
     parser.add_argument("--output", type=Path, default=HERE, help="where the finished model goes")
     parser.add_argument("--vq-steps", type=int, default=3400, help="training steps of the visual tokenizer (batch 16)")
-    parser.add_argument("--generator-steps", type=int, default=2000, help="training steps of the generator (batch 64)")
+    parser.add_argument("--decoder-steps", type=int, default=2400, help="further steps of its decoder alone (batch 16)")
+    parser.add_argument("--generator-steps", type=int, default=3300, help="training steps of the generator (batch 64)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -139,11 +140,23 @@ def train_tokenizer(images: np.ndarray, args) -> nn.ModuleDict:
     return training.run(loss_of_batch).eval()
 
 
-def export_tokenizer(modules: nn.ModuleDict, folder: Path) -> None:
-    """Writes `encoder.jit` and `decoder.jit`, bfloat16 TorchScript."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, module in modules.items():
-        torch.jit.save(torch.jit.script(module.bfloat16().eval()), folder / f"{name}.jit")
+def train_decoder(decoder: vq.Decoder, images: np.ndarray, codes: Tensor, args) -> vq.Decoder:
+    """Goes on with the decoder alone: sharper pictures of the same tokens."""
+
+    def loss_of_batch(rng) -> Tensor:
+        rows = np.sort(rng.choice(len(images), 16, replace=False))
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = decoder(codes[rows].view(-1, 1, 8, 8))[:, :, 0]
+        return vq.reconstruction_loss(pixels.float(), to_pixels(images[rows]))
+
+    training = Training("decoder", decoder.train(), args, args.decoder_steps, peak=1e-3, decay=0.01)
+    return training.run(loss_of_batch).eval()
+
+
+def export(module: nn.Module, file: Path) -> None:
+    """Writes bfloat16 TorchScript."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.jit.save(torch.jit.script(module.bfloat16().eval()), file)
 
 
 @torch.inference_mode()
@@ -188,7 +201,7 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
 
 
 def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) -> Qwen2ForCausalLM:
-    """Next-token training on the visual tokens behind each prompt; one batch in ten is unconditional, for CFG."""
+    """Next-token training on the visual tokens behind each prompt; one sample in ten is unconditional, for CFG."""
     held_out = pictures.held_out(captions)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
     prompts = text_tokenizer([conditional_prompt(captions[index]) for index in seen])["input_ids"]
@@ -199,8 +212,10 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
 
     def loss_of_batch(rng) -> Tensor:
         rows = rng.choice(len(seen), 64, replace=False)
-        unconditional = rng.random() < 0.1
-        batch = [torch.tensor(negative if unconditional else prompts[row]) for row in rows]
+        unconditional = rng.random(len(rows)) < 0.1  # [B]
+        batch = [torch.tensor(prompts[row]) for row in rows]
+        for place in unconditional.nonzero()[0]:
+            batch[place] = torch.tensor(negative)
         lengths = torch.tensor([len(prompt) for prompt in batch])
         target = targets[rows]  # [B, N]
         # Some of the tokens fed in are replaced, so that sampling can go on from a token that training never had there.
@@ -214,7 +229,11 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
             places = lengths[:, None] - 1 + torch.arange(num_tokens)  # [B, N]
             hidden_states = hidden_states[torch.arange(len(rows))[:, None], places]
             logits = generator.lm_head(hidden_states)  # [B, N, V]
-        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), label_smoothing=LABEL_SMOOTHING)
+        log_probabilities = logits.float().log_softmax(-1)
+        of_target = log_probabilities.gather(-1, target[..., None]).mean((1, 2))  # [B]
+        of_any_code = log_probabilities[..., len(text_tokenizer) :].mean((1, 2))
+        smoothing = torch.where(torch.from_numpy(unconditional), UNCONDITIONAL_SMOOTHING, LABEL_SMOOTHING)
+        return -((1 - smoothing) * of_target + smoothing * of_any_code).mean()
 
     training = Training("generator", generator, args, args.generator_steps, peak=1.2e-3, decay=0.05, betas=(0.9, 0.95))
     return training.run(loss_of_batch).eval()
@@ -226,9 +245,11 @@ def main() -> None:
     captions, images = load_pictures(args.work_dir)
     print(f"{len(captions)} pictures")
     vq_folder, generator_folder = args.output / "vq", args.output / "generator"
-    export_tokenizer(train_tokenizer(images, args), vq_folder)
+    visual_tokenizer = train_tokenizer(images, args)
+    export(visual_tokenizer["encoder"], vq_folder / "encoder.jit")
     codes = encode_all(images, vq_folder / "encoder.jit")
     print(f"{codes.unique().numel()} of {vq.CODEBOOK_SIZE} codes are used")
+    export(train_decoder(visual_tokenizer["decoder"], images, codes, args), vq_folder / "decoder.jit")
     text_tokenizer = make_text_tokenizer(captions)
     generator = train_generator(captions, codes, text_tokenizer, args)
     generator.bfloat16().save_pretrained(generator_folder)
