@@ -1478,8 +1478,8 @@ def take_proto_tokens(models: Models, stored: tuple[dict[str, Tensor], dict]) ->
 # Tracking: the only place that touches Weights & Biases
 
 
-# Together the longest that a run waits for a server that does not answer, with the 10 s of `wandb.login`.
-WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 15, 30
+# Together they keep the time that a run can lose to a dead server under a minute.
+WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 
 
 @contextlib.contextmanager
@@ -1512,12 +1512,14 @@ def tracked(args: argparse.Namespace, settings: dict, run_id: str | None) -> Ite
 
 def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
     """A new W&B run, or the one called `run_id` continued. Raises UserError where W&B refuses a name."""
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     import wandb
 
     mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
-            wandb.login(verify=True)  # asks for a key on a terminal only, and a server for ten seconds only
+            wandb.login(verify=True)  # asks for a key on a terminal only
         except wandb.Error as error:
             mode = keep_offline(error)
     options = {"entity": args.wandb_entity, "name": args.wandb_run_name, "group": args.wandb_group}
@@ -1547,7 +1549,9 @@ def keep_offline(error: Exception) -> str:
 
 
 def sync_command(run: object) -> str:
-    return f"wandb sync {shlex.quote(str(Path(run.settings.sync_dir)))}"
+    """The command that sends what is only here; without the option wandb passes over runs that began online."""
+    option = "" if run.offline else "--no-skip-online "
+    return f"wandb sync {option}{shlex.quote(str(Path(run.settings.sync_dir)))}"
 
 
 def log_step(run: object | None, row: dict[str, float]) -> None:
@@ -1568,7 +1572,7 @@ def log_progress(run: object | None, image: Image.Image, step: int) -> None:
 def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> None:
     """After a resumption, what the killed run had logged but not sent."""
     for row in history:
-        if run and row["step"] >= run.step:
+        if run and row["step"] >= run.starting_step:
             log_step(run, row)
 
 
@@ -1582,7 +1586,11 @@ def log_results(run: object | None, images: dict[str, Image.Image], summary: dic
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
     artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
     artifact.add_file(str(proto_tokens_file))
-    run.log_artifact(artifact)
+    try:
+        run.log_artifact(artifact)
+    except wandb.Error:
+        # Unlike all else this asks the server; where that is gone, the file at least is kept with the run, to sync.
+        run.save(str(proto_tokens_file), base_path=str(proto_tokens_file.parent), policy="now")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -184,3 +184,13 @@ def test_proto_tokens_of_another_model_are_refused(stored, run_tiny, model_folde
     save_tiny_generator(model_folders[0], hidden_size=64)
     result = run_tiny("--from-proto-tokens", stored / "proto_tokens.safetensors")
     assert result.code == 2 and "another model (hidden_size 32, not 64)" in result.err
+
+
+def test_a_second_signal_ends_a_run_at_once(tiny_arguments, tmp_path):
+    process = start_script(tmp_path, *tiny_arguments, *LONG, "--num-steps", 10**6, "--save-dir", "out")
+    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
+    process.send_signal(signal.SIGSTOP)  # both signals are there before it can act on either
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert ended(process, 10).code in (130, 143)

@@ -1,0 +1,328 @@
+"""Weights & Biases with the real client and its command-line tools, against a server of its protocol on 127.0.0.1."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_environment, ended, save_tiny_generator, save_tiny_vq, script_runner, start_script
+from PIL import Image
+from test_interruption import LONG, STATE, wait_for
+from test_wandb import HISTORY, MEDIA, SUMMARY
+from wandb_server import API_KEY, WandbServer
+
+# Processes at once, each with a thread for every core, would mostly wait for one another.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def tiny(folder: Path) -> tuple:
+    return ("--model-path", folder / "generator", "--vq-model-ckpt", folder / "vq", "--device=cpu", "--image-size=16")
+
+
+@pytest.fixture
+def server(tmp_path):
+    with WandbServer(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def tracked_run(run_tiny, server):
+    """Runs the script on the tiny model, tracked on the server."""
+
+    def run(*arguments, **env):
+        return run_tiny("--use-wandb", "--save-dir", "out", *arguments, env=server.environment | env)
+
+    return run
+
+
+def wandb_tool(folder: Path, *arguments, **env) -> subprocess.Popen:
+    """Starts wandb's own command line; `python` is this one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [sys.executable, "-m", "wandb", *map(str, arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(
+        command, cwd=folder, env=clean_environment(folder) | {"PATH": path} | env, text=True, **pipes
+    )
+
+
+def logged_keys(run) -> set[str]:
+    return {key for row in run.history for key in row}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.fixture(scope="module")
+def online(tiny_folder, tmp_path_factory):
+    """One run with everything switched on, shared by the tests that only look at what arrived."""
+    folder = tmp_path_factory.mktemp("online")
+    with WandbServer(folder / "server") as server:
+        arguments = [*tiny(tiny_folder), "--num-steps", 12, "--target-accuracy", 0, "--image-every", 5, "--use-wandb"]
+        arguments += ["--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-tags", "one,two"]
+        result = script_runner(folder)(*arguments, "--wandb-group", "mine", env=server.environment)
+        assert result.code == 0, result.err
+        (run,) = server.runs.values()
+        yield run, server, folder
+
+
+def test_every_metric_arrives_at_every_step(online):
+    run, *_ = online
+    rows = [row for row in run.history if "train/loss" in row]
+    assert [row["_step"] for row in rows] == [row["optimisation_step"] for row in rows] == list(range(1, 13))
+    assert all(row.keys() >= HISTORY | {"best_accuracy"} for row in rows)
+
+
+def test_the_summary_arrives_with_the_sweeps_metric_as_a_plain_number(online):
+    run, *_ = online
+    assert run.summary.keys() >= SUMMARY
+    assert isinstance(run.summary["best_accuracy"], (int, float))
+
+
+def test_pictures_arrive_as_files_that_open(online):
+    run, *_ = online
+    for name in MEDIA:
+        (row,) = [row for row in run.history if name in row]
+        Image.open(run.files[row[name]["path"]]).verify()
+
+
+def test_progress_pictures_arrive_every_few_steps(online):
+    run, *_ = online
+    rows = [row for row in run.history if "progress/reconstruction" in row]
+    assert [row["_step"] for row in rows] == [5, 10]
+    assert all(row["progress/reconstruction"]["path"] in run.files for row in rows)
+
+
+def test_names_tags_settings_and_versions_arrive(online):
+    run, *_ = online
+    assert (run.project, run.display_name, run.group, run.tags) == ("my-project", "my run", "mine", ["one", "two"])
+    assert run.config["num_steps"] == 12 and run.config["recipe"] == "tuned" and run.config["versions"]["torch"]
+
+
+def test_the_proto_tokens_arrive_as_an_artifact(online):
+    run, _, folder = online
+    (artifact,) = [artifact for artifact in run.artifacts if artifact["type"] == "proto-tokens"]
+    local = folder / "proto_tokens_exp" / "my run" / "proto_tokens.safetensors"
+    assert artifact["files"]["proto_tokens.safetensors"].read_bytes() == local.read_bytes()
+
+
+def test_curves_run_over_the_optimisation_step_without_hand_work(online):
+    run, *_ = online
+    metrics = json.loads(run.sent_config)["_wandb"]["value"]["m"]
+    text = json.dumps(metrics)
+    assert all(name in text for name in ("train/*", "embeddings/*", "gradients/*", "optimisation_step"))
+
+
+def test_the_run_ends_as_finished_and_nothing_asked_is_unknown_to_the_server(online):
+    run, server, _ = online
+    assert run.exit_code == 0 and not server.unknown
+
+
+def test_no_secret_lands_in_a_file_a_log_or_an_artifact(online):
+    run, _, folder = online
+    assert API_KEY not in json.dumps([run.config, run.summary, run.history], default=str)
+    for file in folder.rglob("*"):
+        assert not file.is_file() or API_KEY.encode() not in file.read_bytes(), file
+
+
+def test_log_every_thins_what_is_sent(tracked_run, server):
+    bytes_sent = []
+    for every in (1, 10):
+        before = server.received["history"]
+        assert tracked_run("--num-steps", 200, "--target-accuracy", 0, "--log-every", every).code == 0
+        bytes_sent.append(server.received["history"] - before)
+    assert bytes_sent[1] < bytes_sent[0] / 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Offline, and trouble with the server
+
+
+def offline_runs(folder: Path) -> list[Path]:
+    return list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def assert_whole(result, folder: Path) -> None:
+    """The run ended well, with all its files, and said in one line that W&B did not get everything."""
+    assert result.code == 0 and "Traceback" not in result.err, result.err
+    (run,) = (each for each in (folder / "out").iterdir() if each.name != "reference_cache")
+    assert {"summary.json", "history.csv", "proto_tokens.safetensors", "comparison.png"} <= {
+        f.name for f in run.iterdir()
+    }
+    assert len([line for line in result.err.splitlines() if line.startswith("W&B: ")]) == 1, result.err
+
+
+def test_an_offline_run_names_the_command_that_syncs_it_and_then_holds_the_same_keys(
+    online, tracked_run, server, tmp_path
+):
+    arguments = ("--num-steps", 12, "--target-accuracy", 0, "--image-every", 5, "--wandb-mode", "offline")
+    result = tracked_run(*arguments, WANDB_MODE="online")
+    assert result.code == 0 and not server.runs
+    (command,) = [line.split("to W&B later")[1].split() for line in result.out.splitlines() if "to W&B later" in line]
+    assert command[:2] == ["wandb", "sync"]
+    assert ended(wandb_tool(tmp_path, *command[1:], **server.environment), 60).code == 0
+    (synced,) = server.runs.values()
+    run, *_ = online
+    assert logged_keys(synced) == logged_keys(run) and synced.summary.keys() == run.summary.keys()
+    assert synced.config.keys() == run.config.keys()
+    assert [a["type"] for a in synced.artifacts] == [a["type"] for a in run.artifacts]
+
+
+def test_disabled_by_the_flag_nothing_is_sent_or_kept(tracked_run, server, tmp_path):
+    assert tracked_run("--wandb-mode", "disabled").code == 0
+    assert not server.runs and not offline_runs(tmp_path)
+
+
+def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(run_tiny, tmp_path):
+    assert_whole(run_tiny("--use-wandb", "--save-dir", "out"), tmp_path)
+    assert offline_runs(tmp_path)
+
+
+@pytest.mark.parametrize("trouble", ["unreachable", "answers 500"])
+def test_a_server_that_fails_at_the_start_costs_nothing_but_a_wait(tracked_run, server, tmp_path, trouble):
+    if trouble == "unreachable":
+        server.stop()
+    server.failing = 500
+    started = time.monotonic()
+    assert_whole(tracked_run(), tmp_path)
+    assert offline_runs(tmp_path)
+    assert time.monotonic() - started < 90  # a minute of waiting at most, and the run itself
+
+
+@pytest.fixture(scope="module")
+def troubled(tiny_folder, tmp_path_factory):
+    """Two runs at once, whose servers fail in the middle: one dies, one answers 500. Their ends and folders."""
+    runs = {}
+    for trouble in ("dies", "answers 500"):
+        folder = tmp_path_factory.mktemp("troubled")
+        server = WandbServer(folder / "server").__enter__()
+        arguments = (*tiny(tiny_folder), *LONG, "--use-wandb", "--save-dir", "out")
+        runs[trouble] = folder, server, start_script(folder, *arguments, env=server.environment | ONE_THREAD)
+    for trouble, (folder, server, process) in runs.items():
+        wait_for((folder / "out" / "run" / STATE).exists, process)
+        if trouble == "dies":
+            server.stop()
+        server.failing = 500
+    yield {trouble: (folder, ended(process, 120)) for trouble, (folder, _, process) in runs.items()}
+    runs["answers 500"][1].stop()
+
+
+@pytest.mark.parametrize("trouble", ["dies", "answers 500"])
+def test_a_server_that_fails_in_the_middle_loses_nothing(troubled, trouble):
+    folder, result = troubled[trouble]
+    assert_whole(result, folder)
+    (line,) = [line for line in result.err.splitlines() if line.startswith("W&B: ")]
+    command = line.split("wandb ")[1].split()
+    with WandbServer(folder / "later") as later:
+        assert ended(wandb_tool(folder, *command, **later.environment), 60).code == 0
+        (run,) = later.runs.values()
+        assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 2501))
+        assert run.summary.keys() >= SUMMARY and run.exit_code == 0
+        # A file instead of an artifact, which wandb does not write down without asking the server.
+        assert "proto_tokens.safetensors" in run.files
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_killed_run_resumed_is_one_run_without_repeated_or_missing_steps(
+    tiny_arguments, server, run_script, tmp_path
+):
+    arguments = (*tiny_arguments, *LONG, "--use-wandb", "--save-dir", "out", "--resume")
+    process = start_script(tmp_path, *arguments, env=server.environment)
+    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
+    process.kill()
+    process.communicate()
+    result = run_script(*arguments, env=server.environment)
+    assert result.code == 0, result.err
+    (run,) = server.runs.values()
+    assert run.starts == 2 and run.exit_code == 0
+    assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 2501))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder as the guide has it, with the script, its sweep, and models under the hub's names in a hub cache."""
+    for name in ("verify_proto_tokens.py", "sweep_config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    hub = tmp_path / "hf" / "hub"
+    for name, save in (
+        ("Daniel0724--SimpleAR-1.5B-RL", save_tiny_generator),
+        ("nvidia--Cosmos-1.0-Tokenizer-DV8x16x16", lambda folder: save_tiny_vq(folder, factor=64)),
+    ):
+        repository = hub / f"models--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        (repository / "snapshots" / ("a" * 40)).mkdir(parents=True)
+        save(repository / "snapshots" / ("a" * 40))
+    return tmp_path
+
+
+def make_sweep(folder: Path, server: WandbServer, file: Path) -> str:
+    end = ended(wandb_tool(folder, "sweep", "--project", "p", file, **server.environment), 60)
+    assert end.code == 0, end.out
+    (sweep_id,) = server.sweeps
+    return f"tester/p/{sweep_id}"
+
+
+def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, server):
+    sweep = make_sweep(workplace, server, Path("sweep_config.yaml"))
+    server.sweeps[sweep.split("/")[-1]].max_runs = 2
+    agents = [wandb_tool(workplace, "agent", sweep, **server.environment, **ONE_THREAD) for _ in range(2)]
+    output = [ended(agent, 200).out for agent in agents]
+    assert len(server.runs) == 2, output
+    for run in server.runs.values():
+        assert run.exit_code == 0 and run.sweep and run.project == "p"
+        assert isinstance(run.summary["best_accuracy"], (int, float)) and run.summary.keys() >= SUMMARY
+        (folder,) = (workplace / "proto_tokens_exp").glob(f"*_{run.id}")
+        used = json.loads((folder / "config.json").read_text())
+        for name in ("num_steps", "learning_rate", "image_size"):
+            assert used[name] == run.config[name]
+        assert used["num_steps"] in (500, 1000, 2000) and 0.001 <= used["learning_rate"] <= 0.1
+        assert json.loads((folder / "summary.json").read_text())["best_accuracy"] == run.summary["best_accuracy"]
+    sizes = {run.config["image_size"] for run in server.runs.values()}
+    references = list((workplace / "proto_tokens_exp" / "reference_cache").iterdir())
+    assert len(references) == len(sizes)  # one picture for each size, shared by its runs
+
+
+def test_a_run_that_its_agent_stops_saves_its_state_and_ends_within_ten_seconds(workplace, server):
+    config = {"program": "verify_proto_tokens.py", "method": "grid", "run_cap": 1}
+    config["parameters"] = {"num_steps": {"value": 10**6}, "target_accuracy": {"value": 0}, "save_every": {"value": 50}}
+    (workplace / "long.yaml").write_text(json.dumps(config))
+    agent = wandb_tool(workplace, "agent", make_sweep(workplace, server, Path("long.yaml")), **server.environment)
+    states = lambda: list(workplace.glob(f"proto_tokens_exp/*/{STATE}"))  # noqa: E731
+    wait_for(states, agent)
+    (run,) = server.runs.values()
+    server.stop_run(run.id)
+    wait_for(lambda: run.exit_code is not None, seconds=40)
+    assert run.exit_code == 143 and states()
+    ended(agent, 60)
+
+
+def test_sigterm_ends_a_tracked_run_within_ten_seconds_and_closes_it(tiny_arguments, server, tmp_path):
+    process = start_script(tmp_path, *tiny_arguments, *LONG, "--use-wandb", "--save-dir", "out", env=server.environment)
+    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process, 10).code == 143
+    (run,) = server.runs.values()
+    assert run.exit_code == 143
+
+
+def test_an_artifact_fetched_from_wandb_reconstructs_its_picture(online, run_script, tiny_folder, tmp_path):
+    run, *_ = online
+    (artifact,) = [artifact for artifact in run.artifacts if artifact["type"] == "proto-tokens"]
+    shutil.copy(artifact["files"]["proto_tokens.safetensors"], tmp_path / "fetched.safetensors")
+    assert run_script("--from-proto-tokens", "fetched.safetensors", *tiny(tiny_folder)).code == 0
+    (logged,) = [row for row in run.history if "reconstructed_image" in row]
+    local = next(tmp_path.glob("proto_tokens_exp/reconstructed*/reconstructed_image.png"))
+    assert Image.open(local).tobytes() == Image.open(run.files[logged["reconstructed_image"]["path"]]).tobytes()
