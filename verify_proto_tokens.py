@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -602,7 +603,49 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
             f"the weights in {folder} lack {len(report['missing_keys'])} of the model's tensors and have "
             f"{len(report['mismatched_keys'])} of another shape: the download is incomplete or of another model"
         )
-    return generator.to(device).eval().requires_grad_(False)
+    return frozen(generator.to(device))
+
+
+def frozen(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """The generator in place: no parameter has requires_grad, and linear layers compute by `product`."""
+    for module in generator.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = functools.partial(product, weight=module.weight, bias=module.bias)
+    return generator.eval().requires_grad_(False)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] @ weight [O, I].T + bias -> [..., O], as F.linear has it, but faster in float32 on a CPU.
+
+    There F.linear runs on MKL, which holds back on processors that are not Intel's. The same product as a 1x1
+    convolution over "pixels" runs on oneDNN; that of one or two rows (decoding) is as fast as the weight can be read
+    when the weight stands on the left.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= 2:
+        out = (weight @ rows.T).T.contiguous()  # contiguous, since the next product wants its rows so
+        out = out if bias is None else out + bias
+    else:
+        out = from_pixels(F.conv2d(as_pixels(rows), weight[:, :, None, None], bias))
+    return out.view(*x.shape[:-1], -1)
+
+
+def product_back(x: Tensor, weight: Tensor) -> Tensor:
+    """x [P, O] @ weight [O, I] -> [P, I]: the way back through `product`."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return x @ weight
+    return from_pixels(F.conv_transpose2d(as_pixels(x), weight[:, :, None, None]))
+
+
+def as_pixels(rows: Tensor) -> Tensor:
+    """[P, C] -> [1, C, 1, P], which in memory is channels-last and so no copy."""
+    return rows[None, None].permute(0, 3, 1, 2)
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 2, 3, 1)[0, 0]
 
 
 def load_vq_decoder(folder: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -688,7 +731,7 @@ def duration(seconds: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference image
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -800,7 +843,7 @@ def generate_visual_codes(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]  # [2B, D]
-        scores = guided_scores(*(hidden_states @ visual_head.T).float().chunk(2), args.cfg_scale)  # [B, K]
+        scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, K]
         if not codes and not scores.isfinite().all():
             raise UserError(
                 "the generator's logits are not finite: try --dtype float32 or bfloat16; else its weights are damaged"
@@ -847,7 +890,9 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-CHUNK_LOGITS = 2**24  # logits held at a time: 64 MB in float32
+# Logits held at a time: few enough to stay in a CPU's cache, many enough to keep a GPU busy (4 MB and 128 MB).
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
+POSITIONS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -905,25 +950,49 @@ def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -
     """Cross-entropy of hidden_states [B, N, D] @ head.T [D, V] against target [B, N], never holding [B, N, V] logits.
 
     Returns the losses [B, N] in nats, the gradient [B, N, D] of their mean with respect to hidden_states, and the
-    target's rank [B, N]: 0 where it is the argmax, else how many ids beat it (at least 1). Of a softmax's input z the
-    gradient is softmax(z) - onehot(target), so each chunk of logits gives its loss, gradient and ranks while it is
-    there.
+    target's rank [B, N]: how many other ids are at least as likely, so 0 where it alone is the likeliest.
+
+    One pass over the vocabulary, a chunk of ids at a time, with the running maximum and rescaled sums of Milakov &
+    Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867). The gradient of cross-entropy is
+    softmax(logits) @ head - head[target], so its first term is such a sum too.
     """
-    flat, targets = hidden_states.flatten(0, 1), target.flatten()
-    losses, ranks, gradient = flat.new_empty(len(flat), dtype=torch.float32), targets.new_empty(len(flat)), []
-    for rows in torch.arange(len(flat), device=flat.device).split(max(1, CHUNK_LOGITS // len(head))):
-        logits = (flat[rows] @ head.T).float()  # [C, V]
-        target_logits = logits.gather(-1, targets[rows, None])  # [C, 1]
-        largest, predicted = logits.max(-1, keepdim=True)
-        ahead = (logits > target_logits).sum(-1)
-        # A low precision makes ties, which the argmax decides.
-        ranks[rows] = torch.where(predicted[:, 0] == targets[rows], 0, ahead.clamp(min=1))
-        weights = logits.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        losses[rows] = (total.log() + (largest - target_logits))[:, 0]
-        expected = (weights.to(head.dtype) @ head).float() / total  # [C, D], the head's mean row under the softmax
-        gradient.append((expected - head[targets[rows]]) / len(flat))
-    return losses.view_as(target), torch.cat(gradient).view_as(hidden_states), ranks.view_as(target)
+    budget = LOGITS_AT_ONCE["cuda" if head.is_cuda else "cpu"]
+    parts = [
+        cross_entropy_of_positions(positions, head, targets, max(1, budget // len(positions)))
+        for positions, targets in zip(
+            hidden_states.flatten(0, 1).split(POSITIONS_AT_ONCE), target.flatten().split(POSITIONS_AT_ONCE), strict=True
+        )
+    ]
+    losses, gradient, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses.view_as(target), (gradient / target.numel()).view_as(hidden_states), ranks.view_as(target)
+
+
+def cross_entropy_of_positions(
+    hidden_states: Tensor, head: Tensor, target: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [P], the gradient [P, D] of each one's own loss, and ranks [P] of hidden_states [P, D] and target [P]."""
+    # Rounded as the chunks' logits will be, so that they compare.
+    target_logits = (
+        (hidden_states.float() * head[target].float()).sum(-1, keepdim=True).to(head.dtype).float()
+    )  # [P, 1]
+    largest, total = target_logits, torch.zeros_like(target_logits)
+    weighted_rows = torch.zeros_like(hidden_states, dtype=torch.float32)  # [P, D]
+    at_least_as_likely = torch.zeros_like(target)
+    for first in range(0, len(head), chunk):
+        rows = head[first : first + chunk]  # [C, D]
+        logits = product(hidden_states, rows).float()  # [P, C]
+        here = ((target >= first) & (target < first + len(rows)))[:, None]
+        column = (target[:, None] - first).clamp(0, len(rows) - 1)
+        logits.scatter_(1, column, torch.where(here, target_logits, logits.gather(1, column)))
+        at_least_as_likely += (logits >= target_logits).sum(-1)
+        new_largest = torch.maximum(largest, logits.amax(-1, keepdim=True))
+        rescale = (largest - new_largest).exp()
+        weights = logits.sub_(new_largest).exp_()
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        weighted_rows.mul_(rescale).add_(product_back(weights.to(head.dtype), rows))
+        largest = new_largest
+    losses = (total.log() + (largest - target_logits))[:, 0]
+    return losses, weighted_rows / total - head[target], at_least_as_likely - 1
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1014,7 +1083,7 @@ class Reconstruction:
     """What one forward pass over the best proto-tokens emits."""
 
     predicted_ids: Tensor  # [B, N], ids of the competing vocabulary's argmax, as generator token ids
-    target_rank: Tensor  # [B, N], 0 where the target is the prediction, else the ids that beat it (1 = runner-up)
+    target_rank: Tensor  # [B, N], how many other ids are at least as likely: 0 where the target is the prediction
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
     one_pass_seconds: float
 
@@ -1031,22 +1100,29 @@ def reconstruct(
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
-    head, first_code = competing_head(models, vocabulary)
     seconds = []
     for _ in range(repeats):
         synchronise(models.device)
         started = time.perf_counter()
-        logits = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1]) @ head.T  # [B, N, V]
-        predicted = logits.argmax(-1)  # [B, N]
+        hidden_states = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1])  # [B, N, D]
+        predicted, predicted_codes, target_rank = predict(models, hidden_states, codes, vocabulary)
         synchronise(models.device)
         seconds.append(time.perf_counter() - started)
-    target = codes + first_code
-    ahead = (logits > logits.gather(-1, target[..., None])).sum(-1)
-    target_rank = torch.where(predicted == target, 0, ahead.clamp(min=1))
-    predicted_codes = logits[..., first_code : first_code + models.codebook_size].argmax(-1)
     pixels = decode_codes(models.vq_decoder, predicted_codes)
-    predicted_ids = predicted - first_code + models.visual_offset
-    return Reconstruction(predicted_ids, target_rank, pixels, statistics.median(seconds[1:] or seconds))
+    return Reconstruction(predicted, target_rank, pixels, statistics.median(seconds[1:] or seconds))
+
+
+def predict(models: Models, hidden_states: Tensor, codes: Tensor, vocabulary: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest token id, the likeliest visual code, and the rank of the target `codes`, all [B, N]."""
+    head, first_code = competing_head(models, vocabulary)
+    found = []
+    for states, targets in zip(hidden_states.flatten(0, 1).split(256), codes.flatten().split(256), strict=True):
+        logits = product(states, head)  # [P, V]
+        target_logits = logits.gather(-1, targets[:, None] + first_code)
+        visual_logits = logits[:, first_code : first_code + models.codebook_size]
+        ids = logits.argmax(-1) - first_code + models.visual_offset
+        found.append((ids, visual_logits.argmax(-1), (logits >= target_logits).sum(-1) - 1))
+    return tuple(torch.cat(part).view_as(codes) for part in zip(*found, strict=True))
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:

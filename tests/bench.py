@@ -1,0 +1,370 @@
+"""Measures the script against its peers, side by side in one process: `python tests/bench.py step --shape 0.5B`.
+
+    step      one optimisation step, against the usual recipe and against its bare matrix products
+    decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
+    memory    peak memory that a step adds, each variant in a process of its own
+    accuracy  steps to 90/95/99 % and the best accuracy, our recipe against the reference recipe
+    limit     this machine's matrix products and memory reads alone
+    targets   seconds a step and a target for 1, 2, 4 and 8 targets optimised together
+    start     --help, imports, loading the demo model
+
+Repeats are interleaved (ours, peer, limit, ours, ...), and a figure is the median with minimum and maximum: machines
+are noisy, so only the ratios of one run mean something. Peers are written plainly from their public definitions.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import verify_proto_tokens as vpt  # noqa: E402
+
+TEXT_IDS, CODES = 151_672, 64_000
+SHAPES = {
+    "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
+    "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models of random weights
+
+
+def build_models(shape: str, dtype: torch.dtype = torch.float32) -> vpt.Models:
+    """A generator of the real shape and vocabulary with random weights; the demo shape is the demo model's."""
+    if shape == "demo":
+        config = Qwen2Config.from_pretrained(vpt.DEMO_FOLDER / "generator")
+        text_ids, codes = 1400, config.vocab_size - 1400
+    else:
+        text_ids, codes = TEXT_IDS, CODES
+        config = Qwen2Config(
+            vocab_size=text_ids + codes, num_key_value_heads=2, tie_word_embeddings=False, **SHAPES[shape]
+        )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        generator = Qwen2ForCausalLM(config)
+    generator = generator.to(dtype).to_empty(device="cpu")
+    for parameter in generator.parameters():
+        parameter.data.normal_(0, 0.02)
+    for name, parameter in generator.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+    # Buffers (the rotary frequencies) have no values on the meta device.
+    generator.model.rotary_emb = type(generator.model.rotary_emb)(config)
+    return vpt.Models(vpt.frozen(generator), None, None, text_ids, codes, 16, "", "")
+
+
+def as_loaded(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """The same weights in a model as transformers makes it, without anything of the script's: the peers' model."""
+    with torch.device("meta"):
+        plain = Qwen2ForCausalLM(generator.config)
+    plain.load_state_dict(generator.state_dict(), assign=True)
+    plain.model.rotary_emb = type(plain.model.rotary_emb)(generator.config)
+    return plain.eval().requires_grad_(False)
+
+
+def script_arguments(*extra: object) -> argparse.Namespace:
+    return vpt.parse_args(["--demo", "--device", "cpu", *map(str, extra)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timing and reporting
+
+
+def interleaved(candidates: dict[str, Callable], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each candidate, `repeats` times in turn, after one untimed call each."""
+    for call in candidates.values() if warm_up else ():
+        call()
+    seconds = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def cpu_lines() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def machine() -> str:
+    model = next((row.split(": ")[1] for row in cpu_lines() if row.startswith("model name")), platform.processor())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    return f"{model}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"
+
+
+def table(title: str, rows: list[tuple], head: tuple[str, ...]) -> None:
+    print(f"\n{title}\n{machine()}\n")
+    lines = [head, *[tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def report(title: str, seconds: dict[str, list[float]], unit: str = "s", scale: Callable = lambda x: x) -> dict:
+    """Prints one table and gives what --json stores; `scale` turns seconds into the figure shown."""
+    figures = {name: spread([scale(value) for value in values]) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = [(name, f["median"], f["min"], f["max"], medians[name] / medians["ours"]) for name, f in figures.items()]
+    table(title, rows, ("", f"median ({unit})", "min", "max", "time / ours"))
+    result = {"ours": figures["ours"], "unit": unit}
+    if "peer" in figures:
+        result |= {"peer": figures["peer"], "ratio": medians["peer"] / medians["ours"]}
+    if "limit" in figures:
+        result |= {"limit": figures["limit"], "limit_ratio": medians["ours"] / medians["limit"]}
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the usual recipe: float32 logits [B, N, V] of every position and id, cross-entropy."""
+    e_t, m = parameters
+    filler = m.expand(len(e_t), target_ids.shape[1] - 1, -1)
+    inputs_embeds = torch.cat((e_t[:, None], filler), dim=1).to(generator.dtype)
+    logits = generator(inputs_embeds=inputs_embeds, use_cache=False).logits.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten())
+    loss.backward()
+    return loss, logits
+
+
+def reference_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
+    """One step as usually written: clipping, separate top-1 and top-5 passes, an `.item()` for every number."""
+    optimizer.zero_grad()
+    loss, logits = reference_loss(generator, parameters, target_ids)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        top1 = (logits.argmax(-1) == target_ids).float().mean()
+        top5 = (logits.topk(5).indices == target_ids[..., None]).any(-1).float().mean()
+        for number in (loss, top1, top5, grad_norm, *(parameter.norm() for parameter in parameters)):
+            number.item()
+
+
+def matrix_products(generator: Qwen2ForCausalLM, head: Tensor, num_tokens: int) -> None:
+    """The products of one step and nothing else: linear layers forwards and back to their input, attention likewise."""
+    config = generator.config
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    x = {size: torch.zeros(num_tokens, size) for size in {config.hidden_size, config.intermediate_size}}
+    query = torch.zeros(heads, num_tokens, width)
+    scores = torch.zeros(heads, num_tokens, num_tokens)
+    for layer in generator.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                out = torch.matmul(x[module.in_features], module.weight.T)
+                torch.matmul(out, module.weight)
+        for _ in range(2):  # scores and values; each has one product forwards and two backwards
+            torch.matmul(query, query.transpose(1, 2))
+            torch.matmul(scores, query)
+            torch.matmul(scores.transpose(1, 2), query)
+    for rows in head.split(4096):
+        torch.matmul(torch.matmul(x[config.hidden_size], rows.T), rows)
+
+
+def bench_step(args: argparse.Namespace) -> dict:
+    models, num_tokens = build_models(args.shape), args.num_tokens or 256
+    codes = random_codes(models, num_tokens)
+    steps = endless_steps(models, codes, args)
+    theirs = vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 42, models.device)
+    parameters = [theirs.e_t, theirs.m]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    head, _ = vpt.competing_head(models, args.vocabulary)
+    peer = as_loaded(models.generator)
+    agreement = compare_gradients(models, peer, codes)
+    candidates = {
+        "ours": lambda: next(steps),
+        "peer": lambda: reference_step(peer, parameters, optimizer, codes + models.visual_offset),
+        "limit": lambda: matrix_products(models.generator, head, num_tokens),
+    }
+    seconds = interleaved(candidates, args.repeats)
+    title = f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, float32"
+    return report(title, seconds) | agreement
+
+
+def random_codes(models: vpt.Models, num_tokens: int, batch: int = 1) -> Tensor:
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
+
+
+def endless_steps(models: vpt.Models, codes: Tensor, args: argparse.Namespace):
+    """The script's own optimisation, a step at each `next`."""
+    options = script_arguments("--vocabulary", args.vocabulary, "--num-steps", 10**6, "--target-accuracy", 0)
+    return vpt.optimise_proto_tokens(models, codes, options, vpt.new_optimisation(models, len(codes), options))
+
+
+def compare_gradients(models: vpt.Models, peer: Qwen2ForCausalLM, codes: Tensor) -> dict[str, float]:
+    """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
+    ours, plain = (vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 7, models.device) for _ in range(2))
+    head, first_code = vpt.competing_head(models, "full")
+    losses, _ = vpt.gradient_step(models, ours, head, codes + first_code)
+    loss, _ = reference_loss(peer, [plain.e_t, plain.m], codes + models.visual_offset)
+    of_loss = abs(losses.mean().item() / loss.item() - 1)
+    a, b = (torch.cat((p.e_t.grad.flatten(), p.m.grad)) for p in (ours, plain))
+    of_gradient = ((a - b).norm() / b.norm()).item()
+    print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
+    return {"loss_difference": of_loss, "gradient_difference": of_gradient}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding the reference
+
+
+class NumberTokenizer:
+    """Stands in for a text tokenizer where weights are random: a prompt's words become arbitrary text ids."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [hash_of(word) % 1000 for word in text.split()]}
+
+
+def hash_of(word: str) -> int:
+    return sum(ord(letter) * 31**place for place, letter in enumerate(word))
+
+
+def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
+    """transformers' own guided decoding, greedy: two prompts, two passes a token, all logits."""
+    prompt, negative = (
+        torch.tensor([models.text_tokenizer(text)["input_ids"]])
+        for text in (vpt.conditional_prompt("a red apple"), vpt.unconditional_prompt())
+    )
+    text_ids = list(range(models.visual_offset))
+    out = models.generator.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        negative_prompt_ids=negative,
+        guidance_scale=6.0,
+        do_sample=False,
+        suppress_tokens=text_ids,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
+    return out[0, prompt.shape[1] :] - models.visual_offset
+
+
+def read_weights(tensors: list[Tensor]) -> None:
+    """Every byte once, which is the least that a token can cost."""
+    for tensor in tensors:
+        tensor.view(-1).sum()
+
+
+def bench_decode(args: argparse.Namespace) -> dict:
+    models, num_tokens = build_models(args.shape), args.num_tokens or 256
+    models = vpt.Models(**(vars(models) | {"text_tokenizer": NumberTokenizer()}))
+    options = script_arguments("--top-k", 1)
+    visual_head, _ = vpt.competing_head(models, "visual")
+    peer_models = vpt.Models(**(vars(models) | {"generator": as_loaded(models.generator)}))
+    read = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [visual_head]
+    outputs = {}
+
+    def ours() -> None:
+        outputs["ours"], outputs["seconds"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options)
+
+    def peer() -> None:
+        outputs["peer"] = guided_generate(peer_models, num_tokens)
+
+    def limit() -> None:
+        for _ in range(num_tokens):
+            read_weights(read)
+
+    seconds = interleaved({"ours": ours, "peer": peer, "limit": limit}, args.repeats, warm_up=False)
+    same = int((outputs["ours"][0] == outputs["peer"]).sum())
+    title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, float32"
+    result = report(title, seconds, "tokens/s", lambda value: num_tokens / value)
+    print(f"{same} of {num_tokens} greedy tokens are the peer's")
+    return result | {"same_tokens": same, "num_tokens": num_tokens}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_memory(args: argparse.Namespace) -> dict:
+    """Runs in a process of its own: the peak that one step adds to the memory held before it."""
+    models, num_tokens = build_models(args.shape), args.num_tokens or 2048
+    codes = random_codes(models, num_tokens)
+    target_ids = codes + models.visual_offset
+    proto_tokens = vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 42, models.device)
+    hidden_states = torch.randn(1, num_tokens, models.hidden_size, requires_grad=True)
+    head, _ = vpt.competing_head(models, "full")
+    before = peak_bytes()
+    if args.variant == "reference":
+        reference_loss(as_loaded(models.generator), [proto_tokens.e_t, proto_tokens.m], target_ids)
+    elif args.variant == "reference-loss":
+        F.cross_entropy((hidden_states @ head.T).float().flatten(0, 1), target_ids.flatten()).backward()
+    elif args.variant == "loss":
+        vpt.chunked_cross_entropy(hidden_states.detach(), head, target_ids)
+    else:
+        vpt.set_gradient_checkpointing(models.generator, args.variant == "checkpointing")
+        vpt.gradient_step(models, proto_tokens, head, target_ids)
+    return {"bytes": peak_bytes() - before}
+
+
+def bench_memory(args: argparse.Namespace) -> dict:
+    num_tokens, gib = args.num_tokens or 2048, 2**30
+    found = {}
+    for variant in ("loss", "reference-loss", "step", "checkpointing", "reference"):
+        command = [sys.executable, __file__, "memory", "--shape", args.shape, "--num-tokens", str(num_tokens)]
+        output = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+        lines = output.stdout.strip().splitlines()
+        found[variant] = json.loads(lines[-1])["bytes"] if output.returncode == 0 else math.inf
+    rows = [(name, value / gib, found["reference"] / value) for name, value in found.items()]
+    title = f"peak memory that a step adds, shape {args.shape}, N = {num_tokens}, full vocabulary, float32"
+    table(title, rows, ("", "GiB", "reference / this"))
+    return {
+        "bytes": found,
+        "loss_ratio": found["reference-loss"] / found["loss"],
+        "ratio": found["reference"] / found["step"],
+        "checkpointing_ratio": found["reference"] / found["checkpointing"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--shape", choices=("demo", *SHAPES), default="0.5B")
+    parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")
+    parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(measure_memory(args)))
+        return
+    result = MODES[args.mode](args)
+    if args.json:
+        args.json.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
+
+
+MODES = {"step": bench_step, "decode": bench_decode, "memory": bench_memory}
+
+if __name__ == "__main__":
+    main()
