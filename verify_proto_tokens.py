@@ -82,7 +82,8 @@ def enough_memory_for(what: str) -> Iterator[None]:
         if not full:
             raise
         raise UserError(
-            f"out of memory for {what}: a smaller --image-size, --dtype bfloat16 or --vocabulary visual needs less"
+            f"out of memory for {what}: a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on "
+            "needs less"
         ) from None
 
 
@@ -293,6 +294,20 @@ def build_parser() -> argparse.ArgumentParser:
         "the visual codes alone (default: %(default)s)",
     )
     add(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
+        "(default: auto, that is where the device would not hold the step otherwise)",
+    )
+    add(
+        "--compile",
+        choices=("on", "off"),
+        default="off",
+        help="compile the generator with torch.compile: takes a minute or more at the start, and a C++ compiler on a "
+        "CPU; not measured on a GPU (default: %(default)s)",
+    )
+    add(
         "--target-accuracy",
         type=number(float, 0, 100),
         default=100.0,
@@ -491,6 +506,8 @@ def load_models(args: argparse.Namespace) -> Models:
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     generator = load_generator(generator_folder, dtype, device)
+    if args.compile == "on":
+        generator.model.compile()
     print(
         f"generator: {sum(p.numel() for p in generator.parameters()) / 1e6:,.1f} M parameters, "
         f"{str(dtype).removeprefix('torch.')} on {device}; {visual_offset} text ids + {codebook_size} visual codes"
@@ -594,7 +611,12 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
     try:
         # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
         generator, report = Qwen2ForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            attention_dropout=0.0,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {first_line(error)}") from None
@@ -628,8 +650,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = (weight @ rows.T).T.contiguous()  # contiguous, since the next product wants its rows so
         out = out if bias is None else out + bias
     else:
-        out = from_pixels(F.conv2d(as_pixels(rows), weight[:, :, None, None], bias))
+        out = Convolution.apply(rows, weight, bias)
     return out.view(*x.shape[:-1], -1)
+
+
+class Convolution(torch.autograd.Function):
+    """The convolution of `product`, with a weight that is frozen: unlike conv2d's own, its way back keeps no input."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return from_pixels(F.conv2d(as_pixels(rows), weight[:, :, None, None], bias))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product_back(gradient.contiguous(), weight), None, None
 
 
 def product_back(x: Tensor, weight: Tensor) -> Tensor:
@@ -828,10 +864,11 @@ def generate_visual_codes(
     prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
     input_ids, attention_mask = left_pad(prompt_ids, models.device)  # [2B, L]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)  # [2B, L + N]; causality hides what is to come
     visual_rows = slice(models.visual_offset, models.visual_offset + models.codebook_size)
     visual_head = models.generator.lm_head.weight[visual_rows]  # [K, D]
     rng = torch.Generator(models.device).manual_seed(args.seed)
-    cache, codes = transformers.DynamicCache(config=models.generator.config), []
+    cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
     models.generator.model(input_ids=input_ids[:, -1:], use_cache=False)  # the clock is not to pay for the warm-up
     synchronise(models.device)
     started = time.perf_counter()
@@ -850,7 +887,6 @@ def generate_visual_codes(
             )
         codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rng))  # [B]
         input_ids = (codes[-1] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)
         position_ids = position_ids[:, -1:] + 1
     codes = torch.stack(codes, dim=1)
     synchronise(models.device)
@@ -893,6 +929,8 @@ FINAL_RATE = 1e-5
 # Logits held at a time: few enough to stay in a CPU's cache, many enough to keep a GPU busy (4 MB and 128 MB).
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 POSITIONS_AT_ONCE = 1024
+# Numbers that autograd keeps of a layer for each token, in units of the hidden and the MLP size (measured on a CPU).
+KEPT_PER_TOKEN = {"hidden": 6, "mlp": 3}
 
 
 @dataclass(frozen=True)
@@ -1017,6 +1055,40 @@ def target_is_reached(state: Optimisation, args: argparse.Namespace) -> bool:
     return 0 < args.target_accuracy <= state.best_accuracy
 
 
+def step_bytes(models: Models, batch: int, num_tokens: int) -> int:
+    """About how much memory one step adds without checkpointing: what autograd keeps of each layer."""
+    config = models.generator.config
+    kept = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
+    return int(config.num_hidden_layers * batch * num_tokens * kept * models.generator.dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on the device, where it can be asked; None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return None
+
+
+def recomputes(models: Models, batch: int, num_tokens: int, choice: str) -> bool:
+    """Whether --gradient-checkpointing is on: as said, or where a step would take most of the free memory."""
+    if choice != "auto":
+        return choice == "on"
+    free = free_bytes(models.device)
+    return free is not None and step_bytes(models, batch, num_tokens) > 0.8 * free
+
+
+def set_gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> None:
+    """Per layer. Transformers recomputes only in training mode, whose other effect, dropout, is off since loading."""
+    if on:
+        generator.model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        generator.model.activation_checkpointing_disable()
+    generator.model.train(on)
+
+
 def gradient_step(models: Models, proto_tokens: ProtoTokens, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """One pass and its gradient, left in the proto-tokens' `.grad`; returns losses and target ranks, both [B, N]."""
     hidden_states = one_pass_hidden_states(models.generator, proto_tokens, target.shape[1])  # [B, N, D]
@@ -1037,6 +1109,7 @@ def optimise_proto_tokens(
     """
     proto_tokens, parameters = state.proto_tokens, [state.proto_tokens.e_t, state.proto_tokens.m]
     head, first_code = competing_head(models, args.vocabulary)
+    set_gradient_checkpointing(models.generator, recomputes(models, *codes.shape, args.gradient_checkpointing))
     while state.step < args.num_steps and not target_is_reached(state, args):
         started = time.perf_counter()
         rate = rate_at(state.step + 1, args.num_steps, RECIPES[args.recipe].warmup_steps, args.learning_rate)
@@ -1425,7 +1498,7 @@ def remove_earlier_results(folder: Path) -> None:
 
 # What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
 FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
-FREE_TO_CHANGE |= {"demo", "model_path", "vq_model_ckpt", "device"}
+FREE_TO_CHANGE |= {"gradient_checkpointing", "demo", "model_path", "vq_model_ckpt", "device"}
 
 
 def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:
@@ -1806,7 +1879,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
     """The whole experiment. Raises UserError for what the user can put right."""
     with run_folder(args) as folder:
         stored = read_proto_tokens(args) if args.from_proto_tokens else None
-        models = load_models(args)
+        with enough_memory_for("the models"):
+            models = load_models(args)
         settings = describe_run(args, models)
         if args.resume and is_finished(folder, settings):
             print(f"the run in {folder} is finished: there is nothing to resume")
@@ -1817,7 +1891,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
             if stored:
                 reference, state = take_proto_tokens(models, stored)
             else:
-                reference = make_reference(models, args)
+                with enough_memory_for("the reference"):
+                    reference = make_reference(models, args)
                 state = learn_proto_tokens(models, reference, args, folder, settings, saved, run, stop)
             summary = publish(models, reference, state, args, folder, settings, run)
         print_results(summary, folder, run)

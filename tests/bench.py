@@ -14,13 +14,16 @@ are noisy, so only the ratios of one run mean something. Peers are written plain
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -332,7 +335,10 @@ def bench_memory(args: argparse.Namespace) -> dict:
     found = {}
     for variant in ("loss", "reference-loss", "step", "checkpointing", "reference"):
         command = [sys.executable, __file__, "memory", "--shape", args.shape, "--num-tokens", str(num_tokens)]
-        output = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+        # Large blocks go back to the system at once, for all variants alike: what is measured is what a step holds, not
+        # what the allocator keeps for later.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        output = subprocess.run([*command, "--variant", variant], env=environment, capture_output=True, text=True)
         lines = output.stdout.strip().splitlines()
         found[variant] = json.loads(lines[-1])["bytes"] if output.returncode == 0 else math.inf
     rows = [(name, value / gib, found["reference"] / value) for name, value in found.items()]
@@ -346,11 +352,112 @@ def bench_memory(args: argparse.Namespace) -> dict:
     }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Accuracy for the time
+
+CAPTIONS = ("a red apple on a wooden table", "a penguin on green grass", "a sailboat on yellow sand")
+CAPTIONS += ("a locomotive under the night sky", "a pizza on a white background", "a violin in a blue sky")
+CAPTIONS += ("a lion on a pink background", "a cactus on a teal background")
+SEEDS = (42, 43)
+
+
+def bench_accuracy(args: argparse.Namespace) -> dict:
+    """Demo model, default settings but no early stop below 100 %: 8 captions x 2 seeds for each recipe."""
+    steps = 1000
+    runs = {"ours": [], "peer": []}
+    models = vpt.load_models(script_arguments())
+    with tempfile.TemporaryDirectory() as folder:
+        for caption, seed in itertools.product(CAPTIONS, SEEDS):
+            for name, recipe in (("ours", "tuned"), ("peer", "reference")):
+                options = script_arguments(
+                    "--prompt", caption, "--seed", seed, "--recipe", recipe, "--num-steps", steps, "--save-dir", folder,
+                    "--image-size", args.image_size,
+                )  # fmt: skip
+                codes = vpt.make_reference(models, options).codes
+                state = vpt.new_optimisation(models, 1, options)
+                reached = dict.fromkeys((90, 95, 99))
+                for row in vpt.optimise_proto_tokens(models, codes, options, state):
+                    for goal in reached:
+                        if reached[goal] is None and row["train/accuracy"] >= goal:
+                            reached[goal] = row["step"]
+                runs[name].append(reached | {"best": state.best_accuracy})
+                print(
+                    f"{name} {caption}, seed {seed}: best {state.best_accuracy:.1f} %, steps to {reached}", flush=True
+                )
+    rows, result = [], {}
+    for name, found in runs.items():
+        # A run that never got there counts as if it had at the very end.
+        medians = {goal: statistics.median(run[goal] or steps for run in found) for goal in (90, 95, 99)}
+        never = {goal: sum(run[goal] is None for run in found) for goal in (90, 95, 99)}
+        best = spread([run["best"] for run in found])
+        rows.append((name, *(f"{medians[g]:.0f} ({never[g]} never)" for g in medians), best["median"], best["min"]))
+        result[name] = {"steps": medians, "never": never, "best": best}
+    title = f"steps to an accuracy, demo model, {args.image_size} px, {len(runs['ours'])} runs (medians)"
+    table(title, rows, ("", "90 %", "95 %", "99 %", "best at 1000 (%)", "lowest best"))
+    return result | {"ratio": result["peer"]["steps"][95] / result["ours"]["steps"][95]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several targets, start-up, the machine alone
+
+
+def bench_targets(args: argparse.Namespace) -> dict:
+    models, num_tokens = build_models(args.shape), args.num_tokens or 64
+    seconds = {}
+    for batch in (1, 2, 4, 8):
+        steps = endless_steps(models, random_codes(models, num_tokens, batch), args)
+        seconds[batch] = statistics.median(interleaved({"step": lambda s=steps: next(s)}, args.repeats)["step"])
+    rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]
+    title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, float32"
+    table(title, rows, ("B", "s a step", "s a step and target", "gain"))
+    return {"seconds": seconds}
+
+
+def bench_start(args: argparse.Namespace) -> dict:
+    """Whole processes; `import torch, transformers` is what any such script pays."""
+    load = "import verify_proto_tokens as v; v.load_models(v.parse_args(['--demo', '--device', 'cpu']))"
+    commands = {
+        "--help": [str(ROOT / "verify_proto_tokens.py"), "--help"],
+        "import torch, transformers": ["-c", "import torch; from transformers import AutoTokenizer, Qwen2ForCausalLM"],
+        "import the script": ["-c", "import verify_proto_tokens"],
+        "import and load the demo": ["-c", load],
+    }
+
+    def start(arguments: list[str]) -> None:
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+    seconds = interleaved({name: lambda c=c: start(c) for name, c in commands.items()}, args.repeats)
+    figures = {name: spread(values) for name, values in seconds.items()}
+    table("start-up of a process", [(n, *f.values()) for n, f in figures.items()], ("", "median (s)", "min", "max"))
+    return figures
+
+
+def bench_limit(args: argparse.Namespace) -> dict:
+    """What this machine gives: GFLOP/s of a layer's product, GB/s of reading weights."""
+    x, weight, large = torch.randn(256, 896), torch.randn(4864, 896), torch.randn(2**28)
+    flops = 2 * 256 * 896 * 4864
+    seconds = interleaved(
+        {"matmul": lambda: x @ weight.T, "product": lambda: vpt.product(x, weight), "read": lambda: large.sum()},
+        4 * args.repeats,
+    )
+    rates = {name: [flops / value / 1e9 for value in seconds[name]] for name in ("matmul", "product")}
+    rates["read"] = [large.numel() * 4 / value / 1e9 for value in seconds["read"]]
+    units = {"matmul": "GFLOP/s, torch.matmul", "product": "GFLOP/s, the script's", "read": "GB/s"}
+    figures = {name: spread(values) for name, values in rates.items()}
+    table(
+        "the machine alone, float32",
+        [(units[n], *f.values()) for n, f in figures.items()],
+        ("", "median", "min", "max"),
+    )
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="0.5B")
     parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")
+    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="for accuracy (default: 256)")
     parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
     parser.add_argument("--repeats", type=int, default=5, metavar="R")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -364,7 +471,8 @@ def main() -> None:
         args.json.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
 
 
-MODES = {"step": bench_step, "decode": bench_decode, "memory": bench_memory}
+MODES = {"step": bench_step, "decode": bench_decode, "memory": bench_memory, "accuracy": bench_accuracy}
+MODES |= {"limit": bench_limit, "targets": bench_targets, "start": bench_start}
 
 if __name__ == "__main__":
     main()

@@ -177,3 +177,19 @@ def test_several_targets_share_m_and_have_an_e_t_each(tiny_models, make_args):
     result, rows = optimise(tiny_models, make_args("--num-steps", "5"), target(tiny_models, batch=3))
     assert result.best.e_t.shape == (3, tiny_models.hidden_size) and result.best.m.shape == (tiny_models.hidden_size,)
     assert 0 <= rows[-1]["train/correct_tokens"] <= 3 * 16
+
+
+def test_gradient_checkpointing_changes_no_number(tiny_models, make_args):
+    kept, recomputed = (
+        optimise(tiny_models, make_args("--num-steps", "6", "--gradient-checkpointing", choice))
+        for choice in ("off", "on")
+    )
+    assert kept[1] == recomputed[1] and torch.equal(kept[0].best.e_t, recomputed[0].best.e_t)
+
+
+def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_models, monkeypatch):
+    needed = vpt.step_bytes(tiny_models, batch=1, num_tokens=16)
+    for free, on in ((needed, True), (2 * needed, False), (None, False)):
+        monkeypatch.setattr(vpt, "free_bytes", lambda device, free=free: free)
+        assert vpt.recomputes(tiny_models, 1, 16, "auto") is on
+    assert vpt.recomputes(tiny_models, 1, 16, "on") and not vpt.recomputes(tiny_models, 1, 16, "off")
