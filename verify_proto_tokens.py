@@ -598,9 +598,13 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise UserError(f"the text tokenizer in {folder} does not load: {first_line(error)}") from None
-    missing = [token for token in (TEXT_TO_IMAGE, START_OF_IMAGE) if token not in text_tokenizer.get_vocab()]
+    special = (TEXT_TO_IMAGE, START_OF_IMAGE)
+    missing = [token for token in special if token not in text_tokenizer.get_vocab()]
     if missing:
         raise UserError(f"the text tokenizer in {folder} lacks {' and '.join(missing)}: it is not SimpleAR's")
+    split = [token for token in special if len(text_tokenizer(token)["input_ids"]) != 1]
+    if split:
+        raise UserError(f"the text tokenizer in {folder} splits {' and '.join(split)}: its special tokens are damaged")
     return text_tokenizer
 
 
@@ -863,6 +867,12 @@ def generate_visual_codes(
     texts = [conditional_prompt(prompt) for prompt in prompts] + [unconditional_prompt()] * len(prompts)
     prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
     input_ids, attention_mask = left_pad(prompt_ids, models.device)  # [2B, L]
+    longest = models.generator.config.max_position_embeddings
+    if input_ids.shape[1] + num_tokens > longest:
+        raise UserError(
+            f"--prompt has {input_ids.shape[1]} tokens, and the image {num_tokens}: together they must stay within the "
+            f"model's {longest}; shorten the prompt"
+        )
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)  # [2B, L + N]; causality hides what is to come
     visual_rows = slice(models.visual_offset, models.visual_offset + models.codebook_size)
@@ -1389,13 +1399,19 @@ COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Yields a temporary path that takes the file's place when the block ends well: the old file or the new, whole."""
+    """Yields a temporary path that takes the file's place when the block ends well: the old file or the new, whole.
+
+    Raises UserError where it cannot be written.
+    """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -86,12 +86,12 @@ def clean_environment(folder: Path) -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "HOME": str(folder)}
 
 
-def start_script(folder: Path, *arguments, env: dict[str, str] | None = None) -> subprocess.Popen:
+def start_script(folder: Path, *arguments, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
     """Starts the script as a process in `folder`."""
     command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *map(str, arguments)]
     environment = clean_environment(folder) | (env or {})
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes, **options)
 
 
 def ended(process: subprocess.Popen, timeout: float = 240) -> SimpleNamespace:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import verify_proto_tokens as vpt
 
@@ -77,6 +79,13 @@ REFUSED = {
     "--grad-clip": ["-1", "nan"],
     "--target-accuracy": ["-1", "101", "nan"],
     "--log-every": ["0", "-5"],
+    "--save-every": ["0", "-1", "x"],
+    "--image-every": ["0", "1.5"],
+    "--recipe": ["best"],
+    "--gradient-checkpointing": ["maybe"],
+    "--compile": ["auto"],
+    "--resume": ["perhaps"],
+    "--demo": ["1"],
     "--seed": ["-1", "x"],
     "--codebook-size": ["0", "-1"],
     "--prompt": ["", "   ", "\n\t"],
@@ -121,3 +130,18 @@ def test_help_and_mistakes_do_not_wait_for_the_heavy_imports():
         command = [sys.executable, "-c", probe, argument]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert process.stdout.splitlines()[-1] == f"code {code} False False"
+
+
+VALUES = st.one_of(st.text(max_size=30), st.integers().map(str), st.floats().map(str))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([*sorted(REFUSED), "--use-wandb", "--save-dir", "-x", ""]), VALUES), max_size=4)
+)
+def test_no_list_of_arguments_ends_in_a_traceback(pairs):
+    arguments = [part for option, value in pairs for part in (option, value)]
+    try:
+        vpt.parse_args(arguments)
+    except SystemExit as stop:
+        assert stop.code == 2

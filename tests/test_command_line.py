@@ -3,15 +3,17 @@
 import csv
 import json
 import re
+import resource
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import DEMO, save_tiny_generator, script_runner, spoil_text_head
+from conftest import DEMO, ended, save_tiny_generator, script_runner, spoil_text_head, start_script
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import verify_proto_tokens as vpt
 
@@ -207,6 +209,32 @@ def break_special_tokens(generator, vq):
         file.write_text(file.read_text().replace("<|soi|>", "<|other|>"))
 
 
+def break_special_tokens_apart(generator, vq):
+    file = generator / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|soi|>"]
+    content["model"]["vocab"]["<|soi|>"] = 1399
+    file.write_text(json.dumps(content))
+    (generator / "tokenizer_config.json").write_text("{}")
+
+
+def break_config_without_vocabulary(generator, vq):
+    (generator / "config.json").write_text('{"model_type": "qwen2"}')
+
+
+def break_weights_empty(generator, vq):
+    (generator / "model.safetensors").write_bytes(b"")
+
+
+def break_weights_into_not_numbers(generator, vq):
+    weights = load_file(generator / "model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, generator / "model.safetensors")
+
+
+def break_decoder_empty(generator, vq):
+    (vq / "decoder.jit").write_bytes(b"")
+
+
 def break_decoder_missing(generator, vq):
     (vq / "decoder.jit").unlink()
 
@@ -236,6 +264,11 @@ def break_decoder_kind(generator, vq):
         (break_vocabulary, ["embedding rows", "codebook"]),
         (break_text_tokenizer, ["text tokenizer"]),
         (break_special_tokens, ["<|soi|>"]),
+        (break_special_tokens_apart, ["text tokenizer"]),
+        (break_config_without_vocabulary, ["config.json", "damaged"]),
+        (break_weights_empty, ["weights"]),
+        (break_weights_into_not_numbers, ["not finite", "weights"]),
+        (break_decoder_empty, ["decoder.jit", "TorchScript"]),
         (break_decoder_missing, ["decoder.jit"]),
         (break_decoder_text, ["decoder.jit", "TorchScript"]),
         (break_decoder_cut, ["decoder.jit", "TorchScript"]),
@@ -286,3 +319,33 @@ def test_a_diverged_run_saves_the_best_so_far_then_says_so(run_tiny, model_folde
         assert file.get_tensor("e_t").isfinite().all()
     assert (tmp_path / "out" / "hot" / "history.csv").stat().st_size > 0
     assert not (tmp_path / "out" / "hot" / "summary.json").exists()
+
+
+def test_a_prompt_of_ten_thousand_words_is_refused(run_script):
+    refused(run_script("--demo", "--device", "cpu", "--prompt", "word " * 10_000), "--prompt", "shorten")
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f34e\U0001f34e", "tab\tand\x07bell", "  spaced  out  ", "l\u00f6we \u732b"])
+def test_any_other_prompt_works(run_tiny, prompt):
+    assert run_tiny("--prompt", prompt).code == 0
+
+
+@pytest.mark.parametrize("largest", [100, 1_500, 4_000, 30_000, 80_000])
+def test_a_disk_that_fills_up_costs_one_line_and_leaves_whole_files_only(tiny_arguments, tmp_path, largest):
+    """Writing beyond a limit fails as on a full disk, at another file for each limit."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    result = ended(start_script(tmp_path, *tiny_arguments, "--save-dir", "out", preexec_fn=limit))
+    # Matplotlib cannot keep its list of fonts either, and says so.
+    result.err = "".join(line for line in result.err.splitlines(keepends=True) if "font_manager" not in line)
+    refused(result, "cannot write", "File too large")
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in files if "partial" in file.name]
+    assert not [file for file in files if file.name == "summary.json"]
+    for file in files:
+        if file.suffix == ".png":
+            Image.open(file).verify()
+        if file.suffix == ".json":
+            json.loads(file.read_text())
