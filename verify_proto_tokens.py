@@ -301,13 +301,6 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: auto, that is where the device would not hold the step otherwise)",
     )
     add(
-        "--compile",
-        choices=("on", "off"),
-        default="off",
-        help="compile the generator with torch.compile: takes a minute or more at the start, and a C++ compiler on a "
-        "CPU; not measured on a GPU (default: %(default)s)",
-    )
-    add(
         "--target-accuracy",
         type=number(float, 0, 100),
         default=100.0,
@@ -506,8 +499,6 @@ def load_models(args: argparse.Namespace) -> Models:
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     generator = load_generator(generator_folder, dtype, device)
-    if args.compile == "on":
-        generator.model.compile()
     print(
         f"generator: {sum(p.numel() for p in generator.parameters()) / 1e6:,.1f} M parameters, "
         f"{str(dtype).removeprefix('torch.')} on {device}; {visual_offset} text ids + {codebook_size} visual codes"

@@ -83,7 +83,6 @@ REFUSED = {
     "--image-every": ["0", "1.5"],
     "--recipe": ["best"],
     "--gradient-checkpointing": ["maybe"],
-    "--compile": ["auto"],
     "--resume": ["perhaps"],
     "--demo": ["1"],
     "--seed": ["-1", "x"],
