@@ -116,8 +116,10 @@ class StopSwitch:
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
         self.at_once = False
-        yield
-        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = True
 
 
 def number(kind: type, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> Callable:
@@ -422,6 +424,7 @@ def in_sweep() -> bool:
 if __name__ == "__main__":
     # `main` parses for real; this is only so that --help and a mistyped option answer before the heavy imports.
     parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
 
 import numpy as np
 import torch
@@ -1897,6 +1900,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
         with tracked(args, settings, saved and saved.run_id) as run:
             if stored:
                 reference, state = take_proto_tokens(models, stored)
+                remove_earlier_results(folder)
+                write_json(folder / "config.json", settings)
             else:
                 with enough_memory_for("the reference"):
                     reference = make_reference(models, args)

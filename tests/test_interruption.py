@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -32,14 +33,23 @@ def results_of(folder) -> tuple[dict, str, dict]:
     return tensors, (folder / "history.csv").read_text(), timeless
 
 
-@pytest.fixture
-def interrupted(tiny_arguments, tmp_path):
-    """A long run that a SIGTERM stopped: its arguments, its end, and its folder."""
-    arguments = (*tiny_arguments, *LONG, "--save-dir", tmp_path / "out")
-    process, folder = start_script(tmp_path, *arguments), tmp_path / "out" / "run"
-    wait_for((folder / STATE).exists, process)
+@pytest.fixture(scope="module")
+def interrupted_once(tiny_folder, tmp_path_factory):
+    """A long run that a SIGTERM stopped: its arguments, its end, and its save directory."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    tiny = ("--model-path", tiny_folder / "generator", "--vq-model-ckpt", tiny_folder / "vq", "--image-size", 16)
+    process = start_script(folder, *tiny, "--device", "cpu", *LONG, "--save-dir", "out")
+    wait_for((folder / "out" / "run" / STATE).exists, process)
     process.send_signal(signal.SIGTERM)
-    return arguments, ended(process, 10), folder
+    return (*tiny, "--device", "cpu", *LONG), ended(process, 10), folder / "out"
+
+
+@pytest.fixture
+def interrupted(interrupted_once, tmp_path):
+    """The same, with a copy of what it left, to do with as a test likes."""
+    arguments, end, save_dir = interrupted_once
+    shutil.copytree(save_dir, tmp_path / "out")
+    return (*arguments, "--save-dir", tmp_path / "out"), end, tmp_path / "out" / "run"
 
 
 def test_a_state_written_and_read_back_goes_on_bit_for_bit(tiny_models, make_args, tmp_path):
