@@ -1388,6 +1388,7 @@ VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
 IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 STATE_FILE = "interrupted_run.safetensors"
+ABANDONED_SECONDS = 3600  # no file takes so long to write
 COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
 
@@ -1426,6 +1427,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         if fcntl:
             # On the folder itself: the lock ends with the process, however it ends, and leaves no file.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_leftovers(args.save_dir, folder)
         yield folder
     except BlockingIOError:
         raise UserError(f"another run is at work in {folder}: name this one with --wandb-run-name, or wait") from None
@@ -1434,6 +1436,15 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         for each in (*made[:2], *reversed(made[2:])):
             with contextlib.suppress(OSError):
                 each.rmdir()  # only what this run made, and only what stayed empty
+
+
+def remove_leftovers(save_dir: Path, folder: Path) -> None:
+    """Temporary files of killed runs: in a run's own folder all, elsewhere those that nobody can be writing any more."""
+    for file in save_dir.glob("*/*.partial"):
+        with contextlib.suppress(OSError):
+            abandoned = file.parent == folder or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
+            if abandoned and re.search(r"\.\d+\.partial$", file.name):
+                file.unlink()
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,28 @@ def run_script(tmp_path):
 
 
 @pytest.fixture
+def call_script(tmp_path, monkeypatch, capfd):
+    """Runs the script's `main` in this process, for tests of what it says and leaves: no three seconds of imports."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["verify_proto_tokens.py", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            vpt.main()
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def model_folders(tmp_path):
     """Copies of the tiny models to break."""
     save_tiny_generator(tmp_path / "generator")
@@ -139,3 +162,11 @@ def run_tiny(run_script, tiny_arguments):
         return run_script(*tiny_arguments, *arguments, env=env)
 
     return run
+
+
+@pytest.fixture
+def call_tiny(call_script, tiny_arguments):
+    def call(*arguments):
+        return call_script(*tiny_arguments, *arguments)
+
+    return call

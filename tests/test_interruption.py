@@ -1,14 +1,23 @@
 """Interrupted runs: what a kill, a signal or a second run leaves behind, and going on as if nothing had happened."""
 
+import builtins
+import contextlib
+import io
+import itertools
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ended, save_tiny_generator, start_script
+from conftest import ROOT, clean_environment, ended, save_tiny_generator, start_script
+from PIL import Image
 from safetensors.torch import load_file
 
 import verify_proto_tokens as vpt
@@ -98,78 +107,184 @@ def test_ctrl_c_ends_with_130_also_before_the_first_step(tiny_arguments, tmp_pat
     assert end.code == 130 and "Traceback" not in end.err
 
 
-def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, run_script):
+def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_script):
     arguments, _, folder = interrupted
-    result = run_script(*arguments, "--resume")
+    result = call_script(*arguments, "--resume")
     assert result.code == 0 and "resumed after step" in result.out
     steps = [int(line.split(",")[0]) for line in (folder / "history.csv").read_text().splitlines()[1:]]
     assert steps == list(range(1, 2501))
     assert not (folder / STATE).exists()
 
 
-def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, run_script):
+def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, call_script):
     arguments, _, folder = interrupted
     before = (folder / STATE).read_bytes()
-    result = run_script(*arguments, "--resume", "--learning-rate", 0.05, "--seed", 43)
+    result = call_script(*arguments, "--resume", "--learning-rate", 0.05, "--seed", 43)
     assert result.code == 2 and len(result.err.strip().splitlines()) == 1
     assert "learning_rate (0.1, now 0.05)" in result.err and "seed (42, now 43)" in result.err
     assert (folder / STATE).read_bytes() == before
 
 
-def test_a_damaged_state_is_one_line(interrupted, run_script):
+def test_a_damaged_state_is_one_line(interrupted, call_script):
     arguments, _, folder = interrupted
     whole = (folder / STATE).read_bytes()
     (folder / STATE).write_bytes(whole[: len(whole) // 2])
-    result = run_script(*arguments, "--resume")
+    result = call_script(*arguments, "--resume")
     assert result.code == 2 and STATE in result.err and "Traceback" not in result.err
 
 
-def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(run_tiny, tmp_path):
+def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(call_tiny, tmp_path):
     arguments = ("--resume", "--save-dir", "out", "--wandb-run-name", "run")
-    assert run_tiny(*arguments).code == 0
+    assert call_tiny(*arguments).code == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out" / "run").iterdir()}
-    again = run_tiny(*arguments)
+    again = call_tiny(*arguments)
     assert again.code == 0 and "finished" in again.out
     assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "run").iterdir()} == before
-    other = run_tiny(*arguments, "--seed", 7)
+    other = call_tiny(*arguments, "--seed", 7)
     assert other.code == 2 and "seed (42, now 7)" in other.err
 
 
-def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_at_work(tiny_arguments, run_script, tmp_path):
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_at_work(tiny_arguments, call_script, tmp_path):
     arguments = (*tiny_arguments, *LONG, "--save-dir", "out")
     first = start_script(tmp_path, *arguments)
     wait_for((tmp_path / "out" / "run" / STATE).exists, first)
-    second = run_script(*arguments)
+    second = call_script(*arguments)
     assert second.code == 2 and "another run is at work" in second.err
     first.kill()
     first.communicate()
-    assert run_script(*arguments, "--resume").code == 0  # a killed run leaves no lock
+    assert call_script(*arguments, "--resume").code == 0  # a killed run leaves no lock
 
 
-def test_a_run_that_fails_before_its_first_result_leaves_nothing(run_tiny, tmp_path):
-    result = run_tiny("--image-size", 17, "--save-dir", tmp_path / "new" / "out")
+def test_a_run_that_fails_before_its_first_result_leaves_nothing(call_tiny, tmp_path):
+    result = call_tiny("--image-size", 17, "--save-dir", tmp_path / "new" / "out")
     assert result.code == 2
     assert not (tmp_path / "new").exists()
 
 
-def test_log_every_thins_the_history_and_changes_nothing_else(run_tiny, tmp_path):
+def test_log_every_thins_the_history_and_changes_nothing_else(call_tiny, tmp_path):
     for every in (1, 10):
-        assert run_tiny("--num-steps", 25, "--log-every", every, "--save-dir", tmp_path / str(every)).code == 0
+        assert call_tiny("--num-steps", 25, "--log-every", every, "--save-dir", tmp_path / str(every)).code == 0
     (one,), (ten,) = (list((tmp_path / str(every)).glob("proto_*")) for every in (1, 10))
     rows = (one / "history.csv").read_text().splitlines()
     assert (ten / "history.csv").read_text().splitlines() == [rows[line] for line in (0, 1, 10, 20, 25)]
     assert results_of(one)[0] == results_of(ten)[0]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Writes that fail
+
+
+@contextlib.contextmanager
+def full_disk_at(write: int):
+    """The `write`-th temporary file that is opened lies on a device that is always full; yields a count of all."""
+    count, really_open = itertools.count(1), builtins.open
+    opened = []
+
+    def open_(file, mode="r", *rest, **options):
+        if str(file).endswith(".partial") and "r" not in mode.replace("+", ""):
+            opened.append(Path(file).name)
+            if next(count) == write:
+                file = "/dev/full"
+        return really_open(file, mode, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "open", open_)
+        patch.setattr(builtins, "open", open_)
+        yield opened
+
+
+def assert_every_file_is_whole(save_dir: Path) -> None:
+    """No temporary file is left, and every other one can be read."""
+    for file in (file for file in save_dir.rglob("*") if file.is_file()):
+        assert ".partial" not in file.name
+        if file.suffix == ".png":
+            Image.open(file).verify()
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            load_file(file)
+        else:
+            assert file.name == "history.csv" and file.read_text().endswith("\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
+def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_had_happened(call_tiny, tmp_path):
+    arguments = ("--num-steps", 5, "--save-every", 4, "--target-accuracy", 0, "--wandb-run-name", "run")
+    with full_disk_at(0) as opened:
+        assert call_tiny(*arguments, "--save-dir", "whole").code == 0
+    assert len(opened) == 13, opened  # each of them fails in turn
+    for write in range(1, len(opened) + 1):
+        folder = tmp_path / f"failed{write}"
+        with full_disk_at(write):
+            result = call_tiny(*arguments, "--save-dir", folder)
+        assert result.code == 2 and "cannot write" in result.err and "No space left" in result.err
+        assert "Traceback" not in result.err
+        assert not (folder / "run" / "summary.json").exists()
+        assert_every_file_is_whole(folder)
+        assert call_tiny(*arguments, "--save-dir", folder, "--resume").code == 0
+        assert results_of(folder / "run") == results_of(tmp_path / "whole" / "run")
+
+
+def test_temporary_files_of_killed_runs_go_with_the_next_run(call_tiny, tmp_path):
+    for name in ("out/run/history.csv.7.partial", "out/other/old.png.7.partial", "out/other/new.png.7.partial"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "out/run/my.partial").write_text("a user's own")
+    os.utime(tmp_path / "out/other/old.png.7.partial", (0, 0))
+    assert call_tiny("--save-dir", "out", "--wandb-run-name", "run").code == 0
+    left = {file.name for file in (tmp_path / "out").rglob("*.partial")}
+    assert left == {"new.png.7.partial", "my.partial"}  # another run may still be writing the new one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+HUNGRY = """
+import resource, sys
+import verify_proto_tokens as v
+load = v.load_models
+def load_models(args):
+    models = load(args)
+    held = 1024 * int(next(row.split()[1] for row in open("/proc/self/status") if row.startswith("VmSize")))
+    resource.setrlimit(resource.RLIMIT_AS, (held + 400 * 2**20,) * 2)
+    return models
+v.load_models = load_models
+v.main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no such limit here")
+def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, tiny_arguments, tmp_path):
+    """With an MLP so wide, a step on 64 tokens needs more than the 400 MiB left; decoding, one by one, does not."""
+    save_tiny_generator(model_folders[0], intermediate_size=300_000)
+    command = [sys.executable, "-c", HUNGRY, *map(str, tiny_arguments), "--save-dir", "out", "--image-size", "32"]
+    process = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=clean_environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    (line,) = [row for row in process.stderr.splitlines() if "error" in row]
+    assert process.returncode == 2 and "out of memory for step 1 of the optimisation" in line
+    assert "--gradient-checkpointing" in line and "--image-size" in line
+    (folder,) = (tmp_path / "out").glob("proto_*")
+    assert load_file(folder / STATE)["e_t"].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An earlier run's proto-tokens
+
+
 @pytest.fixture
-def stored(run_tiny, tmp_path):
-    assert run_tiny("--save-dir", "out", "--wandb-run-name", "run").code == 0
+def stored(call_tiny, tmp_path):
+    assert call_tiny("--save-dir", "out", "--wandb-run-name", "run").code == 0
     return tmp_path / "out" / "run"
 
 
-def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimising(stored, run_tiny, tmp_path):
+def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimising(stored, call_tiny, tmp_path):
     file = stored / "proto_tokens.safetensors"
-    result = run_tiny("--from-proto-tokens", file, "--save-dir", "again")
+    result = call_tiny("--from-proto-tokens", file, "--save-dir", "again")
     assert result.code == 0, result.err
     (folder,) = (folder for folder in (tmp_path / "again").iterdir() if folder.name != "reference_cache")
     for name in ("reconstructed_image.png", "reference_image.png", "token_error_map.png"):
@@ -180,19 +295,19 @@ def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimisi
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_a_proto_tokens_file_that_does_not_load_is_one_line(stored, run_tiny, damage):
+def test_a_proto_tokens_file_that_does_not_load_is_one_line(stored, call_tiny, damage):
     file = stored / "proto_tokens.safetensors"
     whole = file.read_bytes()
     file.unlink()
     if damage != "missing":
         file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
-    result = run_tiny("--from-proto-tokens", file)
+    result = call_tiny("--from-proto-tokens", file)
     assert result.code == 2 and file.name in result.err and len(result.err.strip().splitlines()) == 1
 
 
-def test_proto_tokens_of_another_model_are_refused(stored, run_tiny, model_folders):
+def test_proto_tokens_of_another_model_are_refused(stored, call_tiny, model_folders):
     save_tiny_generator(model_folders[0], hidden_size=64)
-    result = run_tiny("--from-proto-tokens", stored / "proto_tokens.safetensors")
+    result = call_tiny("--from-proto-tokens", stored / "proto_tokens.safetensors")
     assert result.code == 2 and "another model (hidden_size 32, not 64)" in result.err
 
 

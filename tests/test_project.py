@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ def test_the_shell_command_passes_arguments_on_and_they_win(run_shell, tmp_path)
 
 def test_the_shell_command_ends_with_the_scripts_own_exit_code(run_shell):
     assert run_shell("--num-steps", "0").returncode == 2
+
+
+SHELL_SCRIPTS = ("run_proto_verification.sh", "tests/run.sh", ".ci/run")
+
+
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
+def test_shellcheck_has_nothing_to_say_about_a_shell_script(name):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, ROOT / name], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
+def test_a_shell_script_keeps_to_what_the_old_bash_of_macos_knows(name):
+    later_than_bash_3_2 = (
+        r"mapfile|readarray|declare -[aAgln]|local -n|\$\{\w+(,|\^|@)|\|&|&>>|coproc|\bwait -n|\$EPOCH"
+    )
+    assert not re.search(later_than_bash_3_2, (ROOT / name).read_text())
 
 
 def test_the_visible_top_level_is_what_it_should_be():

@@ -171,6 +171,15 @@ def test_only_a_hub_snapshot_is_identified_by_its_folders_name(tmp_path):
     assert [len(found) for found in names.values()] == [2, 1]
 
 
+def test_the_picture_and_the_initial_embeddings_draw_from_streams_of_their_own(tiny_models, make_args):
+    few, many = make_args("--num-steps", "3"), make_args("--num-steps", "9", "--force-generate")
+    before = vpt.new_optimisation(tiny_models, 1, few).proto_tokens
+    codes = vpt.make_reference(tiny_models, few).codes
+    after = vpt.new_optimisation(tiny_models, 1, few).proto_tokens
+    assert torch.equal(before.e_t, after.e_t) and torch.equal(before.m, after.m)
+    assert torch.equal(vpt.make_reference(tiny_models, many).codes, codes)
+
+
 def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):
     vpt.make_reference(tiny_models, make_args())
     vpt.make_reference(tiny_models, make_args("--force-generate"))

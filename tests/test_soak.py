@@ -1,0 +1,14 @@
+"""The soak's short form: a sweep, two agents, one of them killed with its run. `tests/soak.py` is the long one."""
+
+import sys
+
+import pytest
+from soak import soak
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_sweep_whose_agent_is_killed_loses_that_agents_run_at_most(tmp_path):
+    outcome = soak(tmp_path, runs=4, kills=1)
+    assert not outcome.problems
+    assert outcome.handed_out == 4 and outcome.complete >= 3 and len(outcome.killed) <= 1
+    assert max(outcome.run_memory) < 1.2 * min(outcome.run_memory)
