@@ -11,4 +11,4 @@ def test_a_sweep_whose_agent_is_killed_loses_that_agents_run_at_most(tmp_path):
     outcome = soak(tmp_path, runs=4, kills=1)
     assert not outcome.problems
     assert outcome.handed_out == 4 and outcome.complete >= 3 and len(outcome.killed) <= 1
-    assert max(outcome.run_memory) < 1.2 * min(outcome.run_memory)
+    assert outcome.run_memory[-1] < 1.1 * max(outcome.run_memory[:-1])
