@@ -258,6 +258,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)",
     )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
+        "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)",
+    )
     add("--force-generate", **SWITCH, help="generate the reference even if it is cached with these settings")
     add(
         "--seed",
@@ -641,7 +648,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     convolution over "pixels" runs on oneDNN; that of one or two rows (decoding) is as fast as the weight can be read
     when the weight stands on the left.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= 2:
@@ -766,6 +773,7 @@ def duration(seconds: float) -> str:
 # Reference image
 
 CACHE_FORMAT = 2
+COMPILED_FROM = 1024  # tokens, whose decoding takes longer than compiling does
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -849,7 +857,16 @@ def write_cached_codes(file: Path, codes: Tensor, seconds: float, key: str) -> N
         partial.write_bytes(to_safetensors({"codes": codes.cpu()}, metadata))
 
 
-@torch.inference_mode()
+def decoding_step(models: Models, num_tokens: int, choice: str) -> Callable:
+    """The generator's layers for one more token: as they are, or compiled as --compile has it."""
+    on_cuda = models.device.type == "cuda"
+    if choice == "off" or (choice == "auto" and not (on_cuda and num_tokens >= COMPILED_FROM)):
+        return models.generator.model
+    torch._dynamo.config.suppress_errors = True  # what does not compile here runs as it is
+    return torch.compile(models.generator.model, dynamic=False, mode="reduce-overhead" if on_cuda else "default")
+
+
+@torch.no_grad()
 def generate_visual_codes(
     models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace
 ) -> tuple[Tensor, float]:
@@ -873,17 +890,21 @@ def generate_visual_codes(
     visual_head = models.generator.lm_head.weight[visual_rows]  # [K, D]
     rng = torch.Generator(models.device).manual_seed(args.seed)
     cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
-    models.generator.model(input_ids=input_ids[:, -1:], use_cache=False)  # the clock is not to pay for the warm-up
+    decode = decoding_step(models, num_tokens, args.compile)
+
+    def last_hidden_states(layers: Callable, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[2B, D] after any number of new tokens [2B, L]; the cache grows by them."""
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        return layers(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+
+    # The clock is not to pay for first passes, nor for compiling.
+    for layers in (models.generator.model, decode, decode):
+        last_hidden_states(layers, input_ids[:, -1:], position_ids[:, -1:])
+    cache.reset()
     synchronise(models.device)
     started = time.perf_counter()
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
-        hidden_states = models.generator.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]  # [2B, D]
+        hidden_states = last_hidden_states(decode if codes else models.generator.model, input_ids, position_ids)
         scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, K]
         if not codes and not scores.isfinite().all():
             raise UserError(
@@ -1439,7 +1460,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def remove_leftovers(save_dir: Path, folder: Path) -> None:
-    """Temporary files of killed runs: in a run's own folder all, elsewhere those that nobody can be writing any more."""
+    """Temporary files of killed runs: all in a run's own folder, elsewhere those that nobody writes any more."""
     for file in save_dir.glob("*/*.partial"):
         with contextlib.suppress(OSError):
             abandoned = file.parent == folder or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
@@ -1519,7 +1540,7 @@ def remove_earlier_results(folder: Path) -> None:
 
 # What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
 FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "demo", "model_path", "vq_model_ckpt", "device"}
+FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "demo", "model_path", "vq_model_ckpt", "device"}
 
 
 def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:

@@ -103,6 +103,13 @@ def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tin
     assert (codes + tiny_models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
 
 
+def test_compiled_decoding_gives_the_same_tokens(tiny_models, make_args):
+    plain, compiled = (
+        vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", choice)) for choice in ("off", "on")
+    )
+    assert torch.equal(plain[0], compiled[0])
+
+
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
     codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
