@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -31,6 +32,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +64,8 @@ RECIPES = {
     "tuned": Recipe(initial_scale=0.5, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.1, grad_clip=0.0),
     "reference": Recipe(initial_scale=0.01, betas=(0.9, 0.999), warmup_steps=0, learning_rate=0.01, grad_clip=1.0),
 }
+DEFAULT_PROMPT = "a red apple on a wooden table"
+CONTROLS = ("random", "shuffled", "untrained")
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
@@ -164,7 +168,7 @@ def tags(text: str) -> list[str]:
     return found
 
 
-def folder_path(text: str) -> Path:
+def file_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
@@ -178,6 +182,8 @@ def switch(text: str) -> bool:
 SWITCH = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
 
 
+# One row an option, as a table reads best.
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -188,200 +194,98 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("models").add_argument
-    add(
-        "--model-path",
-        metavar="PATH",
-        help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})",
-    )
-    add(
-        "--vq-model-ckpt",
-        metavar="PATH",
+    add("--model-path", metavar="PATH",
+        help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})")
+    add("--vq-model-ckpt", metavar="PATH",
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
-        "is code, so take it only from someone you trust",
-    )
+        "is code, so take it only from someone you trust")
     add("--demo", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add(
-        "--codebook-size",
-        type=number(int, 1),
-        metavar="K",
+    add("--codebook-size", type=number(int, 1), metavar="K",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
-        "embedding rows beyond the text vocabulary)",
-    )
+        "embedding rows beyond the text vocabulary)")
     add("--device", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on "
-        "CUDA and float32 elsewhere)",
-    )
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on CUDA "
+        "and float32 elsewhere)")
 
     add = parser.add_argument_group("reference image").add_argument
-    add(
-        "--prompt",
-        type=prompt_text,
-        default="a red apple on a wooden table",
-        metavar="TEXT",
-        help="what the reference image shows (default: %(default)s)",
-    )
-    add(
-        "--image-size",
-        type=number(int, 1),
-        default=256,
-        metavar="PIXELS",
-        help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)",
-    )
-    add(
-        "--cfg-scale",
-        type=number(float, 0, 1000),
-        default=6.0,
-        metavar="S",
-        help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)",
-    )
-    add(
-        "--temperature",
-        type=number(float, 0, open_minimum=True),
-        default=1.0,
-        metavar="T",
-        help="of sampling the reference (default: %(default)s)",
-    )
-    add(
-        "--top-k",
-        type=number(int, 1),
-        metavar="K",
-        help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)",
-    )
-    add(
-        "--top-p",
-        type=number(float, 0, 1, open_minimum=True),
-        default=1.0,
-        metavar="P",
-        help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)",
-    )
-    add(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
+    add("--prompt", type=prompt_text, action="append", metavar="TEXT", dest="prompts",
+        help="what the reference image shows; given several times, the targets are optimised together "
+        f"(default: {DEFAULT_PROMPT})")
+    add("--prompts-file", type=file_path, metavar="FILE", help="further prompts, one a line")
+    add("--image-size", type=number(int, 1), default=256, metavar="PIXELS",
+        help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
+    add("--cfg-scale", type=number(float, 0, 1000), default=6.0, metavar="S",
+        help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
+    add("--temperature", type=number(float, 0, open_minimum=True), default=1.0, metavar="T",
+        help="of sampling the reference (default: %(default)s)")
+    add("--top-k", type=number(int, 1), metavar="K",
+        help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
+    add("--top-p", type=number(float, 0, 1, open_minimum=True), default=1.0, metavar="P",
+        help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
         help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
-        "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)",
-    )
+        "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)")
     add("--force-generate", **SWITCH, help="generate the reference even if it is cached with these settings")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=42,
-        help="of the reference and of the initial proto-tokens (default: %(default)s)",
-    )
+    add("--seed", type=number(int, 0, 2**63 - 1), default=42,
+        help="of the reference and of the initial proto-tokens (default: %(default)s)")
+    add("--control", choices=CONTROLS,
+        help="a harder target to compare with: `random` codes, the reference's own codes `shuffled`, or the reference "
+        "for an `untrained` generator of the same architecture (default: none)")
 
     add = parser.add_argument_group("optimisation of the proto-tokens").add_argument
     add("--num-steps", type=number(int, 1), default=1000, metavar="STEPS", help="at most (default: %(default)s)")
-    add(
-        "--recipe",
-        choices=tuple(RECIPES),
-        default="tuned",
+    add("--num-e-tokens", type=number(int, 1), default=1, metavar="K",
+        help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
+    add("--m", choices=("shared", "own"), default="shared",
+        help="whether several targets share one m, or each learns its own (default: %(default)s)")
+    add("--m-from", type=file_path, metavar="FILE",
+        help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
+    add("--recipe", choices=tuple(RECIPES), default="tuned",
         help="initial values, betas, warm-up, and the defaults of the next two options; `reference` is the usual one: "
-        "normal x 0.01, betas 0.9 and 0.999, no warm-up, rate 0.01, clipping at 1 (default: %(default)s)",
-    )
-    add(
-        "--learning-rate",
-        type=number(float, 0, 1e37, open_minimum=True),
-        metavar="RATE",
-        help=f"peak rate of AdamW (default: {RECIPES['tuned'].learning_rate}, that of the recipe)",
-    )
-    add(
-        "--grad-clip",
-        type=number(float, 0),
-        metavar="NORM",
+        "normal x 0.01, betas 0.9 and 0.999, no warm-up, rate 0.01, clipping at 1 (default: %(default)s)")
+    add("--learning-rate", type=number(float, 0, 1e37, open_minimum=True), metavar="RATE",
+        help=f"peak rate of AdamW (default: {RECIPES['tuned'].learning_rate}, that of the recipe)")
+    add("--grad-clip", type=number(float, 0), metavar="NORM",
         help="clip the joint gradient of e_t and m to this norm; 0 is off "
-        f"(default: {RECIPES['tuned'].grad_clip:g}, that of the recipe)",
-    )
-    add(
-        "--vocabulary",
-        choices=("full", "visual"),
-        default="full",
+        f"(default: {RECIPES['tuned'].grad_clip:g}, that of the recipe)")
+    add("--vocabulary", choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
-        "the visual codes alone (default: %(default)s)",
-    )
-    add(
-        "--gradient-checkpointing",
-        choices=("auto", "on", "off"),
-        default="auto",
+        "the visual codes alone (default: %(default)s)")
+    add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
-        "(default: auto, that is where the device would not hold the step otherwise)",
-    )
-    add(
-        "--target-accuracy",
-        type=number(float, 0, 100),
-        default=100.0,
-        metavar="PERCENT",
-        help="stop as soon as this token accuracy is reached; 0 is never (default: %(default)s)",
-    )
-    add(
-        "--log-every",
-        type=number(int, 1),
-        default=1,
-        metavar="STEPS",
-        help="steps between two rows of history.csv and of W&B's history (default: %(default)s)",
-    )
-    add(
-        "--save-every",
-        type=number(int, 1),
-        default=100,
-        metavar="STEPS",
-        help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)",
-    )
-    add(
-        "--resume",
-        **SWITCH,
-        help="go on with the interrupted run of this name, settings and save directory; starts where there is none",
-    )
-    add(
-        "--from-proto-tokens",
-        type=folder_path,
-        metavar="FILE",
+        "(default: auto, that is where the device would not hold the step otherwise)")
+    add("--target-accuracy", type=number(float, 0, 100), default=100.0, metavar="PERCENT",
+        help="stop as soon as this token accuracy is reached; 0 is never (default: %(default)s)")
+    add("--log-every", type=number(int, 1), default=1, metavar="STEPS",
+        help="steps between two rows of history.csv and of W&B's history (default: %(default)s)")
+    add("--save-every", type=number(int, 1), default=100, metavar="STEPS",
+        help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
+    add("--resume", **SWITCH,
+        help="go on with the interrupted run of this name, settings and save directory; starts where there is none")
+    add("--from-proto-tokens", type=file_path, metavar="FILE",
         help="learn nothing: reconstruct the picture from an earlier run's proto_tokens.safetensors, whose prompt, "
-        "size and vocabulary hold; the models must be that run's",
-    )
+        "size and vocabulary hold; the models must be that run's")
 
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--save-dir",
-        type=folder_path,
-        default=Path("./proto_tokens_exp"),
-        metavar="FOLDER",
-        help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)",
-    )
+    add("--save-dir", type=file_path, default=Path("./proto_tokens_exp"), metavar="FOLDER",
+        help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)")
 
     add = parser.add_argument_group("Weights & Biases").add_argument
     add("--use-wandb", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
     add("--wandb-project", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
     add("--wandb-entity", metavar="NAME", help="user or team (default: W&B's own default)")
-    add(
-        "--wandb-run-name",
-        type=run_name,
-        metavar="NAME",
-        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr01_seed42)",
-    )
-    add(
-        "--wandb-tags",
-        type=tags,
-        default=["proto-tokens"],
-        metavar="TAG,TAG",
-        help="separated by commas (default: proto-tokens)",
-    )
+    add("--wandb-run-name", type=run_name, metavar="NAME",
+        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr01_seed42)")
+    add("--wandb-tags", type=tags, default=["proto-tokens"], metavar="TAG,TAG",
+        help="separated by commas (default: proto-tokens)")
     add("--wandb-group", metavar="NAME", help="group that the run belongs to")
-    add(
-        "--image-every",
-        type=number(int, 1),
-        metavar="STEPS",
-        help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)",
-    )
-    add(
-        "--wandb-mode",
-        choices=("online", "offline", "disabled"),
-        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else online)",
-    )
+    add("--image-every", type=number(int, 1), metavar="STEPS",
+        help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
+    add("--wandb-mode", choices=("online", "offline", "disabled"),
+        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else online)")
     return parser
+# fmt: on
 
 
 def with_hyphens(argument: str) -> str:
@@ -399,6 +303,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([with_hyphens(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     if args.demo and (args.model_path or args.vq_model_ckpt):
         parser.error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
+    if args.from_proto_tokens and (args.control or args.m_from):
+        parser.error("--from-proto-tokens learns nothing: leave out --control and --m-from")
+    if args.m_from and args.m == "own":
+        parser.error("--m-from gives all targets one m: leave out --m own")
+    try:
+        args.prompts = (args.prompts or []) + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    except (OSError, ValueError) as error:
+        parser.error(f"--prompts-file {args.prompts_file} cannot be read: {getattr(error, 'strerror', None) or error}")
+    args.prompts = args.prompts or [DEFAULT_PROMPT]
     for name in ("learning_rate", "grad_clip"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(RECIPES[args.recipe], name))
@@ -406,6 +319,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     return args
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines do not count. Raises OSError and ValueError."""
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("it holds no prompt")
+    return prompts
 
 
 def exit_with_error(message: str) -> None:
@@ -417,6 +338,10 @@ def exit_with_error(message: str) -> None:
 def default_run_name(args: argparse.Namespace) -> str:
     rate = f"{args.learning_rate:g}".replace(".", "")
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
+    several = len(args.prompts) > 1
+    parts = (several and f"targets{len(args.prompts)}", several and args.m == "own" and "own")
+    parts += (args.num_e_tokens > 1 and f"e{args.num_e_tokens}", args.m_from and "given", args.control)
+    name = "_".join([name, *filter(None, parts)])
     if args.from_proto_tokens:
         name = "reconstructed"
     # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
@@ -439,10 +364,11 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -499,6 +425,11 @@ def load_models(args: argparse.Namespace) -> Models:
         nearest = f"{below} or {below + factor}" if below else f"{factor}"
         raise UserError(
             f"--image-size {args.image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}"
+        )
+    num_tokens = (args.image_size // factor) ** 2
+    if args.num_e_tokens > num_tokens:
+        raise UserError(
+            f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of --image-size {args.image_size}"
         )
     visual_offset = len(text_tokenizer)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
@@ -782,11 +713,12 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Reference:
-    """The target: visual codes [B, N], the seconds that their autoregressive decoding took, their pixels."""
+    """The targets: visual codes [B, N], the seconds that their autoregressive decoding took, their pixels, prompts."""
 
     codes: Tensor
     autoregressive_seconds: float
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
+    prompts: list[str]
 
 
 def conditional_prompt(prompt: str) -> str:
@@ -799,27 +731,52 @@ def unconditional_prompt() -> str:
 
 
 def make_reference(models: Models, args: argparse.Namespace) -> Reference:
-    """Takes the reference from the cache where these very settings made it before; else decodes and caches it."""
+    """Takes each prompt's tokens from the cache where these very settings made them; decodes the others together."""
     num_tokens = (args.image_size // models.factor) ** 2
-    settings = reference_settings(models, args, num_tokens)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    cache_file = args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors"
-    cached = None if args.force_generate else read_cached_codes(cache_file, key, num_tokens, models.codebook_size)
-    if cached:
-        codes, seconds = cached
-        print(f"reference: {num_tokens} tokens, reused from {cache_file}")
-    else:
-        codes, seconds = generate_visual_codes(models, [args.prompt], num_tokens, args)
-        write_cached_codes(cache_file, codes, seconds, key)
-        print(f"reference: {num_tokens} tokens in {duration(seconds)} ({num_tokens / seconds:.1f} tokens/s)")
-    codes = codes.to(models.device)
-    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes))
+    keys = [reference_key(models, args, prompt, num_tokens) for prompt in args.prompts]
+    files = [args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors" for key in keys]
+    found = {}  # by key: codes [1, N] and seconds
+    for key, file in () if args.force_generate else zip(keys, files, strict=True):
+        if cached := read_cached_codes(file, key, num_tokens, models.codebook_size):
+            found[key] = cached
+            print(f"reference: {num_tokens} tokens, reused from {file}")
+    missing = {key: (file, prompt) for key, file, prompt in zip(keys, files, args.prompts, strict=True)}
+    missing = {key: value for key, value in missing.items() if key not in found}
+    if missing:
+        codes, seconds = generate_visual_codes(models, [prompt for _, prompt in missing.values()], num_tokens, args)
+        made = codes.numel()
+        print(f"reference: {made} tokens in {duration(seconds)} ({made / seconds:.1f} tokens/s)")
+        for key, row in zip(missing, codes.split(1), strict=True):
+            found[key] = row.cpu(), seconds / len(missing)
+            write_cached_codes(missing[key][0], *found[key], key)
+    codes = torch.cat([found[key][0] for key in keys])
+    codes = controlled(codes, args.control, models.codebook_size, args.seed).to(models.device)
+    seconds = sum(found[key][1] for key in keys)
+    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
 
 
-def reference_settings(models: Models, args: argparse.Namespace, num_tokens: int) -> dict:
-    """Everything that determines the reference's tokens."""
-    names = ("prompt", "cfg_scale", "temperature", "top_k", "top_p", "seed")
-    return {
+def controlled(codes: Tensor, control: str | None, codebook_size: int, seed: int) -> Tensor:
+    """The targets [B, N] of a control: as many codes by chance, or the same ones in other places; else themselves."""
+    rng = torch.Generator().manual_seed(seed)
+    if control == "random":
+        return torch.randint(codebook_size, codes.shape, generator=rng)
+    if control == "shuffled":
+        return torch.stack([row[torch.randperm(len(row), generator=rng)] for row in codes])
+    return codes
+
+
+def untrained(models: Models, seed: int) -> Models:
+    """The same architecture with fresh weights, drawn as before any training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = Qwen2ForCausalLM(models.generator.config)
+    return dataclasses.replace(models, generator=frozen(generator.to(models.device, models.generator.dtype)))
+
+
+def reference_key(models: Models, args: argparse.Namespace, prompt: str, num_tokens: int) -> str:
+    """Stands for everything that determines the reference's tokens."""
+    names = ("cfg_scale", "temperature", "top_k", "top_p", "seed")
+    settings = {
         "format": CACHE_FORMAT,
         "generator": models.fingerprint,
         "visual_offset": models.visual_offset,
@@ -829,7 +786,9 @@ def reference_settings(models: Models, args: argparse.Namespace, num_tokens: int
         "device": models.device.type,
         "torch": torch.__version__,
         "templates": [conditional_prompt(""), unconditional_prompt()],
+        "prompt": prompt,
     } | {name: getattr(args, name) for name in names}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def read_cached_codes(file: Path, key: str, num_tokens: int, codebook_size: int) -> tuple[Tensor, float] | None:
@@ -888,7 +847,8 @@ def generate_visual_codes(
     attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)  # [2B, L + N]; causality hides what is to come
     visual_rows = slice(models.visual_offset, models.visual_offset + models.codebook_size)
     visual_head = models.generator.lm_head.weight[visual_rows]  # [K, D]
-    rng = torch.Generator(models.device).manual_seed(args.seed)
+    # A stream for each target: its picture does not depend on the others'.
+    rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
     decode = decoding_step(models, num_tokens, args.compile)
 
@@ -910,7 +870,7 @@ def generate_visual_codes(
             raise UserError(
                 "the generator's logits are not finite: try --dtype float32 or bfloat16; else its weights are damaged"
             )
-        codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rng))  # [B]
+        codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
         input_ids = (codes[-1] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
         position_ids = position_ids[:, -1:] + 1
     codes = torch.stack(codes, dim=1)
@@ -932,8 +892,8 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
     return uncond + cfg_scale * (cond - uncond)
 
 
-def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rng: torch.Generator) -> Tensor:
-    """Draws one index per row of scores [B, K] -> [B]; ties with the k-th largest score stay in."""
+def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
+    """Draws one index per row of scores [B, K] -> [B], each by its own generator; ties with the k-th score stay in."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None and top_k < scores.shape[-1]:
         kth_largest = scores.topk(top_k).values[:, -1:]
@@ -944,7 +904,8 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
         before = probability.cumsum(-1) - probability  # the share that the likelier codes hold already
         beyond = before >= top_p  # in the order of likelihood
         scores = scores.masked_fill(torch.empty_like(beyond).scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(scores.softmax(-1), 1, generator=rng).squeeze(-1)
+    probability = scores.softmax(-1)
+    return torch.cat([torch.multinomial(row, 1, generator=rng) for row, rng in zip(probability, rngs, strict=True)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -960,7 +921,10 @@ KEPT_PER_TOKEN = {"hidden": 6, "mlp": 3}
 
 @dataclass(frozen=True)
 class ProtoTokens:
-    """The two learned embeddings, float32 whatever the model's precision: e_t [B, D] and m [D]."""
+    """The learned embeddings, float32 whatever the model's precision: e_t [B, K, D], K in front of each target's N.
+
+    m is [1, D] where the targets share it, [B, D] where each has its own.
+    """
 
     e_t: Tensor
     m: Tensor
@@ -968,36 +932,68 @@ class ProtoTokens:
     def copy(self) -> ProtoTokens:
         return ProtoTokens(self.e_t.detach().clone(), self.m.detach().clone())
 
+    def of(self, targets: slice) -> ProtoTokens:
+        return ProtoTokens(self.e_t[targets], self.m if len(self.m) == 1 else self.m[targets])
+
+    @property
+    def learning(self) -> list[Tensor]:
+        return [parameter for parameter in (self.e_t, self.m) if parameter.requires_grad]
+
 
 @dataclass
 class Optimisation:
-    """Where an optimisation stands: all that its next step depends on, and what it has found so far."""
+    """Where an optimisation stands: all that its next step depends on, and what it has found so far.
+
+    The best are kept for all targets together where they share m, else for each on its own.
+    """
 
     proto_tokens: ProtoTokens  # the masters, which learn
     optimizer: torch.optim.AdamW
     best: ProtoTokens
-    best_step: int = 0
-    best_accuracy: float = -1.0  # percent
-    best_loss: float = math.inf  # of the best step
+    best_step: list[int]  # [B], as the next two
+    best_accuracy: list[float]  # percent, at the best step
+    best_loss: list[float]  # nats, at the best step
     step: int = 0  # steps behind it
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)  # its logged rows
+    frames: list[dict] = field(default_factory=list)  # for the moving picture: step, accuracy, codes [B, N]
     diverged: bool = False
 
+    @property
+    def mean_best_accuracy(self) -> float:
+        return statistics.fmean(self.best_accuracy)
 
-def initial_proto_tokens(batch: int, hidden_size: int, scale: float, seed: int, device: torch.device) -> ProtoTokens:
-    """Normal values from a random stream of their own: the same on every device and for any number of steps."""
+    def keep_the_best(self, accuracy: list[float], loss: list[float]) -> None:
+        """Keeps the present embeddings where their accuracy is the highest yet, and among equals their loss lowest."""
+        batch, groups = len(accuracy), len(self.proto_tokens.m)
+        for group in range(groups):
+            members = slice(group * batch // groups, (group + 1) * batch // groups)
+            now, before = (
+                (statistics.fmean(accuracies[members]), -statistics.fmean(losses[members]))
+                for accuracies, losses in ((accuracy, loss), (self.best_accuracy, self.best_loss))
+            )
+            if now > before:
+                self.best.e_t[members] = self.proto_tokens.e_t.detach()[members]
+                self.best.m[group] = self.proto_tokens.m.detach()[group]
+                self.best_accuracy[members], self.best_loss[members] = accuracy[members], loss[members]
+                self.best_step[members] = [self.step + 1] * len(accuracy[members])
+
+
+def initial_proto_tokens(
+    batch: int, num_e_tokens: int, hidden_size: int, scale: float, seed: int, own_m: bool = False
+) -> ProtoTokens:
+    """Normal values from a random stream of their own: each target starts as it would alone, on any device."""
     rng = torch.Generator().manual_seed(seed)
-    m = torch.randn(hidden_size, generator=rng) * scale
-    e_t = torch.randn(batch, hidden_size, generator=rng) * scale
-    return ProtoTokens(e_t.to(device).requires_grad_(), m.to(device).requires_grad_())
+    m = torch.randn(1, hidden_size, generator=rng) * scale
+    e_t = torch.randn(1, num_e_tokens, hidden_size, generator=rng) * scale
+    return ProtoTokens(e_t.repeat(batch, 1, 1), m.repeat(batch if own_m else 1, 1))
 
 
 def one_pass_hidden_states(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int) -> Tensor:
-    """One forward pass over [e_t, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
-    batch, hidden_size = proto_tokens.e_t.shape
-    filler = proto_tokens.m.expand(batch, num_tokens - 1, hidden_size)
-    inputs_embeds = torch.cat((proto_tokens.e_t[:, None], filler), dim=1).to(generator.dtype)  # [B, N, D]
+    """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
+    batch, num_e_tokens, hidden_size = proto_tokens.e_t.shape
+    filler = proto_tokens.m[:, None].expand(batch, num_tokens - num_e_tokens, hidden_size)
+    inputs_embeds = torch.cat((proto_tokens.e_t, filler), dim=1).to(generator.dtype)  # [B, N, D]
     return generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
 
 
@@ -1012,8 +1008,8 @@ def competing_head(models: Models, vocabulary: str) -> tuple[Tensor, int]:
 def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of hidden_states [B, N, D] @ head.T [D, V] against target [B, N], never holding [B, N, V] logits.
 
-    Returns the losses [B, N] in nats, the gradient [B, N, D] of their mean with respect to hidden_states, and the
-    target's rank [B, N]: how many other ids are at least as likely, so 0 where it alone is the likeliest.
+    Returns the losses [B, N] in nats, the gradient [B, N, D] of each target's mean with respect to hidden_states, and
+    each token's rank [B, N]: how many other ids are at least as likely, so 0 where it alone is the likeliest.
 
     One pass over the vocabulary, a chunk of ids at a time, with the running maximum and rescaled sums of Milakov &
     Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867). The gradient of cross-entropy is
@@ -1027,7 +1023,7 @@ def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -
         )
     ]
     losses, gradient, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
-    return losses.view_as(target), (gradient / target.numel()).view_as(hidden_states), ranks.view_as(target)
+    return losses.view_as(target), (gradient / target.shape[1]).view_as(hidden_states), ranks.view_as(target)
 
 
 def cross_entropy_of_positions(
@@ -1068,23 +1064,33 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def new_optimisation(models: Models, batch: int, args: argparse.Namespace) -> Optimisation:
+def new_optimisation(
+    models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
+) -> Optimisation:
+    """An optimisation before its first step; `given_m` [1, D] stays as it is."""
     recipe = RECIPES[args.recipe]
-    proto_tokens = initial_proto_tokens(batch, models.hidden_size, recipe.initial_scale, args.seed, models.device)
-    parameters = [proto_tokens.e_t, proto_tokens.m]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=recipe.betas, weight_decay=0.0)
-    return Optimisation(proto_tokens, optimizer, proto_tokens.copy())
+    start = initial_proto_tokens(
+        batch, args.num_e_tokens, models.hidden_size, recipe.initial_scale, args.seed, args.m == "own"
+    )
+    m = start.m if given_m is None else given_m
+    proto_tokens = ProtoTokens(
+        start.e_t.to(models.device).requires_grad_(), m.to(models.device).requires_grad_(given_m is None)
+    )
+    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=recipe.betas, weight_decay=0.0)
+    nothing_yet = {"best_step": [0] * batch, "best_accuracy": [-1.0] * batch, "best_loss": [math.inf] * batch}
+    return Optimisation(proto_tokens, optimizer, proto_tokens.copy(), **nothing_yet)
 
 
 def target_is_reached(state: Optimisation, args: argparse.Namespace) -> bool:
-    return 0 < args.target_accuracy <= state.best_accuracy
+    return 0 < args.target_accuracy <= min(state.best_accuracy)
 
 
-def step_bytes(models: Models, batch: int, num_tokens: int) -> int:
-    """About how much memory one step adds without checkpointing: what autograd keeps of each layer."""
+def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
+    """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
     config = models.generator.config
     kept = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
-    return int(config.num_hidden_layers * batch * num_tokens * kept * models.generator.dtype.itemsize)
+    of_all = config.num_hidden_layers * (config.hidden_size if recomputes else kept) + (kept if recomputes else 0)
+    return of_all * num_tokens * models.generator.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -1097,12 +1103,13 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def recomputes(models: Models, batch: int, num_tokens: int, choice: str) -> bool:
-    """Whether --gradient-checkpointing is on: as said, or where a step would take most of the free memory."""
-    if choice != "auto":
-        return choice == "on"
+def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
+    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets at once."""
     free = free_bytes(models.device)
-    return free is not None and step_bytes(models, batch, num_tokens) > 0.8 * free
+    budget = math.inf if free is None else 0.8 * free
+    recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
+    fitting = budget / step_bytes(models, num_tokens, recomputes)
+    return recomputes, max(1, int(min(batch, fitting)))
 
 
 def set_gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> None:
@@ -1114,13 +1121,42 @@ def set_gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> None:
     generator.model.train(on)
 
 
-def gradient_step(models: Models, proto_tokens: ProtoTokens, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass and its gradient, left in the proto-tokens' `.grad`; returns losses and target ranks, both [B, N]."""
-    hidden_states = one_pass_hidden_states(models.generator, proto_tokens, target.shape[1])  # [B, N, D]
-    losses, gradient, target_rank = chunked_cross_entropy(hidden_states.detach(), head, target)
-    proto_tokens.e_t.grad = proto_tokens.m.grad = None
-    hidden_states.backward(gradient.to(hidden_states.dtype))
+def gradient_step(
+    models: Models, proto_tokens: ProtoTokens, head: Tensor, target: Tensor, at_once: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """One pass and its gradient, left in the proto-tokens' `.grad`; returns losses and target ranks, both [B, N].
+
+    The gradient is that of the targets' mean losses, added up: a target with an m of its own learns as it would alone.
+    """
+    for parameter in proto_tokens.learning:
+        parameter.grad = None
+    found = []
+    for targets in parts(len(target), at_once or len(target)):
+        hidden_states = one_pass_hidden_states(models.generator, proto_tokens.of(targets), target.shape[1])
+        losses, gradient, target_rank = chunked_cross_entropy(hidden_states.detach(), head, target[targets])
+        hidden_states.backward(gradient.to(hidden_states.dtype))
+        found.append((losses, target_rank))
+    losses, target_rank = (torch.cat(each) for each in zip(*found, strict=True))
     return losses, target_rank
+
+
+def parts(count: int, at_once: int) -> list[slice]:
+    return [slice(first, first + at_once) for first in range(0, count, at_once)]
+
+
+def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
+    """Norms [G] of the joint gradient of an m and its e_t; scales it down to `limit` unless that is 0."""
+    groups = len(proto_tokens.m)
+    squares = proto_tokens.e_t.grad.square().flatten(1).sum(1).view(groups, -1).sum(1)
+    if proto_tokens.m.grad is not None:
+        squares = squares + proto_tokens.m.grad.square().sum(1)
+    norms = squares.sqrt()
+    if limit:
+        factor = (limit / (norms + 1e-6)).clamp(max=1)
+        proto_tokens.e_t.grad *= factor.repeat_interleave(len(proto_tokens.e_t) // groups)[:, None, None]
+        if proto_tokens.m.grad is not None:
+            proto_tokens.m.grad *= factor[:, None]
+    return norms
 
 
 def optimise_proto_tokens(
@@ -1132,42 +1168,42 @@ def optimise_proto_tokens(
     embeddings before the step's update; the best are those with the highest accuracy, and among equals the lowest
     loss. Ends early at --target-accuracy, or where the loss or its gradient is no longer finite (`state.diverged`).
     """
-    proto_tokens, parameters = state.proto_tokens, [state.proto_tokens.e_t, state.proto_tokens.m]
+    proto_tokens, (batch, num_tokens) = state.proto_tokens, codes.shape
     head, first_code = competing_head(models, args.vocabulary)
-    set_gradient_checkpointing(models.generator, recomputes(models, *codes.shape, args.gradient_checkpointing))
+    recomputes, at_once = memory_plan(models, batch, num_tokens, args.gradient_checkpointing)
+    set_gradient_checkpointing(models.generator, recomputes)
     while state.step < args.num_steps and not target_is_reached(state, args):
         started = time.perf_counter()
         rate = rate_at(state.step + 1, args.num_steps, RECIPES[args.recipe].warmup_steps, args.learning_rate)
         state.optimizer.param_groups[0]["lr"] = rate
-        losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+        losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code, at_once)
         with torch.no_grad():
-            counts = ((target_rank == 0).sum(), (target_rank < 5).sum())
-            norms = (proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm())
-            measured = torch.stack((losses.mean(), *counts, *norms, grad_norm)).tolist()  # the step's one host sync
-        loss, correct, in_top5, e_t_norm, m_norm, grad_norm = measured
-        if not math.isfinite(loss + grad_norm):
+            grad_norm = clip_gradients(proto_tokens, args.grad_clip).mean()
+            norms = (proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean(), grad_norm)
+            of_targets = (losses.mean(1), (target_rank == 0).sum(1), (target_rank < 5).sum(1))
+            measured = torch.cat((*of_targets, torch.stack(norms))).tolist()  # the step's one host sync
+        if not math.isfinite(sum(measured)):
             state.diverged = True
             return
-        accuracy = 100 * correct / codes.numel()
-        if (accuracy, -loss) > (state.best_accuracy, -state.best_loss):
-            state.best, state.best_step = proto_tokens.copy(), state.step + 1
-            state.best_accuracy, state.best_loss = accuracy, loss
+        loss, correct, in_top5 = (measured[each] for each in parts(3 * batch, batch))
+        accuracy = [100 * count / num_tokens for count in correct]
+        state.keep_the_best(accuracy, loss)
         state.optimizer.step()
         state.step += 1
         state.seconds += time.perf_counter() - started
-        yield {
+        row = {
             "step": state.step,
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "train/top5_accuracy": 100 * in_top5 / codes.numel(),
-            "train/correct_tokens": int(correct),
-            "train/best_accuracy": state.best_accuracy,
+            "train/loss": statistics.fmean(loss),
+            "train/accuracy": statistics.fmean(accuracy),
+            "train/top5_accuracy": 100 * sum(in_top5) / codes.numel(),
+            "train/correct_tokens": int(sum(correct)),
+            "train/best_accuracy": state.mean_best_accuracy,
             "train/learning_rate": rate,
-            "embeddings/e_t_norm": e_t_norm,
-            "embeddings/m_norm": m_norm,
-            "gradients/grad_norm": grad_norm,
-        }
+        } | dict(zip(("embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"), measured[-3:], strict=True))
+        for k in range(batch) if batch > 1 else ():
+            row |= {f"targets/{k}/loss": loss[k], f"targets/{k}/accuracy": accuracy[k]}
+            row |= {f"targets/{k}/best_accuracy": state.best_accuracy[k]}
+        yield row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1181,13 +1217,15 @@ class Reconstruction:
     """What one forward pass over the best proto-tokens emits."""
 
     predicted_ids: Tensor  # [B, N], ids of the competing vocabulary's argmax, as generator token ids
+    predicted_codes: Tensor  # [B, N], the likeliest visual codes
     target_rank: Tensor  # [B, N], how many other ids are at least as likely: 0 where the target is the prediction
+    losses: Tensor  # [B, N], in nats
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
     one_pass_seconds: float
 
     @property
-    def wrong(self) -> Tensor:
-        return self.target_rank > 0  # [B, N]
+    def num_errors(self) -> list[int]:
+        return (self.target_rank > 0).sum(1).tolist()  # [B]
 
 
 @torch.inference_mode()
@@ -1203,11 +1241,14 @@ def reconstruct(
         synchronise(models.device)
         started = time.perf_counter()
         hidden_states = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1])  # [B, N, D]
-        predicted, predicted_codes, target_rank = predict(models, hidden_states, codes, vocabulary)
+        ids, predicted_codes, target_rank = predict(models, hidden_states, codes, vocabulary)
         synchronise(models.device)
         seconds.append(time.perf_counter() - started)
+    head, first_code = competing_head(models, vocabulary)
+    losses, *_ = chunked_cross_entropy(hidden_states, head, codes + first_code)
     pixels = decode_codes(models.vq_decoder, predicted_codes)
-    return Reconstruction(predicted, target_rank, pixels, statistics.median(seconds[1:] or seconds))
+    one_pass_seconds = statistics.median(seconds[1:] or seconds)
+    return Reconstruction(ids, predicted_codes, target_rank, losses, pixels, one_pass_seconds)
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor, vocabulary: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -1229,43 +1270,94 @@ def psnr(pixels: Tensor, reference: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
+@torch.inference_mode()
+def teacher_forced_bits(models: Models, text: str, codes: Tensor, vocabulary: str) -> float:
+    """Bits that codes [N] cost, one after another behind `text`: -sum of log2 p(code | text, codes before)."""
+    prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
+    input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
+    hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    head, first_code = competing_head(models, vocabulary)
+    losses, *_ = chunked_cross_entropy(hidden_states[:, len(prompt_ids) - 1 :], head, codes[None] + first_code)
+    return losses.sum().item() / math.log(2)
+
+
+def information(
+    models: Models, reference: Reference, reconstruction: Reconstruction, vocabulary: str
+) -> dict[str, list[float]]:
+    """What the targets cost in bits, a number each [B], after Kuratov et al. (ACL 2025, hidden_capacity).
+
+    uniform: N log2(codebook size), what any codes would cost. autoregressive and unprompted: teacher-forced under the
+    prompt, and under the negative one. proto: what remains under one pass over the learned embeddings. The gain,
+    unprompted - proto, is what the embeddings tell the generator of its target.
+    """
+    under_prompt, unprompted = [], []
+    for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
+        under_prompt.append(teacher_forced_bits(models, conditional_prompt(prompt), codes, vocabulary))
+        unprompted.append(teacher_forced_bits(models, unconditional_prompt(), codes, vocabulary))
+    remaining = (reconstruction.losses.sum(1) / math.log(2)).tolist()
+    uniform = reference.codes.shape[1] * math.log2(models.codebook_size)
+    return {
+        "target_bits_uniform": [uniform] * len(remaining),
+        "target_bits_autoregressive": under_prompt,
+        "target_bits_unprompted": unprompted,
+        "proto_bits": remaining,
+        "information_gain_bits": [before - after for before, after in zip(unprompted, remaining, strict=True)],
+    }
+
+
 def status_of(best_accuracy: float) -> str:
     if best_accuracy >= SUCCESS:
         return "success"
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
-def summarise(reference: Reference, state: Optimisation, reconstruction: Reconstruction) -> dict:
+def summarise(
+    reference: Reference,
+    state: Optimisation,
+    reconstruction: Reconstruction,
+    bits: dict[str, list[float]],
+    total_params: int,
+) -> dict:
     """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds.
 
-    What only an optimisation knows is left out where none took place.
+    Accuracies and bits are means over the targets, errors sums; of several targets each one's own stand under
+    targets/<k>/. What only an optimisation knows is left out where none took place.
     """
-    num_errors = int(reconstruction.wrong.sum())
-    num_tokens = reference.codes.numel()
-    best_accuracy = 100 * (num_tokens - num_errors) / num_tokens  # of the embeddings as stored
+    batch, num_tokens = reference.codes.shape
+    errors = reconstruction.num_errors
+    best_accuracy = [100 * (num_tokens - count) / num_tokens for count in errors]  # of the embeddings as stored
+    mean_bits = {name: statistics.fmean(values) for name, values in bits.items()}
     summary = {
-        "best_accuracy": best_accuracy,
-        "num_errors": num_errors,
-        "error_rate": 100 * num_errors / num_tokens,
-        "total_params": state.best.e_t.numel() + state.best.m.numel(),
-        "status": status_of(best_accuracy),
+        "best_accuracy": statistics.fmean(best_accuracy),
+        "num_errors": sum(errors),
+        "error_rate": 100 * sum(errors) / (batch * num_tokens),
+        "total_params": total_params,
+        "status": status_of(statistics.fmean(best_accuracy)),
         "num_tokens": num_tokens,
+        "num_targets": batch,
         "one_pass_seconds": reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.pixels, reference.pixels),
+        **mean_bits,
+        "bits_per_parameter": batch * mean_bits["information_gain_bits"] / total_params,
     }
-    if not state.history:
-        return summary
-    last = state.history[-1]
-    return summary | {
-        "final_accuracy": last["train/accuracy"],
-        "final_top5_accuracy": last["train/top5_accuracy"],
-        "final_loss": last["train/loss"],
-        "best_step": state.best_step,
-        "steps": state.step,
-        "optimisation_seconds": state.seconds,
-        "autoregressive_seconds": reference.autoregressive_seconds,
-        "speedup": reference.autoregressive_seconds / reconstruction.one_pass_seconds,
-    }
+    if state.history:
+        last = state.history[-1]
+        summary |= {
+            "final_accuracy": last["train/accuracy"],
+            "final_top5_accuracy": last["train/top5_accuracy"],
+            "final_loss": last["train/loss"],
+            "best_step": max(state.best_step),
+            "steps": state.step,
+            "optimisation_seconds": state.seconds,
+            "autoregressive_seconds": reference.autoregressive_seconds,
+            "speedup": reference.autoregressive_seconds / reconstruction.one_pass_seconds,
+        }
+    for k in range(batch) if batch > 1 else ():
+        own = {"best_accuracy": best_accuracy[k], "num_errors": errors[k]}
+        own["psnr"] = psnr(reconstruction.pixels[k], reference.pixels[k])
+        own |= {name: values[k] for name, values in bits.items()}
+        summary |= {f"targets/{k}/{name}": value for name, value in own.items()}
+    return summary
 
 
 def likeness(decibels: float) -> str:
@@ -1302,7 +1394,8 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     """Reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150, facecolor="white")
     axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07})
-    total, correct = summary["num_tokens"], summary["num_tokens"] - summary["num_errors"]
+    total = summary["num_tokens"]
+    correct = total - summary["num_errors"]
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %)"
     captions = (
         (reference, "reference", f"{total} tokens, one after another"),
@@ -1318,14 +1411,11 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     return render(figure)
 
 
-def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.Image:
-    """The latent grid over a faint reference; wrong tokens marked by how near the target came. target_rank: [N]."""
+def paint_errors(axis: Axes, reference: Image.Image, target_rank: Tensor) -> np.ndarray:
+    """The latent grid over a faint reference, wrong tokens marked; returns each one's level: 0 right, 1 near, 2 far."""
     side = math.isqrt(target_rank.numel())
     rank = target_rank.view(side, side).cpu().numpy()
     level = np.where(rank == 0, 0, np.where(rank < 5, 1, 2))
-    num_errors = int((level > 0).sum())
-    figure = Figure(figsize=(5.6, 6.1), dpi=150, facecolor="white")
-    axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
     whitened = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.55)
     axis.imshow(whitened, extent=(0, side, side, 0), interpolation="antialiased")
     colours = ListedColormap([(0, 0, 0, 0), ORANGE, RED])
@@ -1335,13 +1425,17 @@ def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.I
     axis.tick_params(length=0)
     axis.grid(color="white", linewidth=max(0.15, 6.4 / side), alpha=0.9)
     axis.spines[:].set_visible(False)
-    axis.set_title(
-        f"{num_errors} of {rank.size} tokens wrong ({100 * num_errors / rank.size:.1f} %)",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-        pad=10,
-    )
+    return level
+
+
+def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.Image:
+    """The wrong tokens of one target, marked by how near the right ones came. target_rank: [N]."""
+    figure = Figure(figsize=(5.6, 6.1), dpi=150, facecolor="white")
+    axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
+    level = paint_errors(axis, reference, target_rank)
+    num_errors = int((level > 0).sum())
+    title = f"{num_errors} of {level.size} tokens wrong ({100 * num_errors / level.size:.1f} %)"
+    axis.set_title(title, fontsize=13, fontweight="bold", color=INK, pad=10)
     for x, colour, label in (
         (0.06, ORANGE, f"{int((level == 1).sum())} with the target among the top 5"),
         (0.6, RED, f"{int((level == 2).sum())} farther off"),
@@ -1349,6 +1443,39 @@ def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.I
         figure.text(x, 0.045, "■", color=colour, fontsize=14, va="center")
         figure.text(x + 0.045, 0.045, label, color=INK, fontsize=10, va="center")
     return render(figure)
+
+
+def draw_contact_sheet(targets: list[dict], target_rank: Tensor) -> Image.Image:
+    """A row for each target: prompt and accuracy, reference, reconstruction, error map. target_rank: [B, N]."""
+    row_height, width = 2.3, 10.6
+    height = row_height * len(targets) + 0.5
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    titles = ("reference", "one forward pass", "wrong tokens")
+    for row, target in enumerate(targets):
+        bottom = 1 - (0.45 + row_height * (row + 1)) / height
+        size = (row_height - 0.15) / width, (row_height - 0.15) / height
+        axes = [figure.add_axes((0.33 + 0.222 * column, bottom, *size)) for column in range(3)]
+        for axis, name in zip(axes, ("reference", "reconstruction"), strict=False):
+            axis.imshow(target[name], interpolation="antialiased")
+            axis.axis("off")
+        paint_errors(axes[2], target["reference"], target_rank[row])
+        for axis, title in zip(axes, titles, strict=True) if row == 0 else ():
+            axis.set_title(title, fontsize=11, color=INK)
+        words = textwrap.fill(caption_of(target["prompt"]), 30)
+        middle = bottom + size[1] / 2
+        figure.text(0.02, middle, words, fontsize=11, color=INK, va="bottom", fontweight="bold", parse_math=False)
+        figure.text(0.02, middle - 0.06 / height, f"{target['accuracy']:.1f} %", fontsize=11, color=INK, va="top")
+    return render(figure)
+
+
+def tiled(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size, side by side in about as many rows as columns; one alone is itself."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * width, k // columns * height))
+    return sheet
 
 
 def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
@@ -1387,18 +1514,49 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     return render(figure)
 
 
+def draw_targets(reference: Reference, reconstruction: Reconstruction) -> list[dict]:
+    """Each target's prompt, pictures and accuracy: a row of the contact sheet and of W&B's table."""
+    num_tokens = reference.codes.shape[1]
+    targets = []
+    for k, prompt in enumerate(reference.prompts):
+        picture = to_image(reference.pixels[k])
+        targets.append({
+            "prompt": prompt,
+            "reference": picture,
+            "reconstruction": to_image(reconstruction.pixels[k]),
+            "error_map": draw_token_error_map(picture, reconstruction.target_rank[k]),
+            "accuracy": 100 - 100 * reconstruction.num_errors[k] / num_tokens,
+        })  # fmt: skip
+    return targets
+
+
 def draw_figures(
-    prompt: str, reference: Reference, reconstruction: Reconstruction, summary: dict, history: list[dict[str, float]]
+    targets: list[dict], target_rank: Tensor, summary: dict, history: list[dict[str, float]]
 ) -> dict[str, Image.Image]:
-    """Every picture of a run, by its W&B name; its file is that name with `.png`."""
-    reference_image, reconstructed_image = to_image(reference.pixels[0]), to_image(reconstruction.pixels[0])
+    """Every picture of a run, by its W&B name; its file is that name with `.png`. Several targets are tiled."""
+    if len(targets) == 1:
+        (only,) = targets
+        comparison = draw_comparison(only["prompt"], only["reference"], only["reconstruction"], summary)
+    else:
+        comparison = draw_contact_sheet(targets, target_rank)
     images = {
-        "reference_image": reference_image,
-        "reconstructed_image": reconstructed_image,
-        "comparison": draw_comparison(prompt, reference_image, reconstructed_image, summary),
-        "token_error_map": draw_token_error_map(reference_image, reconstruction.target_rank[0]),
+        "reference_image": tiled([target["reference"] for target in targets]),
+        "reconstructed_image": tiled([target["reconstruction"] for target in targets]),
+        "comparison": comparison,
+        "token_error_map": tiled([target["error_map"] for target in targets]),
     }
     return images | ({"training_curves": draw_training_curves(history)} if history else {})
+
+
+def progress_frame(images: list[Image.Image], step: int, accuracy: float) -> Image.Image:
+    """The reconstructions at a step, above a line that says which."""
+    sheet = tiled(images)
+    width = max(256, sheet.width)
+    frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
+    frame.paste(sheet.resize((width, frame.height - 28), Image.Resampling.NEAREST))
+    label = f"step {step}   {accuracy:.1f} %"
+    ImageDraw.Draw(frame).text((8, frame.height - 23), label, fill=INK, font=ImageFont.load_default(size=16))
+    return frame
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1409,6 +1567,7 @@ VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
 IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 STATE_FILE = "interrupted_run.safetensors"
+PROGRESS_FILE = "progress.gif"
 ABANDONED_SECONDS = 3600  # no file takes so long to write
 COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
@@ -1471,6 +1630,8 @@ def remove_leftovers(save_dir: Path, folder: Path) -> None:
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """All settings, what they resolved to, and the versions: everything needed to run it again."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    prompts = settings.pop("prompts")
+    settings["prompt"] = prompts[0] if len(prompts) == 1 else prompts
     resolved = {
         "device": str(models.device),
         "dtype": str(models.generator.dtype).removeprefix("torch."),
@@ -1519,10 +1680,21 @@ def write_images(folder: Path, images: dict[str, Image.Image]) -> None:
             image.save(partial, format="PNG")
 
 
+def write_progress(file: Path, models: Models, frames: list[dict]) -> None:
+    """The reconstruction forming, as a moving picture that rests on its last frame."""
+    pictures = []
+    for frame in frames:
+        pixels = decode_codes(models.vq_decoder, torch.tensor(frame["codes"], device=models.device))
+        pictures.append(progress_frame([to_image(each) for each in pixels], frame["step"], frame["accuracy"]))
+    durations = [150] * (len(pictures) - 1) + [2000]  # milliseconds
+    with written_whole(file) as partial:
+        pictures[0].save(partial, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
 def write_proto_tokens(
-    file: Path, proto_tokens: ProtoTokens, target_ids: Tensor, predicted_ids: Tensor | None, settings: dict
+    file: Path, proto_tokens: ProtoTokens, target_ids: Tensor, settings: dict, predicted_ids: Tensor | None = None
 ) -> None:
-    """e_t [B, D], m [D], target and predicted token ids [B, N]; the settings as JSON in the metadata."""
+    """e_t [B, K, D], m [1 or B, D], target and predicted token ids [B, N]; the settings as JSON in the metadata."""
     tensors = {"e_t": proto_tokens.e_t, "m": proto_tokens.m, "target_ids": target_ids}
     if predicted_ids is not None:
         tensors["predicted_ids"] = predicted_ids
@@ -1534,13 +1706,14 @@ def write_proto_tokens(
 def remove_earlier_results(folder: Path) -> None:
     """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
     # The summary, which says that the others are whole, goes first.
-    for name in ("summary.json", "history.csv", PROTO_TOKENS_FILE, STATE_FILE, *(f"{image}.png" for image in IMAGES)):
+    pictures = (PROGRESS_FILE, *(f"{image}.png" for image in IMAGES))
+    for name in ("summary.json", "history.csv", PROTO_TOKENS_FILE, STATE_FILE, *pictures):
         (folder / name).unlink(missing_ok=True)
 
 
 # What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
 FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "demo", "model_path", "vq_model_ckpt", "device"}
+FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "prompts_file", "demo", "model_path", "vq_model_ckpt", "device"}
 
 
 def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:
@@ -1575,11 +1748,12 @@ def read_json(file: Path) -> dict:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What an interrupted run left: tensors by name, numbers, logged rows, and the id of its W&B run."""
+    """What an interrupted run left: tensors by name, numbers, logged rows, frames, and the id of its W&B run."""
 
     tensors: dict[str, Tensor]
-    numbers: dict[str, float]
+    numbers: dict[str, float | list[float]]
     history: list[dict[str, float]]
+    frames: list[dict]
     run_id: str | None
 
 
@@ -1587,10 +1761,11 @@ def write_state(file: Path, state: Optimisation, codes: Tensor, settings: dict, 
     tensors = {"codes": codes, "best.e_t": state.best.e_t, "best.m": state.best.m}
     for name in ("e_t", "m"):
         parameter = getattr(state.proto_tokens, name)
-        moments = state.optimizer.state[parameter]
+        moments = state.optimizer.state.get(parameter, {})
         tensors |= {name: parameter.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
     content = {name: getattr(state, name) for name in COUNTERS}
-    metadata = {"settings": settings, "numbers": content, "history": state.history, "run_id": run_id}
+    metadata = {"settings": settings, "numbers": content, "history": state.history, "frames": state.frames}
+    metadata["run_id"] = run_id
     with written_whole(file) as partial:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         partial.write_bytes(to_safetensors(stored, {name: json.dumps(value) for name, value in metadata.items()}))
@@ -1624,45 +1799,66 @@ def restore_state(state: Optimisation, codes: Tensor, saved: SavedState) -> None
         getattr(state.best, name).copy_(saved.tensors[f"best.{name}"])
         moments[index] = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments if saved.numbers["step"] else {}, "param_groups": groups})
+    moments = {index: found for index, found in moments.items() if found}  # none before a step, nor of a given m
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for name in COUNTERS:
         setattr(state, name, saved.numbers[name])
-    state.history = saved.history
+    state.history, state.frames = saved.history, saved.frames
 
 
 # ---- an earlier run's proto-tokens
 
 
-def read_proto_tokens(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and settings of --from-proto-tokens; its prompt, size and vocabulary become those of `args`.
-
-    Raises UserError.
-    """
-    file = args.from_proto_tokens
+def read_proto_tokens(file: Path, option: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and settings of an earlier run's proto_tokens.safetensors. Raises UserError."""
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in ("e_t", "m", "target_ids")}
             settings = json.loads(stored.metadata()["settings"])
-        args.prompt, args.image_size, args.vocabulary = (settings[n] for n in ("prompt", "image_size", "vocabulary"))
+        if tensors["e_t"].ndim == 3 and tensors["m"].ndim == 2 and isinstance(settings, dict):
+            return tensors, settings
     except FileNotFoundError:
-        raise UserError(f"--from-proto-tokens {file}: there is no such file") from None
+        raise UserError(f"{option} {file}: there is no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise UserError(f"--from-proto-tokens {file} is damaged or no proto_tokens.safetensors of a run") from None
-    return tensors, settings
+        pass
+    raise UserError(f"{option} {file} is damaged or no proto_tokens.safetensors of a run")
 
 
-def take_proto_tokens(models: Models, stored: tuple[dict[str, Tensor], dict]) -> tuple[Reference, Optimisation]:
-    """The stored target, decoded, and the stored embeddings as a finished optimisation. Raises UserError."""
-    tensors, settings = stored
+def take_settings(args: argparse.Namespace, settings: dict) -> None:
+    """What of the settings of --from-proto-tokens must hold here too becomes those of this run. Raises UserError."""
+    try:
+        prompt = settings["prompt"]
+        for name in ("image_size", "vocabulary", "control", "seed", "num_e_tokens"):
+            setattr(args, name, settings[name])
+    except KeyError as error:
+        raise UserError(f"--from-proto-tokens {args.from_proto_tokens} does not say its {error}") from None
+    args.prompts = [prompt] if isinstance(prompt, str) else prompt
+
+
+def refuse_other_models(models: Models, settings: dict, option: str) -> None:
+    """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
     ours = {"hidden_size": models.hidden_size, "visual_offset": models.visual_offset}
     ours |= {"codebook_size": models.codebook_size, "generator_fingerprint": models.fingerprint}
     other = [f"{name} {settings.get(name)}, not {value}" for name, value in ours.items() if settings.get(name) != value]
     if other:
-        raise UserError(f"--from-proto-tokens: the file was made for another model ({other[0]}): name that one")
+        raise UserError(f"{option}: the file was made for another model ({other[0]}): name that one")
+
+
+def take_proto_tokens(models: Models, tensors: dict[str, Tensor], prompts: list[str]) -> tuple[Reference, Optimisation]:
+    """The stored targets, decoded, and the stored embeddings as a finished optimisation."""
     codes = (tensors["target_ids"] - models.visual_offset).to(models.device)
-    reference = Reference(codes, math.nan, decode_codes(models.vq_decoder, codes))
+    reference = Reference(codes, math.nan, decode_codes(models.vq_decoder, codes), prompts)
     best = ProtoTokens(tensors["e_t"].to(models.device), tensors["m"].to(models.device))
-    return reference, Optimisation(best, None, best)
+    return reference, Optimisation(best, None, best, [], [], [])
+
+
+def given_m(models: Models, file: Path) -> Tensor:
+    """The m [1, D] of an earlier run. Raises UserError where it has several, or another model's."""
+    tensors, settings = read_proto_tokens(file, "--m-from")
+    refuse_other_models(models, settings, "--m-from")
+    if len(tensors["m"]) != 1:
+        raise UserError(f"--m-from {file} holds {len(tensors['m'])} m, one for each target: name a run that shares one")
+    return tensors["m"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1767,13 +1963,19 @@ def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> Non
             log_step(run, row)
 
 
-def log_results(run: object | None, images: dict[str, Image.Image], summary: dict, proto_tokens_file: Path) -> None:
-    """The pictures as media of the last step, the summary, and the proto-tokens as an artifact."""
+def log_results(
+    run: object | None, images: dict[str, Image.Image], targets: list[dict], summary: dict, proto_tokens_file: Path
+) -> None:
+    """The pictures as media of the last step, several targets as a table too; summary; the proto-tokens as artifact."""
     if not run:
         return
     import wandb
 
-    run.log({name: wandb.Image(image) for name, image in images.items()}, step=summary.get("steps"))
+    media = {name: wandb.Image(image) for name, image in images.items()}
+    if len(targets) > 1:
+        rows = [[wandb.Image(v) if isinstance(v, Image.Image) else v for v in row.values()] for row in targets]
+        media["targets"] = wandb.Table(columns=list(targets[0]), data=rows)
+    run.log(media, step=summary.get("steps"))
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
     artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
     artifact.add_file(str(proto_tokens_file))
@@ -1804,12 +2006,15 @@ def progress_bar(iterable, label: str, unit: str, **options) -> tqdm:
 
 
 def print_results(summary: dict, folder: Path, run: object | None) -> None:
-    errors, total = summary["num_errors"], summary["num_tokens"]
+    errors, batch = summary["num_errors"], summary["num_targets"]
+    total = summary["num_tokens"] * batch
     at_step = f" at step {summary['best_step']}" if "steps" in summary else ""
     rows = {
         "status": summary["status"],
         "best accuracy": f"{summary['best_accuracy']:.1f} %{at_step}",
         "wrong tokens": f"{errors} of {total}",
+        "information": f"{summary['information_gain_bits']:.0f} bits gained of {summary['target_bits_unprompted']:.0f} "
+        f"unprompted, {summary['bits_per_parameter']:.2f} a parameter",
         "likeness": likeness(summary["psnr"]),
         "parameters": f"{summary['total_params']} for {total} tokens",
         "one pass": f"{1000 * summary['one_pass_seconds']:.1f} ms",
@@ -1819,14 +2024,27 @@ def print_results(summary: dict, folder: Path, run: object | None) -> None:
             f" instead of {duration(summary['autoregressive_seconds'])}: {summary['speedup']:.0f} x faster"
         )
         rows["optimisation"] = f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}"
+    if batch > 1:
+        own = [summary[f"targets/{k}/best_accuracy"] for k in range(batch)]
+        rows["targets"] = f"{batch}, from {min(own):.1f} to {max(own):.1f} %"
     rows["files"] = f"{folder}/"
     if run and run.offline:
         rows["to W&B later"] = sync_command(run)
     print("\n" + "\n".join(f"  {label:<14} {value}" for label, value in rows.items()))
 
 
+@dataclass(frozen=True)
+class Run:
+    """Where the results of one run go, and what may stop it."""
+
+    folder: Path
+    settings: dict
+    wandb: object | None
+    stop: StopSwitch
+
+
 def run_steps(
-    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: object | None, save: Callable
+    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, save: Callable
 ) -> None:
     """The optimisation with everything around it: progress bar, history, W&B, saved states."""
     with progress_bar(None, "proto-tokens", "steps", total=args.num_steps, initial=state.step) as bar:
@@ -1834,93 +2052,97 @@ def run_steps(
             ended = state.step == args.num_steps or target_is_reached(state, args)
             if state.step == 1 or state.step % args.log_every == 0 or ended:
                 state.history.append(row)
-                log_step(run, row)
+                log_step(run.wandb, row)
             if args.image_every and state.step % args.image_every == 0:
-                pixels = reconstruct(models, state.best, codes, args.vocabulary, repeats=1).pixels
-                log_progress(run, to_image(pixels[0]), state.step)
+                now = reconstruct(models, state.best, codes, args.vocabulary, repeats=1)
+                frame = {"step": state.step, "accuracy": state.mean_best_accuracy}
+                state.frames.append(frame | {"codes": now.predicted_codes.tolist()})
+                log_progress(run.wandb, tiled([to_image(pixels) for pixels in now.pixels]), state.step)
             if not ended:
                 save(now=state.step % args.save_every == 0)
             correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
-            bar.set_postfix_str(
-                f"loss {row['train/loss']:.3f}, {correct}, best {state.best_accuracy:.1f} %", refresh=False
-            )
+            best = f"best {state.mean_best_accuracy:.1f} %"
+            bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
             bar.update()
 
 
 def learn_proto_tokens(
-    models: Models,
-    reference: Reference,
-    args: argparse.Namespace,
-    folder: Path,
-    settings: dict,
-    saved: SavedState | None,
-    run: object | None,
-    stop: StopSwitch,
+    models: Models, reference: Reference, args: argparse.Namespace, run: Run, saved: SavedState | None
 ) -> Optimisation:
-    """Optimises from the start, or from where an interrupted run in `folder` stood; leaves history and best embeddings.
+    """Optimises from the start, or from where an interrupted run stood; leaves history and best embeddings.
 
     Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
     """
-    state = new_optimisation(models, len(reference.codes), args)
+    m = given_m(models, args.m_from) if args.m_from else None
+    state = new_optimisation(models, len(reference.codes), args, m)
     if saved:
         restore_state(state, reference.codes, saved)
-        log_missing_rows(run, state.history)
+        log_missing_rows(run.wandb, state.history)
         print(f"resumed after step {state.step}")
     else:
-        remove_earlier_results(folder)
-    write_json(folder / "config.json", settings)
-    write_images(folder, {"reference_image": to_image(reference.pixels[0])})
+        remove_earlier_results(run.folder)
+    write_json(run.folder / "config.json", run.settings)
+    write_images(run.folder, {"reference_image": tiled([to_image(pixels) for pixels in reference.pixels])})
 
     def save(now: bool) -> None:
-        if now or stop.received:
-            write_state(folder / STATE_FILE, state, reference.codes, settings, run.id if run else None)
-        if stop.received:
-            raise Stopped(stop.received)
+        if now or run.stop.received:
+            run_id = run.wandb.id if run.wandb else None
+            write_state(run.folder / STATE_FILE, state, reference.codes, run.settings, run_id)
+        if run.stop.received:
+            raise Stopped(run.stop.received)
 
-    with stop.held_back():
+    with run.stop.held_back():
         try:
             with enough_memory_for(f"step {state.step + 1} of the optimisation"):
                 run_steps(models, reference.codes, args, state, run, save)
         except UserError:
             save(now=True)
             raise
-    write_history(folder / "history.csv", state.history)
-    target_ids = reference.codes + models.visual_offset
-    write_proto_tokens(folder / PROTO_TOKENS_FILE, state.best, target_ids, None, settings)
+    write_history(run.folder / "history.csv", state.history)
+    write_proto_tokens(run.folder / PROTO_TOKENS_FILE, state.best, models.visual_offset + reference.codes, run.settings)
     if state.diverged:
         raise UserError(
             f"the loss or its gradient is no longer finite at step {state.step + 1}: lower --learning-rate or set "
-            f"--grad-clip 1; the best proto-tokens so far are in {folder / PROTO_TOKENS_FILE}"
+            f"--grad-clip 1; the best proto-tokens so far are in {run.folder / PROTO_TOKENS_FILE}"
         )
     return state
 
 
-def publish(
-    models: Models,
-    reference: Reference,
-    state: Optimisation,
-    args: argparse.Namespace,
-    folder: Path,
-    settings: dict,
-    run: object | None,
-) -> dict:
+def publish(models: Models, reference: Reference, state: Optimisation, args: argparse.Namespace, run: Run) -> dict:
     """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
     reconstruction = reconstruct(models, state.best, reference.codes, args.vocabulary)
-    summary = summarise(reference, state, reconstruction)
-    images = draw_figures(args.prompt, reference, reconstruction, summary, state.history)
-    target_ids = reference.codes + models.visual_offset
-    write_images(folder, images)
-    write_proto_tokens(folder / PROTO_TOKENS_FILE, state.best, target_ids, reconstruction.predicted_ids, settings)
-    write_json(folder / "summary.json", summary)
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    log_results(run, images, summary, folder / PROTO_TOKENS_FILE)
+    bits = information(models, reference, reconstruction, args.vocabulary)
+    learned = state.best.e_t.numel() + (0 if args.m_from else state.best.m.numel())
+    summary = summarise(reference, state, reconstruction, bits, learned)
+    targets = draw_targets(reference, reconstruction)
+    images = draw_figures(targets, reconstruction.target_rank, summary, state.history)
+    target_ids = models.visual_offset + reference.codes
+    write_images(run.folder, images)
+    if state.frames:
+        write_progress(run.folder / PROGRESS_FILE, models, state.frames)
+    proto_tokens_file = run.folder / PROTO_TOKENS_FILE
+    write_proto_tokens(proto_tokens_file, state.best, target_ids, run.settings, reconstruction.predicted_ids)
+    write_json(run.folder / "summary.json", summary)
+    (run.folder / STATE_FILE).unlink(missing_ok=True)
+    log_results(run.wandb, images, targets, summary, proto_tokens_file)
     return summary
+
+
+def learnt_before(models: Models, args: argparse.Namespace, run: Run, stored: tuple) -> tuple[Reference, Optimisation]:
+    """The targets and embeddings of --from-proto-tokens. Raises UserError."""
+    tensors, settings = stored
+    refuse_other_models(models, settings, "--from-proto-tokens")
+    remove_earlier_results(run.folder)
+    write_json(run.folder / "config.json", run.settings)
+    return take_proto_tokens(models, tensors, args.prompts)
 
 
 def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
     """The whole experiment. Raises UserError for what the user can put right."""
     with run_folder(args) as folder:
-        stored = read_proto_tokens(args) if args.from_proto_tokens else None
+        stored = read_proto_tokens(args.from_proto_tokens, "--from-proto-tokens") if args.from_proto_tokens else None
+        if stored:
+            take_settings(args, stored[1])
         with enough_memory_for("the models"):
             models = load_models(args)
         settings = describe_run(args, models)
@@ -1929,17 +2151,18 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
             return
         warn_if_slow(models, settings["num_tokens"], args.num_steps)
         saved = read_state(folder, settings) if args.resume else None
-        with tracked(args, settings, saved and saved.run_id) as run:
+        with tracked(args, settings, saved and saved.run_id) as wandb_run:
+            run = Run(folder, settings, wandb_run, stop)
+            with enough_memory_for("the reference"):
+                reference = None if stored else make_reference(models, args)
+            if args.control == "untrained":
+                models = untrained(models, args.seed)
             if stored:
-                reference, state = take_proto_tokens(models, stored)
-                remove_earlier_results(folder)
-                write_json(folder / "config.json", settings)
+                reference, state = learnt_before(models, args, run, stored)
             else:
-                with enough_memory_for("the reference"):
-                    reference = make_reference(models, args)
-                state = learn_proto_tokens(models, reference, args, folder, settings, saved, run, stop)
-            summary = publish(models, reference, state, args, folder, settings, run)
-        print_results(summary, folder, run)
+                state = learn_proto_tokens(models, reference, args, run, saved)
+            summary = publish(models, reference, state, args, run)
+        print_results(summary, folder, wandb_run)
 
 
 def main() -> None:

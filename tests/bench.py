@@ -147,7 +147,7 @@ def report(title: str, seconds: dict[str, list[float]], unit: str = "s", scale: 
 def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Forward and backward of the usual recipe: float32 logits [B, N, V] of every position and id, cross-entropy."""
     e_t, m = parameters
-    filler = m.expand(len(e_t), target_ids.shape[1] - 1, -1)
+    filler = m.expand(target_ids.shape[1] - 1, -1)[None]
     inputs_embeds = torch.cat((e_t[:, None], filler), dim=1).to(generator.dtype)
     logits = generator(inputs_embeds=inputs_embeds, use_cache=False).logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten())
@@ -192,8 +192,7 @@ def bench_step(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args.shape), args.num_tokens or 256
     codes = random_codes(models, num_tokens)
     steps = endless_steps(models, codes, args)
-    theirs = vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 42, models.device)
-    parameters = [theirs.e_t, theirs.m]
+    parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]  # e_t, m
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     head, _ = vpt.competing_head(models, args.vocabulary)
     peer = as_loaded(models.generator)
@@ -221,12 +220,13 @@ def endless_steps(models: vpt.Models, codes: Tensor, args: argparse.Namespace):
 
 def compare_gradients(models: vpt.Models, peer: Qwen2ForCausalLM, codes: Tensor) -> dict[str, float]:
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
-    ours, plain = (vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 7, models.device) for _ in range(2))
+    ours = vpt.new_optimisation(models, 1, script_arguments("--seed", 7)).proto_tokens
+    plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
     head, first_code = vpt.competing_head(models, "full")
     losses, _ = vpt.gradient_step(models, ours, head, codes + first_code)
-    loss, _ = reference_loss(peer, [plain.e_t, plain.m], codes + models.visual_offset)
+    loss, _ = reference_loss(peer, plain, codes + models.visual_offset)
     of_loss = abs(losses.mean().item() / loss.item() - 1)
-    a, b = (torch.cat((p.e_t.grad.flatten(), p.m.grad)) for p in (ours, plain))
+    a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.learning, plain))
     of_gradient = ((a - b).norm() / b.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
     return {"loss_difference": of_loss, "gradient_difference": of_gradient}
@@ -314,12 +314,13 @@ def measure_memory(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args.shape), args.num_tokens or 2048
     codes = random_codes(models, num_tokens)
     target_ids = codes + models.visual_offset
-    proto_tokens = vpt.initial_proto_tokens(1, models.hidden_size, 0.5, 42, models.device)
+    proto_tokens = vpt.new_optimisation(models, 1, script_arguments()).proto_tokens
+    parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]
     hidden_states = torch.randn(1, num_tokens, models.hidden_size, requires_grad=True)
     head, _ = vpt.competing_head(models, "full")
     before = peak_bytes()
     if args.variant == "reference":
-        reference_loss(as_loaded(models.generator), [proto_tokens.e_t, proto_tokens.m], target_ids)
+        reference_loss(as_loaded(models.generator), parameters, target_ids)
     elif args.variant == "reference-loss":
         F.cross_entropy((hidden_states @ head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
@@ -380,9 +381,10 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                     for goal in reached:
                         if reached[goal] is None and row["train/accuracy"] >= goal:
                             reached[goal] = row["step"]
-                runs[name].append(reached | {"best": state.best_accuracy})
+                runs[name].append(reached | {"best": state.mean_best_accuracy})
                 print(
-                    f"{name} {caption}, seed {seed}: best {state.best_accuracy:.1f} %, steps to {reached}", flush=True
+                    f"{name} {caption}, seed {seed}: best {state.mean_best_accuracy:.1f} %, steps to {reached}",
+                    flush=True,
                 )
     rows, result = [], {}
     for name, found in runs.items():

@@ -15,7 +15,7 @@ def test_defaults_are_those_of_the_documentation():
     args = vpt.parse_args([])
     assert args.model_path == "Daniel0724/SimpleAR-1.5B-RL"
     assert args.vq_model_ckpt == "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
-    assert args.prompt == "a red apple on a wooden table"
+    assert args.prompts == ["a red apple on a wooden table"]
     assert (args.image_size, args.cfg_scale, args.temperature, args.top_k, args.top_p) == (256, 6.0, 1.0, None, 1.0)
     assert (args.seed, args.num_steps, args.vocabulary, args.target_accuracy, args.log_every) == (
         42,
@@ -33,7 +33,8 @@ def test_every_option_is_accepted_with_underscores():
         action = actions[name]
         if action.nargs in (0, "?"):
             return []
-        return [action.choices[0] if action.choices else "cpu" if name == "--device" else "1"]
+        plain = {"--device": "cpu", "--prompts-file": __file__}.get(name, "1")
+        return [action.choices[0] if action.choices else plain]
 
     actions = {a.option_strings[0]: a for a in vpt.build_parser()._actions if a.option_strings[0].startswith("--")}
     for name in actions.keys() - {"--demo"}:
@@ -48,12 +49,31 @@ def test_a_switch_also_takes_the_value_that_a_sweep_agent_writes(text):
 
 def test_only_the_name_of_an_option_changes_its_underscores():
     assert vpt.parse_args(["--wandb_run_name=my_run_1"]).wandb_run_name == "my_run_1"
-    assert vpt.parse_args(["--prompt", "snake_case"]).prompt == "snake_case"
+    assert vpt.parse_args(["--prompt", "snake_case"]).prompts == ["snake_case"]
 
 
 def test_a_run_is_named_from_its_settings_as_in_the_guide():
     args = vpt.parse_args(["--learning-rate", "0.01", "--num-steps", "1000", "--image-size", "256", "--seed", "42"])
     assert args.wandb_run_name == "proto_256px_steps1000_lr001_seed42"
+
+
+def test_what_makes_a_run_another_experiment_stands_in_its_name():
+    options = ["--prompt", "a", "--prompt", "b", "--m", "own", "--num-e-tokens", "4", "--control", "random"]
+    assert vpt.parse_args(options).wandb_run_name == "proto_256px_steps1000_lr01_seed42_targets2_own_e4_random"
+
+
+def test_prompts_of_a_file_come_after_those_given(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a löwe\n\n  two cats  \n", encoding="utf-8")
+    args = vpt.parse_args(["--prompt", "first", "--prompts-file", str(tmp_path / "prompts.txt")])
+    assert args.prompts == ["first", "a löwe", "two cats"]
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00"])
+def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args(["--prompts-file", str(tmp_path / "prompts.txt")])
+    assert stop.value.code == 2 and "--prompts-file" in capsys.readouterr().err
 
 
 def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
@@ -88,6 +108,10 @@ REFUSED = {
     "--seed": ["-1", "x"],
     "--codebook-size": ["0", "-1"],
     "--prompt": ["", "   ", "\n\t"],
+    "--prompts-file": ["nowhere.txt", "/", ""],
+    "--control": ["chaos"],
+    "--m": ["both"],
+    "--num-e-tokens": ["0", "-1", "1.5"],
     "--vocabulary": ["text"],
     "--dtype": ["int8"],
     "--wandb-mode": ["sometimes"],
@@ -109,7 +133,17 @@ def test_a_number_of_any_length_is_taken():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--unknown"], ["--num-step", "5"], ["stray"], ["--prompt"], ["--demo", "--model-path", "x"]]
+    "arguments",
+    [
+        ["--unknown"],
+        ["--num-step", "5"],
+        ["stray"],
+        ["--prompt"],
+        ["--demo", "--model-path", "x"],
+        ["--from-proto-tokens", "x", "--control", "random"],
+        ["--from-proto-tokens", "x", "--m-from", "y"],
+        ["--m-from", "x", "--m", "own"],
+    ],
 )
 def test_an_unknown_abbreviated_or_contradictory_option_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

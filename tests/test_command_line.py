@@ -79,7 +79,7 @@ def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
     from transformers import Qwen2ForCausalLM
 
     generator = Qwen2ForCausalLM.from_pretrained(DEMO / "generator", dtype=torch.float32)
-    inputs = torch.cat((e_t[:, None], m.expand(1, 63, -1)), dim=1)
+    inputs = torch.cat((e_t, m[:, None].expand(1, 63, -1)), dim=1)
     with torch.no_grad():
         assert torch.equal(generator(inputs_embeds=inputs).logits.argmax(-1), predicted_ids)
     summary = json.loads((demo_run.folder / "summary.json").read_text())

@@ -35,23 +35,23 @@ def test_codes_decode_in_raster_order(tiny_models):
 
 
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, 1, tiny_models.hidden_size, 0.5, 1)
     codes = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(2))
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
     hidden_states = vpt.one_pass_hidden_states(tiny_models.generator, proto_tokens, 16)
     logits = tiny_models.generator.lm_head(hidden_states)
     assert torch.equal(reconstruction.predicted_ids, logits.argmax(-1))
-    assert torch.equal(reconstruction.wrong, logits.argmax(-1) != codes + 1400)
+    assert torch.equal(reconstruction.target_rank > 0, logits.argmax(-1) != codes + 1400)
     assert reconstruction.one_pass_seconds > 0
 
 
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
+    proto_tokens = vpt.initial_proto_tokens(1, 1, tiny_models.hidden_size, 0.5, 1)
     codes = torch.zeros(1, 16, dtype=torch.long)
     full = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
     visual = vpt.reconstruct(tiny_models, proto_tokens, codes, "visual")
     text = full.predicted_ids < 1400  # a random model prefers a text id nearly everywhere
-    assert text.any() and full.wrong[text].all()
+    assert text.any() and (full.target_rank[text] > 0).all()
     assert torch.equal(full.pixels, visual.pixels)
     assert (visual.predicted_ids >= 1400).all()
 
@@ -64,18 +64,71 @@ def test_status_follows_the_best_accuracy(accuracy, status):
     assert vpt.status_of(accuracy) == status
 
 
+def summary_of(models, codes, prompts):
+    proto_tokens = vpt.initial_proto_tokens(len(codes), 1, models.hidden_size, 0.5, 1)
+    reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
+    reconstruction = vpt.reconstruct(models, proto_tokens, codes, "visual")
+    batch = len(codes)
+    result = vpt.Optimisation(
+        proto_tokens, None, proto_tokens, [3] * batch, [50.0] * batch, [1.0] * batch, history=history()
+    )
+    bits = vpt.information(models, reference, reconstruction, "visual")
+    return vpt.summarise(reference, result, reconstruction, bits, 64), reconstruction
+
+
 def test_the_summary_counts_the_errors_of_the_stored_embeddings(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, tiny_models.hidden_size, 0.5, 1, torch.device("cpu"))
-    codes = torch.zeros(1, 16, dtype=torch.long)
-    reference = vpt.Reference(codes, 2.0, vpt.decode_codes(tiny_models.vq_decoder, codes))
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, "visual")
-    result = vpt.Optimisation(proto_tokens, None, proto_tokens, history=history())
-    summary = vpt.summarise(reference, result, reconstruction)
-    assert summary["num_errors"] == int(reconstruction.wrong.sum())
+    summary, reconstruction = summary_of(tiny_models, torch.zeros(1, 16, dtype=torch.long), ["a"])
+    assert summary["num_errors"] == int((reconstruction.target_rank > 0).sum())
     assert summary["error_rate"] == 100 * summary["num_errors"] / 16
     assert summary["best_accuracy"] == pytest.approx(100 - summary["error_rate"])
-    assert summary["total_params"] == 2 * tiny_models.hidden_size
+    assert summary["total_params"] == 64
     assert summary["speedup"] == pytest.approx(2.0 / reconstruction.one_pass_seconds)
+    assert not any(name.startswith("targets/") for name in summary)
+
+
+def test_the_summary_of_several_targets_holds_means_sums_and_each_ones_own(tiny_models):
+    codes = torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(2))
+    summary, _ = summary_of(tiny_models, codes, ["a", "b", "c"])
+    for name in ("best_accuracy", "proto_bits", "target_bits_unprompted", "information_gain_bits"):
+        assert summary[name] == pytest.approx(sum(summary[f"targets/{k}/{name}"] for k in range(3)) / 3)
+    assert summary["num_errors"] == sum(summary[f"targets/{k}/num_errors"] for k in range(3))
+    assert summary["bits_per_parameter"] == pytest.approx(3 * summary["information_gain_bits"] / 64)
+
+
+def test_bits_equal_those_added_up_token_by_token(tiny_models):
+    """The generator is asked for one token after another; the script asks for all in one pass."""
+    codes, prompt_ids = torch.tensor([3, 0, 7, 7]), tiny_models.text_tokenizer("hello")["input_ids"]
+    bits = 0
+    for place in range(4):
+        ids = torch.tensor([[*prompt_ids, *(codes[:place] + 1400)]])
+        probability = tiny_models.generator(input_ids=ids).logits[0, -1].softmax(-1)
+        bits -= math.log2(probability[1400 + codes[place]])
+    assert vpt.teacher_forced_bits(tiny_models, "hello", codes, "full") == pytest.approx(bits, rel=1e-5)
+
+
+def test_bits_match_numbers_worked_by_hand(tiny_models):
+    """A head of zeros finds all 12 codes equally likely: log2 12 bits a token, whatever the prompt, and no gain."""
+    tiny_models.generator.lm_head.weight.zero_()
+    summary, _ = summary_of(tiny_models, torch.zeros(1, 16, dtype=torch.long), ["a"])
+    names = ("target_bits_uniform", "target_bits_autoregressive", "target_bits_unprompted", "proto_bits")
+    assert [summary[name] for name in names] == pytest.approx([16 * math.log2(12)] * 4, rel=1e-6)
+    assert summary["information_gain_bits"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_a_contact_sheet_has_a_row_for_each_target(count):
+    picture = Image.new("RGB", (64, 64), "teal")
+    target = {"prompt": "a " * 100, "reference": picture, "reconstruction": picture, "accuracy": 50.0}
+    sheet = vpt.draw_contact_sheet([target] * count, torch.zeros(count, 16, dtype=torch.long))
+    assert sheet.height > 200 * count
+
+
+def test_tiles_fill_a_square_row_by_row():
+    tiles = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
+    sheet = vpt.tiled(tiles)
+    assert [sheet.getpixel(place) for place in ((0, 0), (3, 1), (0, 3), (3, 3))] == [
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+    ]  # fmt: skip
 
 
 def test_wrong_tokens_are_marked_where_they_are():
@@ -126,8 +179,8 @@ def test_the_history_reads_back(tmp_path):
 
 
 def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
-    proto_tokens = vpt.initial_proto_tokens(1, 8, 0.5, 0, torch.device("cpu"))
-    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, torch.zeros(1, 4), None, {})
+    proto_tokens = vpt.initial_proto_tokens(1, 1, 8, 0.5, 0)
+    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, torch.zeros(1, 4), {})
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert len(modes) == 1

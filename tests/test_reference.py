@@ -33,7 +33,7 @@ def test_guidance_of_one_is_the_conditional_distribution():
 def drawn(scores, temperature=1.0, top_k=None, top_p=1.0, count=4000) -> torch.Tensor:
     """The share of draws that each index gets."""
     rng = torch.Generator().manual_seed(0)
-    draws = vpt.sample(scores.expand(count, -1), temperature, top_k, top_p, rng)
+    draws = vpt.sample(scores.expand(count, -1), temperature, top_k, top_p, [rng] * count)
     return torch.bincount(draws, minlength=scores.shape[-1]) / count
 
 
@@ -117,8 +117,9 @@ def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
     assert codes.unique().numel() > 6  # hot enough to stray, had text ids been open to it
 
 
-def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args):
-    prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", "1")
+@pytest.mark.parametrize("top_k", ["1", "12"])
+def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args, top_k):
+    prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", top_k)
     together, _ = vpt.generate_visual_codes(tiny_models, prompts, 24, args)
     alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args)[0] for prompt in prompts]
     assert together.tolist() == torch.cat(alone).tolist()
@@ -141,6 +142,33 @@ def test_the_same_settings_reuse_the_reference(tiny_models, make_args, capsys):
     assert "reused" in capsys.readouterr().out
     assert torch.equal(first.codes, second.codes)
     assert first.autoregressive_seconds == second.autoregressive_seconds
+
+
+def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, make_args, capsys):
+    first = vpt.make_reference(tiny_models, make_args("--prompt", "a cat"))
+    both = vpt.make_reference(tiny_models, make_args("--prompt", "a dog", "--prompt", "a cat", "--prompt", "a dog"))
+    assert "reused" in capsys.readouterr().out
+    assert torch.equal(both.codes[1], first.codes[0]) and torch.equal(both.codes[0], both.codes[2])
+    assert both.codes.shape == (3, 16) and both.pixels.shape[0] == 3
+
+
+def test_a_control_of_random_codes_uses_the_whole_codebook_and_one_of_shuffled_ones_the_references_own():
+    codes = torch.arange(200)[None] % 7
+    random, shuffled = (vpt.controlled(codes, control, 12, seed=3) for control in ("random", "shuffled"))
+    assert random.unique().numel() == 12 and random.shape == codes.shape
+    assert torch.equal(shuffled.sort().values, codes.sort().values) and not torch.equal(shuffled, codes)
+    assert torch.equal(vpt.controlled(codes, None, 12, seed=3), codes)
+    assert torch.equal(vpt.controlled(codes, "random", 12, seed=3), random)
+
+
+def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_again_for_the_seed(tiny_models):
+    first, again, other = (vpt.untrained(tiny_models, seed).generator for seed in (1, 1, 2))
+    weights = [dict(each.named_parameters()) for each in (tiny_models.generator, first, again, other)]
+    name = "model.layers.0.mlp.down_proj.weight"
+    trained, fresh, same, different = (each[name] for each in weights)
+    assert trained.shape == fresh.shape and torch.equal(fresh, same)
+    assert not torch.equal(fresh, trained) and not torch.equal(fresh, different)
+    assert not any(parameter.requires_grad for parameter in first.parameters())
 
 
 @pytest.mark.parametrize(
