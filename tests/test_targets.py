@@ -1,0 +1,157 @@
+"""Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
+
+import json
+
+import pytest
+import torch
+import wandb_file
+from conftest import save_tiny_generator
+from PIL import Image
+from safetensors.torch import load_file
+from test_command_line import FILES, refused
+from test_interruption import STATE, results_of
+
+import verify_proto_tokens as vpt
+
+TWO = ("--prompt", "a cat", "--prompt", "a dog")
+
+
+@pytest.fixture
+def run_into(call_tiny, tmp_path):
+    """Runs the script on the tiny model into a folder of this name; gives the folder."""
+
+    def run(name, *arguments):
+        result = call_tiny("--save-dir", "out", "--wandb-run-name", name, *arguments)
+        assert result.code == 0, result.err
+        return tmp_path / "out" / name
+
+    return run
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "proto_tokens.safetensors")
+
+
+def summary_in(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
+    folder = run_into("two", *TWO)
+    assert {file.name for file in folder.iterdir()} == FILES
+    tensors = stored(folder)
+    assert tensors["e_t"].shape == (2, 1, 32) and tensors["m"].shape == (1, 32)
+    assert tensors["target_ids"].shape == tensors["predicted_ids"].shape == (2, 16)
+    summary = summary_in(folder)
+    assert summary["total_params"] == 3 * 32 and summary["num_targets"] == 2
+    assert summary["num_errors"] == int((tensors["target_ids"] != tensors["predicted_ids"]).sum())
+    assert json.loads((folder / "config.json").read_text())["prompt"] == ["a cat", "a dog"]
+    assert Image.open(folder / "reference_image.png").size == (32, 16)  # side by side
+
+
+def test_targets_of_their_own_m_have_one_each(run_into):
+    folder = run_into("own", *TWO, "--m", "own", "--num-e-tokens", 3)
+    assert stored(folder)["m"].shape == (2, 32) and stored(folder)["e_t"].shape == (2, 3, 32)
+    assert summary_in(folder)["total_params"] == 2 * (3 + 1) * 32
+
+
+@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2")])
+def test_several_targets_that_were_interrupted_go_on_bit_for_bit(tiny_models, make_args, tmp_path, options):
+    args, codes = make_args("--num-steps", "12", *TWO, *options), torch.arange(32).view(2, 16) % 12
+    whole, first, second = (vpt.new_optimisation(tiny_models, 2, args) for _ in range(3))
+    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
+    steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
+    before = [next(steps) for _ in range(5)]
+    vpt.write_state(tmp_path / STATE, first, codes, {}, None)
+    vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
+    assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
+    assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
+
+
+def test_an_m_from_an_earlier_run_is_kept_and_not_counted_as_learned(run_into):
+    first = run_into("first", *TWO)
+    second = run_into("second", "--prompt", "a fox", "--m-from", first / "proto_tokens.safetensors")
+    assert torch.equal(stored(second)["m"], stored(first)["m"])
+    assert summary_in(second)["total_params"] == 32
+
+
+def test_an_interrupted_run_with_a_given_m_goes_on(tiny_models, make_args, tmp_path):
+    args, codes, m = make_args("--num-steps", "9"), torch.arange(16)[None] % 12, torch.full((1, 32), 0.2)
+    whole, first, second = (vpt.new_optimisation(tiny_models, 1, args, m) for _ in range(3))
+    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
+    steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
+    before = [next(steps) for _ in range(4)]
+    vpt.write_state(tmp_path / STATE, first, codes, {}, None)
+    vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
+    assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
+
+
+def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, tmp_path):
+    own = run_into("own", *TWO, "--m", "own") / "proto_tokens.safetensors"
+    refused(call_tiny("--m-from", own), "--m-from", "one for each target")
+    refused(call_tiny("--m-from", tmp_path / "nowhere"), "--m-from", "no such file")
+    (tmp_path / "text").write_text("no tensors")
+    refused(call_tiny("--m-from", tmp_path / "text"), "--m-from", "damaged")
+    shared = run_into("shared") / "proto_tokens.safetensors"
+    save_tiny_generator(model_folders[0], hidden_size=64)
+    refused(call_tiny("--m-from", shared), "--m-from", "another model (hidden_size 32, not 64)")
+
+
+def test_more_e_tokens_than_positions_are_refused(call_tiny):
+    refused(call_tiny("--num-e-tokens", 17), "--num-e-tokens 17", "16 tokens")
+
+
+def test_stored_proto_tokens_of_several_targets_give_all_their_pictures_again(run_into):
+    first = run_into("first", *TWO, "--num-e-tokens", 2)
+    again = run_into("again", "--from-proto-tokens", first / "proto_tokens.safetensors")
+    for name in ("reconstructed_image.png", "reference_image.png", "comparison.png"):
+        assert (again / name).read_bytes() == (first / name).read_bytes()
+    assert summary_in(again)["targets/1/best_accuracy"] == summary_in(first)["targets/1/best_accuracy"]
+
+
+def test_a_control_keeps_everything_but_its_target(run_into):
+    plain, random, shuffled = (
+        run_into("plain"),
+        run_into("r", "--control", "random"),
+        run_into("s", "--control=shuffled"),
+    )
+    ids = [stored(folder)["target_ids"] for folder in (plain, random, shuffled)]
+    assert torch.equal(ids[0].sort().values, ids[2].sort().values) and not torch.equal(ids[0], ids[2])
+    assert not torch.equal(ids[0].sort().values, ids[1].sort().values)
+
+
+def test_the_untrained_control_keeps_the_target_and_can_be_reconstructed(run_into):
+    plain, control = run_into("plain"), run_into("control", "--control", "untrained")
+    assert torch.equal(stored(plain)["target_ids"], stored(control)["target_ids"])
+    assert not torch.equal(stored(plain)["e_t"], stored(control)["e_t"])
+    again = run_into("again", "--from-proto-tokens", control / "proto_tokens.safetensors")
+    assert torch.equal(stored(again)["predicted_ids"], stored(control)["predicted_ids"])
+
+
+def test_the_moving_picture_has_a_frame_every_so_many_steps_also_after_an_interruption(run_into, call_tiny, tmp_path):
+    arguments = ("--num-steps", 12, "--target-accuracy", 0, "--image-every", 3)
+    whole = run_into("whole", *arguments)
+    assert Image.open(whole / "progress.gif").n_frames == 4
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*_):
+            raise vpt.UserError("stopped on purpose")
+
+        patch.setattr(vpt, "write_history", fail)
+        assert call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments, "--save-every", 7).code == 2
+    cut = run_into("cut", *arguments, "--resume")
+    assert (cut / "progress.gif").read_bytes() == (whole / "progress.gif").read_bytes()
+    assert results_of(cut) == results_of(whole)
+
+
+def test_wandb_gets_each_targets_own_figures_and_a_table(run_tiny, tmp_path):
+    result = run_tiny(*TWO, "--use-wandb", env={"WANDB_MODE": "offline"})
+    assert result.code == 0, result.err
+    run = wandb_file.read(tmp_path)
+    assert run.summary.keys() >= {"targets/0/best_accuracy", "targets/1/best_accuracy", "information_gain_bits"}
+    rows = [row for row in run.history if "train/loss" in row]
+    assert all({"targets/0/accuracy", "targets/1/loss"} <= row.keys() for row in rows)
+    (table,) = [row for row in run.history if row.get("targets/_type") == "table-file"]
+    content = json.loads((run.folder / "files" / table["targets/path"]).read_text())
+    assert content["columns"] == ["prompt", "reference", "reconstruction", "error_map", "accuracy"]
+    assert [row[0] for row in content["data"]] == ["a cat", "a dog"]
