@@ -213,6 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
     add("--prompts-file", type=file_path, metavar="FILE", help="further prompts, one a line")
+    add("--image", type=file_path, action="append", metavar="FILE", dest="images",
+        help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
+        "then says what it shows (default: its file's name)")
     add("--image-size", type=number(int, 1), default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
     add("--cfg-scale", type=number(float, 0, 1000), default=6.0, metavar="S",
@@ -303,15 +306,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([with_hyphens(argument) for argument in (sys.argv[1:] if argv is None else argv)])
     if args.demo and (args.model_path or args.vq_model_ckpt):
         parser.error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
-    if args.from_proto_tokens and (args.control or args.m_from):
-        parser.error("--from-proto-tokens learns nothing: leave out --control and --m-from")
+    if args.from_proto_tokens and (args.control or args.m_from or args.images):
+        parser.error("--from-proto-tokens learns nothing: leave out --control, --m-from and --image")
     if args.m_from and args.m == "own":
         parser.error("--m-from gives all targets one m: leave out --m own")
     try:
         args.prompts = (args.prompts or []) + (read_prompts(args.prompts_file) if args.prompts_file else [])
     except (OSError, ValueError) as error:
         parser.error(f"--prompts-file {args.prompts_file} cannot be read: {getattr(error, 'strerror', None) or error}")
-    args.prompts = args.prompts or [DEFAULT_PROMPT]
+    args.images = args.images or []
+    own_prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
+    args.prompts = args.prompts or own_prompts or [DEFAULT_PROMPT]
+    if args.images and len(args.images) != len(args.prompts):
+        parser.error(
+            f"--image was given {len(args.images)} times and --prompt {len(args.prompts)} times: give one each"
+        )
     for name in ("learning_rate", "grad_clip"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(RECIPES[args.recipe], name))
@@ -339,7 +348,7 @@ def default_run_name(args: argparse.Namespace) -> str:
     rate = f"{args.learning_rate:g}".replace(".", "")
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
     several = len(args.prompts) > 1
-    parts = (several and f"targets{len(args.prompts)}", several and args.m == "own" and "own")
+    parts = (args.images and "image", several and f"targets{len(args.prompts)}", several and args.m == "own" and "own")
     parts += (args.num_e_tokens > 1 and f"e{args.num_e_tokens}", args.m_from and "given", args.control)
     name = "_".join([name, *filter(None, parts)])
     if args.from_proto_tokens:
@@ -368,7 +377,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -381,6 +390,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalL
 CONFIGURATION_FILES = ("*.json", "merges.txt")
 GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
 VQ_FILES = ("decoder.jit",)
+VQ_ENCODER = "encoder.jit"
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 REAL_SIZE = 100e6  # parameters from which a run on a CPU deserves a word about its duration
 
@@ -395,6 +405,7 @@ class Models:
     generator: Qwen2ForCausalLM
     text_tokenizer: PreTrainedTokenizerBase
     vq_decoder: torch.jit.ScriptModule
+    vq_encoder: torch.jit.ScriptModule | None  # only where there are pictures to encode
     visual_offset: int
     codebook_size: int
     factor: int  # pixels a latent cell spans, in each direction
@@ -417,8 +428,10 @@ def load_models(args: argparse.Namespace) -> Models:
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     vocabulary_rows = read_vocabulary_rows(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
-    vq_folder = local_folder(args.vq_model_ckpt, VQ_FILES, "--vq-model-ckpt")
-    vq_decoder = load_vq_decoder(vq_folder, device)
+    vq_files = (*VQ_FILES, VQ_ENCODER) if args.images else VQ_FILES
+    vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
+    vq_decoder = load_torchscript(vq_folder / "decoder.jit", device)
+    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
     if args.image_size % factor:
         below = args.image_size // factor * factor
@@ -448,6 +461,7 @@ def load_models(args: argparse.Namespace) -> Models:
         generator,
         text_tokenizer,
         vq_decoder,
+        vq_encoder,
         visual_offset,
         codebook_size,
         factor,
@@ -620,11 +634,10 @@ def from_pixels(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 2, 3, 1)[0, 0]
 
 
-def load_vq_decoder(folder: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """The VQ decoder as TorchScript, in its own precision (casts are traced in as constants). Raises UserError."""
-    file = folder / "decoder.jit"
+def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """A part of the VQ tokenizer in its own precision (casts are traced in as constants). Raises UserError."""
     if not file.is_file():
-        raise UserError(f"--vq-model-ckpt {folder} holds no decoder.jit: it is no Cosmos-style VQ tokenizer")
+        raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}: it is no Cosmos-style VQ tokenizer")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -658,6 +671,25 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     side = math.isqrt(codes.shape[1])
     video = vq_decoder(codes.view(-1, 1, side, side))  # [B, 3, 1, H, W], about [-1, 1]
     return ((video[:, :, 0].float().cpu() + 1) / 2).clamp(0, 1)
+
+
+@torch.inference_mode()
+def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, codebook_size: int) -> Tensor:
+    """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
+    try:
+        weight = next(vq_encoder.parameters())
+        indices, *_ = vq_encoder((2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype))  # [B, 1, h, w]
+    except Exception as error:  # whatever foreign TorchScript may raise
+        raise UserError(
+            f"--image: encoder.jit cannot run on {pixels.device} ({last_line(error)}): the bfloat16 encoder of Cosmos "
+            "needs a GPU; or it is no Cosmos-style encoder"
+        ) from None
+    codes = indices.flatten(1).long()
+    if not ((codes >= 0) & (codes < codebook_size)).all():
+        raise UserError(
+            f"--image: encoder.jit gives codes beyond the codebook of {codebook_size}: it is another model's"
+        )
+    return codes
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
@@ -713,10 +745,10 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Reference:
-    """The targets: visual codes [B, N], the seconds that their autoregressive decoding took, their pixels, prompts."""
+    """The targets: visual codes [B, N], their pixels and prompts."""
 
     codes: Tensor
-    autoregressive_seconds: float
+    autoregressive_seconds: float | None  # of decoding them one after another, where they were
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
     prompts: list[str]
 
@@ -731,7 +763,47 @@ def unconditional_prompt() -> str:
 
 
 def make_reference(models: Models, args: argparse.Namespace) -> Reference:
-    """Takes each prompt's tokens from the cache where these very settings made them; decodes the others together."""
+    """The targets of a run: pictures encoded, or prompts' pictures generated; then what a control makes of them."""
+    if args.images:
+        pixels = torch.stack([read_picture(file, args.image_size) for file in args.images])
+        codes, seconds = encode_pixels(models.vq_encoder, pixels, models.codebook_size).cpu(), None
+    else:
+        codes, seconds = generated_codes(models, args)
+    codes = controlled(codes, args.control, models.codebook_size, args.seed).to(models.device)
+    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
+
+
+def read_picture(file: Path, size: int) -> Tensor:
+    """A picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
+
+    Scaled as SimpleAR's data preparation does: halved by box averages while twice too large, then bicubic, then cut.
+    Turned as its EXIF orientation says; transparent parts are white.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # of 16 bits a pixel; Pillow would clip them
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            image = image.convert("RGBA")
+    except FileNotFoundError:
+        raise UserError(f"--image {file}: there is no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {file} cannot be read as a picture: {first_line(error)}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    square = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255
+
+
+def generated_codes(models: Models, args: argparse.Namespace) -> tuple[Tensor, float]:
+    """Takes each prompt's codes from the cache where these very settings made them; decodes the others together.
+
+    Returns codes [B, N] and the seconds that decoding them took, whenever that was.
+    """
     num_tokens = (args.image_size // models.factor) ** 2
     keys = [reference_key(models, args, prompt, num_tokens) for prompt in args.prompts]
     files = [args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors" for key in keys]
@@ -749,10 +821,7 @@ def make_reference(models: Models, args: argparse.Namespace) -> Reference:
         for key, row in zip(missing, codes.split(1), strict=True):
             found[key] = row.cpu(), seconds / len(missing)
             write_cached_codes(missing[key][0], *found[key], key)
-    codes = torch.cat([found[key][0] for key in keys])
-    codes = controlled(codes, args.control, models.codebook_size, args.seed).to(models.device)
-    seconds = sum(found[key][1] for key in keys)
-    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
+    return torch.cat([found[key][0] for key in keys]), sum(found[key][1] for key in keys)
 
 
 def controlled(codes: Tensor, control: str | None, codebook_size: int, seed: int) -> Tensor:
@@ -1349,9 +1418,10 @@ def summarise(
             "best_step": max(state.best_step),
             "steps": state.step,
             "optimisation_seconds": state.seconds,
-            "autoregressive_seconds": reference.autoregressive_seconds,
-            "speedup": reference.autoregressive_seconds / reconstruction.one_pass_seconds,
         }
+    if reference.autoregressive_seconds is not None:
+        summary["autoregressive_seconds"] = reference.autoregressive_seconds
+        summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
     for k in range(batch) if batch > 1 else ():
         own = {"best_accuracy": best_accuracy[k], "num_errors": errors[k]}
         own["psnr"] = psnr(reconstruction.pixels[k], reference.pixels[k])
@@ -1632,6 +1702,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     prompts = settings.pop("prompts")
     settings["prompt"] = prompts[0] if len(prompts) == 1 else prompts
+    settings["images"] = list(map(str, args.images))
     resolved = {
         "device": str(models.device),
         "dtype": str(models.generator.dtype).removeprefix("torch."),
@@ -1847,7 +1918,7 @@ def refuse_other_models(models: Models, settings: dict, option: str) -> None:
 def take_proto_tokens(models: Models, tensors: dict[str, Tensor], prompts: list[str]) -> tuple[Reference, Optimisation]:
     """The stored targets, decoded, and the stored embeddings as a finished optimisation."""
     codes = (tensors["target_ids"] - models.visual_offset).to(models.device)
-    reference = Reference(codes, math.nan, decode_codes(models.vq_decoder, codes), prompts)
+    reference = Reference(codes, None, decode_codes(models.vq_decoder, codes), prompts)
     best = ProtoTokens(tensors["e_t"].to(models.device), tensors["m"].to(models.device))
     return reference, Optimisation(best, None, best, [], [], [])
 
@@ -2019,10 +2090,11 @@ def print_results(summary: dict, folder: Path, run: object | None) -> None:
         "parameters": f"{summary['total_params']} for {total} tokens",
         "one pass": f"{1000 * summary['one_pass_seconds']:.1f} ms",
     }
-    if "steps" in summary:
+    if "speedup" in summary:
         rows["one pass"] += (
             f" instead of {duration(summary['autoregressive_seconds'])}: {summary['speedup']:.0f} x faster"
         )
+    if "steps" in summary:
         rows["optimisation"] = f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}"
     if batch > 1:
         own = [summary[f"targets/{k}/best_accuracy"] for k in range(batch)]

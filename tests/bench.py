@@ -70,7 +70,7 @@ def build_models(shape: str, dtype: torch.dtype = torch.float32) -> vpt.Models:
             parameter.data.fill_(1)
     # Buffers (the rotary frequencies) have no values on the meta device.
     generator.model.rotary_emb = type(generator.model.rotary_emb)(config)
-    return vpt.Models(vpt.frozen(generator), None, None, text_ids, codes, 16, "", "")
+    return vpt.Models(vpt.frozen(generator), None, None, None, text_ids, codes, 16, "", "")
 
 
 def as_loaded(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:

@@ -35,6 +35,20 @@ class TinyDecoder(nn.Module):
         return wide.unsqueeze(1).repeat(1, 3, 1, 1, 1)
 
 
+class TinyEncoder(nn.Module):
+    """Undoes TinyDecoder: the code of each cell is that of the nearest grey to its mean."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+        self.scale = nn.Parameter(torch.tensor(6.0))
+
+    def forward(self, video: Tensor):
+        cells = nn.functional.avg_pool2d(video.mean(1), self.factor)  # [B, 1, h, w]
+        indices = ((cells + 1) * self.scale).round().clamp(0, 11).int()
+        return indices, video, torch.zeros(1)
+
+
 def save_tiny_generator(folder: Path, **changes) -> None:
     """A random two-layer Qwen2 over the demo's text vocabulary and 12 visual codes."""
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -55,6 +69,7 @@ def spoil_text_head(folder: Path) -> None:
 def save_tiny_vq(folder: Path, factor: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.jit.save(torch.jit.script(TinyDecoder(factor)), folder / "decoder.jit")
+    torch.jit.save(torch.jit.script(TinyEncoder(factor)), folder / "encoder.jit")
 
 
 @pytest.fixture(scope="session")

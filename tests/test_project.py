@@ -149,13 +149,13 @@ def test_the_demo_encoder_and_decoder_have_the_real_shapes():
 
 
 def test_the_demo_decoder_carries_its_fsq_levels():
-    decoder = vpt.load_vq_decoder(DEMO / "vq", torch.device("cpu"))
+    decoder = vpt.load_torchscript(DEMO / "vq" / "decoder.jit", torch.device("cpu"))
     assert vpt.fsq_codebook_size(decoder) == math.prod((5, 5, 5, 5))
     assert vpt.downsampling_factor(decoder, torch.device("cpu")) == 32
 
 
 def test_a_larger_demo_picture_is_a_larger_grid():
-    decoder = vpt.load_vq_decoder(DEMO / "vq", torch.device("cpu"))
+    decoder = vpt.load_torchscript(DEMO / "vq" / "decoder.jit", torch.device("cpu"))
     assert vpt.decode_codes(decoder, torch.zeros(1, 256, dtype=torch.long)).shape == (1, 3, 512, 512)
 
 

@@ -1,0 +1,111 @@
+"""A picture of one's own as the target: how it is read, cut and encoded, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO
+from PIL import Image
+from safetensors.torch import load_file
+from test_command_line import refused
+
+import verify_proto_tokens as vpt
+
+# Four greys that TinyDecoder knows: codes 0, 3, 6, 9 of 12.
+GREYS = np.array([[0, 64], [128, 191]], dtype=np.uint8).repeat(2, 0).repeat(2, 1)  # [4, 4]
+CODES = torch.tensor([0, 0, 3, 3, 0, 0, 3, 3, 6, 6, 9, 9, 6, 6, 9, 9])
+
+
+def picture(mode="L", size=16) -> Image.Image:
+    return Image.fromarray(GREYS).resize((size, size), Image.Resampling.NEAREST).convert(mode)
+
+
+def saved(tmp_path, image, name="p.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "CMYK"])
+def test_any_mode_gives_the_same_pixels(tmp_path, mode):
+    file = saved(tmp_path, picture(mode), "p.tiff" if mode == "CMYK" else "p.png")
+    expected = torch.from_numpy(np.asarray(picture())).float() / 255
+    assert (vpt.read_picture(file, 16) - expected).abs().max() < 0.01
+
+
+def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path):
+    file = saved(tmp_path, Image.fromarray(np.asarray(picture()).astype(np.uint16) * 257))
+    assert (vpt.read_picture(file, 16)[0] - torch.from_numpy(np.asarray(picture())) / 255).abs().max() < 0.01
+
+
+def test_transparent_parts_are_white(tmp_path):
+    image = picture("RGBA")
+    image.putalpha(0)
+    assert torch.equal(vpt.read_picture(saved(tmp_path, image), 16), torch.ones(3, 16, 16))
+
+
+def test_a_picture_is_turned_as_its_camera_held_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
+    file = saved(tmp_path, picture().rotate(90), exif=exif)
+    assert torch.equal(vpt.read_picture(file, 16)[0], vpt.read_picture(saved(tmp_path, picture(), "q.png"), 16)[0])
+
+
+@pytest.mark.parametrize("size", [(40, 16), (16, 40), (90, 33), (400, 301)])
+def test_the_middle_square_is_what_is_kept(tmp_path, size):
+    image = Image.new("L", size, 255)
+    side, (width, height) = min(size), size
+    image.paste(0, ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
+    pixels = vpt.read_picture(saved(tmp_path, image), 16)
+    assert pixels.shape == (3, 16, 16) and pixels[:, 2:-2, 2:-2].max() < 0.05
+
+
+def test_a_small_picture_is_enlarged(tmp_path):
+    assert vpt.read_picture(saved(tmp_path, picture(size=4)), 16).shape == (3, 16, 16)
+
+
+def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, tmp_path):
+    result = call_tiny("--image", saved(tmp_path, picture(), "my_greys.png"), "--save-dir", "out")
+    assert result.code == 0, result.err
+    (folder,) = (tmp_path / "out").glob("*_image")
+    assert torch.equal(load_file(folder / "proto_tokens.safetensors")["target_ids"][0], CODES + 1400)
+    assert json.loads((folder / "config.json").read_text())["prompt"] == "my greys"
+    assert "speedup" not in json.loads((folder / "summary.json").read_text())  # nothing was decoded one by one
+
+
+def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tmp_path):
+    two = ("--image", saved(tmp_path, picture(), "a.png"), "--image", saved(tmp_path, picture(), "b.jpg"))
+    assert call_tiny(*two, "--prompt", "one", "--prompt", "two", "--save-dir", "out").code == 0
+    refused(call_tiny(*two, "--prompt", "one"), "--image", "--prompt")
+
+
+def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
+    encoder, decoder = (
+        vpt.load_torchscript(DEMO / "vq" / f"{n}.jit", torch.device("cpu")) for n in ("encoder", "decoder")
+    )
+    pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
+    codes = vpt.encode_pixels(encoder, pixels, 625)
+    again = vpt.decode_codes(decoder, codes)
+    assert codes.shape == (1, 64) and vpt.psnr(again, pixels) > 15
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a picture", "cut", "folder"])
+def test_a_file_that_is_no_picture_is_named(call_tiny, tmp_path, content):
+    file = tmp_path / "p.png"
+    if content == "cut":
+        picture(size=200).save(file)
+        file.write_bytes(file.read_bytes()[:100])
+    elif content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    refused(call_tiny("--image", file), "--image", "p.png")
+
+
+def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_folders, tmp_path):
+    file = saved(tmp_path, picture())
+    encoder = model_folders[1] / "encoder.jit"
+    encoder.unlink()
+    refused(call_tiny("--image", file), "encoder.jit")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), encoder)
+    refused(call_tiny("--image", file), "encoder.jit cannot run", "GPU")
