@@ -258,8 +258,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
         "(default: auto, that is where the device would not hold the step otherwise)")
-    add("--target-accuracy", type=number(float, 0, 100), default=100.0, metavar="PERCENT",
-        help="stop as soon as this token accuracy is reached; 0 is never (default: %(default)s)")
+    add("--target-accuracy", type=number(float, 0, 100), metavar="PERCENT",
+        help="stop as soon as this token accuracy is reached; 0 is never (default: 100; with --capacity 99)")
+    add("--capacity", **SWITCH,
+        help="find the largest beginning of the target that reaches --target-accuracy within --num-steps")
     add("--log-every", type=number(int, 1), default=1, metavar="STEPS",
         help="steps between two rows of history.csv and of W&B's history (default: %(default)s)")
     add("--save-every", type=number(int, 1), default=100, metavar="STEPS",
@@ -308,6 +310,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
     if args.from_proto_tokens and (args.control or args.m_from or args.images):
         parser.error("--from-proto-tokens learns nothing: leave out --control, --m-from and --image")
+    if args.target_accuracy is None:
+        args.target_accuracy = 99.0 if args.capacity else 100.0
+    if args.capacity and (args.from_proto_tokens or args.image_every or not args.target_accuracy):
+        parser.error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
         parser.error("--m-from gives all targets one m: leave out --m own")
     try:
@@ -349,7 +355,12 @@ def default_run_name(args: argparse.Namespace) -> str:
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
     several = len(args.prompts) > 1
     parts = (args.images and "image", several and f"targets{len(args.prompts)}", several and args.m == "own" and "own")
-    parts += (args.num_e_tokens > 1 and f"e{args.num_e_tokens}", args.m_from and "given", args.control)
+    parts += (
+        args.num_e_tokens > 1 and f"e{args.num_e_tokens}",
+        args.m_from and "given",
+        args.control,
+        args.capacity and "capacity",
+    )
     name = "_".join([name, *filter(None, parts)])
     if args.from_proto_tokens:
         name = "reconstructed"
@@ -1026,6 +1037,7 @@ class Optimisation:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)  # its logged rows
     frames: list[dict] = field(default_factory=list)  # for the moving picture: step, accuracy, codes [B, N]
+    trials: list[dict] = field(default_factory=list)  # that a search for the capacity has behind it
     diverged: bool = False
 
     @property
@@ -1273,6 +1285,21 @@ def optimise_proto_tokens(
             row |= {f"targets/{k}/loss": loss[k], f"targets/{k}/accuracy": accuracy[k]}
             row |= {f"targets/{k}/best_accuracy": state.best_accuracy[k]}
         yield row
+
+
+def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
+    """How many tokens to try next: twice as many until that fails, then between what held and what failed.
+
+    None where the capacity is known: the largest `num_tokens` of the trials that `reached` the target accuracy, taking
+    it that a longer prefix is no easier.
+    """
+    held = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
+    failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
+    if failed - held <= 1 or failed <= shortest:
+        return None
+    if failed > longest:
+        return min(max(2 * held, shortest), longest)
+    return max((held + failed) // 2, shortest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1538,6 +1565,31 @@ def draw_contact_sheet(targets: list[dict], target_rank: Tensor) -> Image.Image:
     return render(figure)
 
 
+def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> Image.Image:
+    """Best accuracy of each trial against its number of tokens."""
+    figure = Figure(figsize=(7.2, 4.6), dpi=150, facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    ordered = sorted(trials, key=lambda trial: trial["num_tokens"])
+    counts = [trial["num_tokens"] for trial in ordered]
+    axis.plot(counts, [trial["best_accuracy"] for trial in ordered], color=FAINT, linewidth=1, zorder=1)
+    for reached, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
+        dots = [(t["num_tokens"], t["best_accuracy"]) for t in ordered if t["reached"] is reached]
+        if dots:
+            axis.scatter(*zip(*dots, strict=True), color=colour, s=34, label=label, zorder=2)
+    axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
+    axis.set_xscale("log", base=2)
+    ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
+    axis.set_xticks(ticks, labels=map(str, ticks))
+    axis.set_ylim(-2, 104)
+    axis.set_xlabel("tokens of the target, from its beginning", fontsize=10, color=INK)
+    axis.set_ylabel("best token accuracy (%)", fontsize=10, color=INK)
+    axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold", color=INK, loc="left")
+    axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    return render(figure)
+
+
 def tiled(images: list[Image.Image]) -> Image.Image:
     """Pictures of one size, side by side in about as many rows as columns; one alone is itself."""
     columns = math.ceil(math.sqrt(len(images)))
@@ -1634,10 +1686,10 @@ def progress_frame(images: list[Image.Image], step: int, accuracy: float) -> Ima
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb")
 VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
-IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map")
+IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map", "capacity")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 STATE_FILE = "interrupted_run.safetensors"
-PROGRESS_FILE = "progress.gif"
+PROGRESS_FILE, TRIALS_FILE = "progress.gif", "capacity.csv"
 ABANDONED_SECONDS = 3600  # no file takes so long to write
 COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
@@ -1778,7 +1830,7 @@ def remove_earlier_results(folder: Path) -> None:
     """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
     # The summary, which says that the others are whole, goes first.
     pictures = (PROGRESS_FILE, *(f"{image}.png" for image in IMAGES))
-    for name in ("summary.json", "history.csv", PROTO_TOKENS_FILE, STATE_FILE, *pictures):
+    for name in ("summary.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, STATE_FILE, *pictures):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -1819,12 +1871,13 @@ def read_json(file: Path) -> dict:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What an interrupted run left: tensors by name, numbers, logged rows, frames, and the id of its W&B run."""
+    """What an interrupted run left: tensors by name, numbers, lists, and the id of its W&B run."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, float | list[float]]
     history: list[dict[str, float]]
     frames: list[dict]
+    trials: list[dict]
     run_id: str | None
 
 
@@ -1835,8 +1888,8 @@ def write_state(file: Path, state: Optimisation, codes: Tensor, settings: dict, 
         moments = state.optimizer.state.get(parameter, {})
         tensors |= {name: parameter.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
     content = {name: getattr(state, name) for name in COUNTERS}
-    metadata = {"settings": settings, "numbers": content, "history": state.history, "frames": state.frames}
-    metadata["run_id"] = run_id
+    metadata = {"settings": settings, "numbers": content, "run_id": run_id}
+    metadata |= {name: getattr(state, name) for name in ("history", "frames", "trials")}
     with written_whole(file) as partial:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         partial.write_bytes(to_safetensors(stored, {name: json.dumps(value) for name, value in metadata.items()}))
@@ -1874,7 +1927,7 @@ def restore_state(state: Optimisation, codes: Tensor, saved: SavedState) -> None
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for name in COUNTERS:
         setattr(state, name, saved.numbers[name])
-    state.history, state.frames = saved.history, saved.frames
+    state.history, state.frames, state.trials = saved.history, saved.frames, saved.trials
 
 
 # ---- an earlier run's proto-tokens
@@ -1995,7 +2048,8 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     except (wandb.Error, ValueError) as error:
         raise UserError(f"W&B does not take these settings: {first_line(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
-    for names in ("train/*", "embeddings/*", "gradients/*", "progress/*"):
+    run.define_metric("capacity/*", step_metric="capacity/num_tokens")
+    for names in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
         run.define_metric(names, step_metric="optimisation_step")
     run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
     return run
@@ -2027,6 +2081,12 @@ def log_progress(run: object | None, image: Image.Image, step: int) -> None:
         run.log({"progress/reconstruction": wandb.Image(image, caption=f"step {step}")}, step=step)
 
 
+def log_trials(run: object | None, trials: list[dict], first: int) -> None:
+    """The trials of a search for the capacity from number `first` on, a row each."""
+    for index in range(first, len(trials)) if run else ():
+        run.log({f"capacity/{name}": value for name, value in trials[index].items()}, step=index + 1)
+
+
 def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> None:
     """After a resumption, what the killed run had logged but not sent."""
     for row in history:
@@ -2035,19 +2095,25 @@ def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> Non
 
 
 def log_results(
-    run: object | None, images: dict[str, Image.Image], targets: list[dict], summary: dict, proto_tokens_file: Path
+    run: object | None,
+    images: dict[str, Image.Image],
+    tables: dict[str, list[dict]],
+    summary: dict,
+    proto_tokens_file: Path | None = None,
 ) -> None:
-    """The pictures as media of the last step, several targets as a table too; summary; the proto-tokens as artifact."""
+    """Pictures and tables as media of the last step, the summary, and the proto-tokens as an artifact."""
     if not run:
         return
     import wandb
 
     media = {name: wandb.Image(image) for name, image in images.items()}
-    if len(targets) > 1:
-        rows = [[wandb.Image(v) if isinstance(v, Image.Image) else v for v in row.values()] for row in targets]
-        media["targets"] = wandb.Table(columns=list(targets[0]), data=rows)
+    for name, content in tables.items():
+        rows = [[wandb.Image(v) if isinstance(v, Image.Image) else v for v in row.values()] for row in content]
+        media[name] = wandb.Table(columns=list(content[0]), data=rows)
     run.log(media, step=summary.get("steps"))
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+    if not proto_tokens_file:
+        return
     artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
     artifact.add_file(str(proto_tokens_file))
     try:
@@ -2116,7 +2182,12 @@ class Run:
 
 
 def run_steps(
-    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, save: Callable
+    models: Models,
+    codes: Tensor,
+    args: argparse.Namespace,
+    state: Optimisation,
+    wandb_run: object | None,
+    save: Callable,
 ) -> None:
     """The optimisation with everything around it: progress bar, history, W&B, saved states."""
     with progress_bar(None, "proto-tokens", "steps", total=args.num_steps, initial=state.step) as bar:
@@ -2124,18 +2195,47 @@ def run_steps(
             ended = state.step == args.num_steps or target_is_reached(state, args)
             if state.step == 1 or state.step % args.log_every == 0 or ended:
                 state.history.append(row)
-                log_step(run.wandb, row)
+                log_step(wandb_run, row)
             if args.image_every and state.step % args.image_every == 0:
                 now = reconstruct(models, state.best, codes, args.vocabulary, repeats=1)
                 frame = {"step": state.step, "accuracy": state.mean_best_accuracy}
                 state.frames.append(frame | {"codes": now.predicted_codes.tolist()})
-                log_progress(run.wandb, tiled([to_image(pixels) for pixels in now.pixels]), state.step)
+                log_progress(wandb_run, tiled([to_image(pixels) for pixels in now.pixels]), state.step)
             if not ended:
                 save(now=state.step % args.save_every == 0)
             correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
             best = f"best {state.mean_best_accuracy:.1f} %"
             bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
             bar.update()
+
+
+def run_steps_or_save(
+    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, tracked: bool = True
+) -> None:
+    """As `run_steps`; whatever ends it early, a signal or an error, leaves a state to go on from."""
+
+    def save(now: bool) -> None:
+        if now or run.stop.received:
+            run_id = run.wandb.id if run.wandb else None
+            write_state(run.folder / STATE_FILE, state, codes, run.settings, run_id)
+        if run.stop.received:
+            raise Stopped(run.stop.received)
+
+    with run.stop.held_back():
+        try:
+            with enough_memory_for(f"step {state.step + 1} of the optimisation"):
+                run_steps(models, codes, args, state, run.wandb if tracked else None, save)
+        except UserError:
+            save(now=True)
+            raise
+
+
+def begin(reference: Reference, run: Run, saved: SavedState | None) -> None:
+    """Clears what an earlier run left, unless this one goes on with it; writes what is known before the first step."""
+    if not saved:
+        remove_earlier_results(run.folder)
+    write_json(run.folder / "config.json", run.settings)
+    write_images(run.folder, {"reference_image": tiled([to_image(pixels) for pixels in reference.pixels])})
 
 
 def learn_proto_tokens(
@@ -2151,33 +2251,59 @@ def learn_proto_tokens(
         restore_state(state, reference.codes, saved)
         log_missing_rows(run.wandb, state.history)
         print(f"resumed after step {state.step}")
-    else:
-        remove_earlier_results(run.folder)
-    write_json(run.folder / "config.json", run.settings)
-    write_images(run.folder, {"reference_image": tiled([to_image(pixels) for pixels in reference.pixels])})
-
-    def save(now: bool) -> None:
-        if now or run.stop.received:
-            run_id = run.wandb.id if run.wandb else None
-            write_state(run.folder / STATE_FILE, state, reference.codes, run.settings, run_id)
-        if run.stop.received:
-            raise Stopped(run.stop.received)
-
-    with run.stop.held_back():
-        try:
-            with enough_memory_for(f"step {state.step + 1} of the optimisation"):
-                run_steps(models, reference.codes, args, state, run, save)
-        except UserError:
-            save(now=True)
-            raise
+    begin(reference, run, saved)
+    run_steps_or_save(models, reference.codes, args, state, run)
     write_history(run.folder / "history.csv", state.history)
     write_proto_tokens(run.folder / PROTO_TOKENS_FILE, state.best, models.visual_offset + reference.codes, run.settings)
     if state.diverged:
-        raise UserError(
-            f"the loss or its gradient is no longer finite at step {state.step + 1}: lower --learning-rate or set "
-            f"--grad-clip 1; the best proto-tokens so far are in {run.folder / PROTO_TOKENS_FILE}"
-        )
+        raise UserError(f"{divergence(state)}; the best proto-tokens so far are in {run.folder / PROTO_TOKENS_FILE}")
     return state
+
+
+def divergence(state: Optimisation) -> str:
+    at = f"the loss or its gradient is no longer finite at step {state.step + 1}"
+    return f"{at}: lower --learning-rate or set --grad-clip 1"
+
+
+def find_capacity(
+    models: Models, reference: Reference, args: argparse.Namespace, run: Run, saved: SavedState | None
+) -> dict:
+    """Tries longer and shorter beginnings of the targets until the capacity is known. Returns the summary.
+
+    Each trial is an optimisation of its own; an interrupted one goes on where it stood. Raises UserError and Stopped.
+    """
+    m = given_m(models, args.m_from) if args.m_from else None
+    batch, longest = reference.codes.shape
+    trials = saved.trials if saved else []
+    log_trials(run.wandb, trials, run.wandb.starting_step if run.wandb else 0)
+    begin(reference, run, saved)
+    while num_tokens := next_prefix(trials, args.num_e_tokens, longest):
+        codes, state = reference.codes[:, :num_tokens], new_optimisation(models, batch, args, m)
+        state.trials = trials
+        if saved:
+            restore_state(state, codes, saved)
+            saved = None
+        print(f"capacity: {num_tokens} tokens")
+        run_steps_or_save(models, codes, args, state, run, tracked=False)
+        if state.diverged:
+            raise UserError(f"with {num_tokens} tokens {divergence(state)}")
+        trial = {"num_tokens": num_tokens, "best_accuracy": state.mean_best_accuracy, "steps": state.step}
+        trials = [*trials, trial | {"reached": target_is_reached(state, args), "seconds": state.seconds}]
+        log_trials(run.wandb, trials, len(trials) - 1)
+    capacity = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
+    bits = capacity * math.log2(models.codebook_size)
+    summary = {"capacity_tokens": capacity, "capacity_bits_uniform": bits, "num_tokens": longest, "num_targets": batch}
+    summary |= {"trials": len(trials), "optimisation_seconds": sum(trial["seconds"] for trial in trials)}
+    summary["best_accuracy"] = max((trial["best_accuracy"] for trial in trials if trial["reached"]), default=0.0)
+    images = {"capacity": draw_capacity(trials, capacity, args.target_accuracy)}
+    write_images(run.folder, images)
+    write_history(run.folder / TRIALS_FILE, trials)
+    write_json(run.folder / "summary.json", summary)
+    (run.folder / STATE_FILE).unlink(missing_ok=True)
+    log_results(run.wandb, images, {"trials": trials}, summary)
+    print(f"\n  capacity       {capacity} of {longest} tokens at {args.target_accuracy:g} %, in {len(trials)} trials")
+    print(f"  files          {run.folder}/")
+    return summary
 
 
 def publish(models: Models, reference: Reference, state: Optimisation, args: argparse.Namespace, run: Run) -> dict:
@@ -2196,7 +2322,8 @@ def publish(models: Models, reference: Reference, state: Optimisation, args: arg
     write_proto_tokens(proto_tokens_file, state.best, target_ids, run.settings, reconstruction.predicted_ids)
     write_json(run.folder / "summary.json", summary)
     (run.folder / STATE_FILE).unlink(missing_ok=True)
-    log_results(run.wandb, images, targets, summary, proto_tokens_file)
+    tables = {"targets": targets} if len(targets) > 1 else {}
+    log_results(run.wandb, images, tables, summary, proto_tokens_file)
     return summary
 
 
@@ -2229,6 +2356,9 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
                 reference = None if stored else make_reference(models, args)
             if args.control == "untrained":
                 models = untrained(models, args.seed)
+            if args.capacity:
+                find_capacity(models, reference, args, run, saved)
+                return
             if stored:
                 reference, state = learnt_before(models, args, run, stored)
             else:

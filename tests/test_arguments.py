@@ -143,6 +143,9 @@ def test_a_number_of_any_length_is_taken():
         ["--from-proto-tokens", "x", "--control", "random"],
         ["--from-proto-tokens", "x", "--m-from", "y"],
         ["--m-from", "x", "--m", "own"],
+        ["--capacity", "--target-accuracy", "0"],
+        ["--capacity", "--image-every", "5"],
+        ["--image", "a.png", "--prompt", "a", "--prompt", "b"],
     ],
 )
 def test_an_unknown_abbreviated_or_contradictory_option_is_refused(arguments, capsys):

@@ -1,0 +1,95 @@
+"""The capacity: which beginnings of the target are tried, that the search can be interrupted, and what it leaves."""
+
+import csv
+import json
+import math
+
+import pytest
+import wandb_file
+from conftest import spoil_text_head
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_command_line import refused
+
+import verify_proto_tokens as vpt
+
+
+@given(st.integers(1, 300), st.data())
+def test_the_search_ends_at_the_capacity_in_few_trials(longest, data):
+    shortest = data.draw(st.integers(1, longest))
+    capacity = data.draw(st.sampled_from([0, *range(shortest, longest + 1)]))
+    trials = []
+    while num_tokens := vpt.next_prefix(trials, shortest, longest):
+        assert shortest <= num_tokens <= longest and num_tokens not in [trial["num_tokens"] for trial in trials]
+        trials.append({"num_tokens": num_tokens, "reached": num_tokens <= capacity})
+    assert max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0) == capacity
+    assert len(trials) <= 2 * math.log2(longest) + 2
+
+
+def test_it_doubles_then_halves_the_gap():
+    trials, tried = [], []
+    while num_tokens := vpt.next_prefix(trials, 1, 100):
+        tried.append(num_tokens)
+        trials.append({"num_tokens": num_tokens, "reached": num_tokens <= 21})
+    assert tried == [1, 2, 4, 8, 16, 32, 24, 20, 22, 21]
+
+
+SEARCH = ("--capacity", "--num-steps", 30, "--save-dir", "out", "--wandb-run-name", "run")
+
+
+def trials_in(folder) -> list[tuple]:
+    with (folder / "capacity.csv").open() as stream:
+        return [
+            (row["num_tokens"], row["best_accuracy"], row["steps"], row["reached"]) for row in csv.DictReader(stream)
+        ]
+
+
+def test_a_search_leaves_its_trials_a_picture_and_a_summary(call_tiny, tmp_path):
+    result = call_tiny(*SEARCH)
+    assert result.code == 0, result.err
+    folder = tmp_path / "out" / "run"
+    assert {f.name for f in folder.iterdir()} == {
+        "capacity.csv", "capacity.png", "config.json", "reference_image.png", "summary.json"
+    }  # fmt: skip
+    summary, trials = json.loads((folder / "summary.json").read_text()), trials_in(folder)
+    reached = [int(num_tokens) for num_tokens, *_, reached in trials if reached == "True"]
+    assert summary["capacity_tokens"] == max(reached) and summary["trials"] == len(trials)
+    assert f"{max(reached)} of 16 tokens" in result.out
+    Image.open(folder / "capacity.png").verify()
+    assert json.loads((folder / "config.json").read_text())["target_accuracy"] == 99
+
+
+@pytest.mark.parametrize("cut_at", [3, 40, 55])
+def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_path, monkeypatch, cut_at):
+    assert call_tiny(*SEARCH).code == 0
+    whole = trials_in(tmp_path / "out" / "run")
+    really_optimise, steps = vpt.optimise_proto_tokens, iter(range(1, 10**6))
+
+    def cut(*arguments):
+        for row in really_optimise(*arguments):
+            yield row
+            if next(steps) == cut_at:
+                raise vpt.UserError("cut on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vpt, "optimise_proto_tokens", cut)
+        assert call_tiny(*SEARCH).code == 2
+    assert call_tiny(*SEARCH, "--resume").code == 0
+    assert trials_in(tmp_path / "out" / "run") == whole
+    assert "finished" in call_tiny(*SEARCH, "--resume").out
+
+
+def test_a_search_that_diverges_says_with_how_many_tokens(call_tiny, model_folders):
+    spoil_text_head(model_folders[0])
+    refused(call_tiny(*SEARCH), "with 1 tokens", "--learning-rate")
+
+
+def test_wandb_gets_a_row_for_each_trial_and_a_table(run_tiny, tmp_path):
+    result = run_tiny(*SEARCH, "--use-wandb", env={"WANDB_MODE": "offline"})
+    assert result.code == 0, result.err
+    run, trials = wandb_file.read(tmp_path), trials_in(tmp_path / "out" / "run")
+    rows = [row for row in run.history if "capacity/num_tokens" in row]
+    assert [str(row["capacity/num_tokens"]) for row in rows] == [num_tokens for num_tokens, *_ in trials]
+    assert run.summary["capacity_tokens"] > 0
+    assert any(row.get("trials/_type") == "table-file" for row in run.history)
