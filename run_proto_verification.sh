@@ -43,8 +43,16 @@ if ! has_packages "$PYTHON"; then
     PYTHON="$here/.venv/bin/python"
 fi
 
-arguments=(--prompt "$PROMPT" --image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
+arguments=(--image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
     --save-dir "$SAVE_DIR" --wandb-project "$WANDB_PROJECT")
+# Prompts add up: one that comes as an argument replaces the one above.
+own_target=false
+for argument in "$@"; do
+    case "$argument" in
+    --prompt | --prompt=* | --prompts[-_]file | --prompts[-_]file=* | --image | --image=*) own_target=true ;;
+    esac
+done
+if [ "$own_target" = false ]; then arguments+=(--prompt "$PROMPT"); fi
 if [ -n "$LEARNING_RATE" ]; then arguments+=(--learning-rate "$LEARNING_RATE"); fi
 if [ -n "$MODEL_PATH" ]; then arguments+=(--model-path "$MODEL_PATH"); fi
 if [ -n "$VQ_MODEL_CKPT" ]; then arguments+=(--vq-model-ckpt "$VQ_MODEL_CKPT"); fi

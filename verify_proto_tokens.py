@@ -61,7 +61,7 @@ class Recipe:
 
 RECIPES = {
     # A short second-moment memory is the largest single gain over the reference recipe.
-    "tuned": Recipe(initial_scale=0.5, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.1, grad_clip=0.0),
+    "tuned": Recipe(initial_scale=0.25, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.2, grad_clip=0.0),
     "reference": Recipe(initial_scale=0.01, betas=(0.9, 0.999), warmup_steps=0, learning_rate=0.01, grad_clip=1.0),
 }
 DEFAULT_PROMPT = "a red apple on a wooden table"
@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb-project", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
     add("--wandb-entity", metavar="NAME", help="user or team (default: W&B's own default)")
     add("--wandb-run-name", type=run_name, metavar="NAME",
-        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr01_seed42)")
+        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42)")
     add("--wandb-tags", type=tags, default=["proto-tokens"], metavar="TAG,TAG",
         help="separated by commas (default: proto-tokens)")
     add("--wandb-group", metavar="NAME", help="group that the run belongs to")

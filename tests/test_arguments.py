@@ -59,7 +59,7 @@ def test_a_run_is_named_from_its_settings_as_in_the_guide():
 
 def test_what_makes_a_run_another_experiment_stands_in_its_name():
     options = ["--prompt", "a", "--prompt", "b", "--m", "own", "--num-e-tokens", "4", "--control", "random"]
-    assert vpt.parse_args(options).wandb_run_name == "proto_256px_steps1000_lr01_seed42_targets2_own_e4_random"
+    assert vpt.parse_args(options).wandb_run_name == "proto_256px_steps1000_lr02_seed42_targets2_own_e4_random"
 
 
 def test_prompts_of_a_file_come_after_those_given(tmp_path):

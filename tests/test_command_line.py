@@ -33,7 +33,7 @@ def demo_run(tmp_path_factory):
     run = script_runner(folder)
     result = run("--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp")
     assert result.code == 0, result.err
-    result.folder = folder / "exp" / "proto_256px_steps40_lr01_seed42"
+    result.folder = folder / "exp" / "proto_256px_steps40_lr02_seed42"
     result.again = run
     return result
 
@@ -89,7 +89,7 @@ def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
 
 def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
     assert re.search(r"best accuracy +\d+\.\d %", demo_run.out)
-    assert "exp/proto_256px_steps40_lr01_seed42" in demo_run.out
+    assert "exp/proto_256px_steps40_lr02_seed42" in demo_run.out
 
 
 def test_neither_a_reused_reference_nor_wandb_changes_tokens_or_history(demo_run):

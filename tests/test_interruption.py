@@ -121,7 +121,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, cal
     before = (folder / STATE).read_bytes()
     result = call_script(*arguments, "--resume", "--learning-rate", 0.05, "--seed", 43)
     assert result.code == 2 and len(result.err.strip().splitlines()) == 1
-    assert "learning_rate (0.1, now 0.05)" in result.err and "seed (42, now 43)" in result.err
+    assert "learning_rate (0.2, now 0.05)" in result.err and "seed (42, now 43)" in result.err
     assert (folder / STATE).read_bytes() == before
 
 
