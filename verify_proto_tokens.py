@@ -714,7 +714,7 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
+def warn_if_slow(models: Models, num_tokens: int, num_steps: int, batch: int = 1) -> None:
     """One line about how long a real-size model takes on a CPU, from timing one pass of each kind."""
     parameters = sum(p.numel() for p in models.generator.parameters())
     if models.device.type != "cpu" or parameters < REAL_SIZE:
@@ -729,8 +729,10 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
 
     probe = min(num_tokens, 256)
     seconds_of(2, 1)  # the first pass pays for reading the weights from disk
-    reference = seconds_of(2, 1) * num_tokens
-    optimisation = 2 * seconds_of(1, probe) * num_tokens / probe * num_steps  # backward costs about one more forward
+    reference = seconds_of(2, 1) * num_tokens  # in a batch, further ones cost little
+    optimisation = (
+        2 * seconds_of(1, probe) * num_tokens / probe * num_steps * batch
+    )  # backward costs about one more forward
     print(
         f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(reference)} for a new reference "
         f"and {duration(optimisation)} for {num_steps} steps; a GPU, --dtype bfloat16 or fewer --num-steps shorten this"
@@ -1464,6 +1466,7 @@ def likeness(decibels: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
+SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
 
 
@@ -1544,10 +1547,14 @@ def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.I
 
 def draw_contact_sheet(targets: list[dict], target_rank: Tensor) -> Image.Image:
     """A row for each target: prompt and accuracy, reference, reconstruction, error map. target_rank: [B, N]."""
+    count, targets = len(targets), targets[:SHOWN_TARGETS]
     row_height, width = 2.3, 10.6
     height = row_height * len(targets) + 0.5
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     titles = ("reference", "one forward pass", "wrong tokens")
+    if count > len(targets):
+        note = f"the first {len(targets)} of {count} targets"
+        figure.text(0.02, 1 - 0.25 / height, note, fontsize=11, color=INK, va="center")
     for row, target in enumerate(targets):
         bottom = 1 - (0.45 + row_height * (row + 1)) / height
         size = (row_height - 0.15) / width, (row_height - 0.15) / height
@@ -1591,7 +1598,8 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
 
 
 def tiled(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size, side by side in about as many rows as columns; one alone is itself."""
+    """Pictures of one size (the first of many), in about as many rows as columns; one alone is itself."""
+    images = images[:SHOWN_TARGETS]
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -2275,7 +2283,7 @@ def find_capacity(
     m = given_m(models, args.m_from) if args.m_from else None
     batch, longest = reference.codes.shape
     trials = saved.trials if saved else []
-    log_trials(run.wandb, trials, run.wandb.starting_step if run.wandb else 0)
+    log_trials(run.wandb, trials, max(0, run.wandb.starting_step - 1) if run.wandb else 0)
     begin(reference, run, saved)
     while num_tokens := next_prefix(trials, args.num_e_tokens, longest):
         codes, state = reference.codes[:, :num_tokens], new_optimisation(models, batch, args, m)
@@ -2348,7 +2356,7 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
         if args.resume and is_finished(folder, settings):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
-        warn_if_slow(models, settings["num_tokens"], args.num_steps)
+        warn_if_slow(models, settings["num_tokens"], args.num_steps, len(args.prompts))
         saved = read_state(folder, settings) if args.resume else None
         with tracked(args, settings, saved and saved.run_id) as wandb_run:
             run = Run(folder, settings, wandb_run, stop)
@@ -2363,7 +2371,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
                 reference, state = learnt_before(models, args, run, stored)
             else:
                 state = learn_proto_tokens(models, reference, args, run, saved)
-            summary = publish(models, reference, state, args, run)
+            with enough_memory_for("the reconstruction"):
+                summary = publish(models, reference, state, args, run)
         print_results(summary, folder, wandb_run)
 
 

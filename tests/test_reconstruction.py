@@ -123,6 +123,13 @@ def test_a_contact_sheet_has_a_row_for_each_target(count):
     assert sheet.height > 200 * count
 
 
+def test_of_very_many_targets_the_first_are_shown():
+    picture = Image.new("RGB", (64, 64), "teal")
+    target = {"prompt": "a", "reference": picture, "reconstruction": picture, "accuracy": 50.0}
+    sheet = vpt.draw_contact_sheet([target] * 100, torch.zeros(100, 16, dtype=torch.long))
+    assert sheet.height < 8000 and vpt.tiled([picture] * 100).size == (5 * 64, 5 * 64)
+
+
 def test_tiles_fill_a_square_row_by_row():
     tiles = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
     sheet = vpt.tiled(tiles)

@@ -55,10 +55,12 @@ def test_targets_of_their_own_m_have_one_each(run_into):
     assert summary_in(folder)["total_params"] == 2 * (3 + 1) * 32
 
 
-@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2")])
+@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2"), "given m"])
 def test_several_targets_that_were_interrupted_go_on_bit_for_bit(tiny_models, make_args, tmp_path, options):
-    args, codes = make_args("--num-steps", "12", *TWO, *options), torch.arange(32).view(2, 16) % 12
-    whole, first, second = (vpt.new_optimisation(tiny_models, 2, args) for _ in range(3))
+    m = torch.full((1, 32), 0.2) if options == "given m" else None
+    args = make_args("--num-steps", "12", *TWO, *(() if options == "given m" else options))
+    codes = torch.arange(32).view(2, 16) % 12
+    whole, first, second = (vpt.new_optimisation(tiny_models, 2, args, m) for _ in range(3))
     rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
     steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
     before = [next(steps) for _ in range(5)]
@@ -73,17 +75,6 @@ def test_an_m_from_an_earlier_run_is_kept_and_not_counted_as_learned(run_into):
     second = run_into("second", "--prompt", "a fox", "--m-from", first / "proto_tokens.safetensors")
     assert torch.equal(stored(second)["m"], stored(first)["m"])
     assert summary_in(second)["total_params"] == 32
-
-
-def test_an_interrupted_run_with_a_given_m_goes_on(tiny_models, make_args, tmp_path):
-    args, codes, m = make_args("--num-steps", "9"), torch.arange(16)[None] % 12, torch.full((1, 32), 0.2)
-    whole, first, second = (vpt.new_optimisation(tiny_models, 1, args, m) for _ in range(3))
-    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
-    steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
-    before = [next(steps) for _ in range(4)]
-    vpt.write_state(tmp_path / STATE, first, codes, {}, None)
-    vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
-    assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
 
 
 def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, tmp_path):
