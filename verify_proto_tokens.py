@@ -2218,7 +2218,7 @@ def run_steps(
 
 
 def run_steps_or_save(
-    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, tracked: bool = True
+    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, wandb_run: object | None
 ) -> None:
     """As `run_steps`; whatever ends it early, a signal or an error, leaves a state to go on from."""
 
@@ -2232,7 +2232,7 @@ def run_steps_or_save(
     with run.stop.held_back():
         try:
             with enough_memory_for(f"step {state.step + 1} of the optimisation"):
-                run_steps(models, codes, args, state, run.wandb if tracked else None, save)
+                run_steps(models, codes, args, state, wandb_run, save)
         except UserError:
             save(now=True)
             raise
@@ -2247,20 +2247,19 @@ def begin(reference: Reference, run: Run, saved: SavedState | None) -> None:
 
 
 def learn_proto_tokens(
-    models: Models, reference: Reference, args: argparse.Namespace, run: Run, saved: SavedState | None
+    models: Models, reference: Reference, m: Tensor | None, args: argparse.Namespace, run: Run, saved: SavedState | None
 ) -> Optimisation:
     """Optimises from the start, or from where an interrupted run stood; leaves history and best embeddings.
 
     Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
     """
-    m = given_m(models, args.m_from) if args.m_from else None
     state = new_optimisation(models, len(reference.codes), args, m)
     if saved:
         restore_state(state, reference.codes, saved)
         log_missing_rows(run.wandb, state.history)
         print(f"resumed after step {state.step}")
     begin(reference, run, saved)
-    run_steps_or_save(models, reference.codes, args, state, run)
+    run_steps_or_save(models, reference.codes, args, state, run, run.wandb)
     write_history(run.folder / "history.csv", state.history)
     write_proto_tokens(run.folder / PROTO_TOKENS_FILE, state.best, models.visual_offset + reference.codes, run.settings)
     if state.diverged:
@@ -2274,13 +2273,12 @@ def divergence(state: Optimisation) -> str:
 
 
 def find_capacity(
-    models: Models, reference: Reference, args: argparse.Namespace, run: Run, saved: SavedState | None
-) -> dict:
-    """Tries longer and shorter beginnings of the targets until the capacity is known. Returns the summary.
+    models: Models, reference: Reference, m: Tensor | None, args: argparse.Namespace, run: Run, saved: SavedState | None
+) -> list[dict]:
+    """Tries longer and shorter beginnings of the targets until the capacity is known. Returns the trials.
 
     Each trial is an optimisation of its own; an interrupted one goes on where it stood. Raises UserError and Stopped.
     """
-    m = given_m(models, args.m_from) if args.m_from else None
     batch, longest = reference.codes.shape
     trials = saved.trials if saved else []
     log_trials(run.wandb, trials, max(0, run.wandb.starting_step - 1) if run.wandb else 0)
@@ -2292,26 +2290,37 @@ def find_capacity(
             restore_state(state, codes, saved)
             saved = None
         print(f"capacity: {num_tokens} tokens")
-        run_steps_or_save(models, codes, args, state, run, tracked=False)
+        run_steps_or_save(models, codes, args, state, run, None)
         if state.diverged:
             raise UserError(f"with {num_tokens} tokens {divergence(state)}")
         trial = {"num_tokens": num_tokens, "best_accuracy": state.mean_best_accuracy, "steps": state.step}
         trials = [*trials, trial | {"reached": target_is_reached(state, args), "seconds": state.seconds}]
         log_trials(run.wandb, trials, len(trials) - 1)
-    capacity = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
-    bits = capacity * math.log2(models.codebook_size)
-    summary = {"capacity_tokens": capacity, "capacity_bits_uniform": bits, "num_tokens": longest, "num_targets": batch}
-    summary |= {"trials": len(trials), "optimisation_seconds": sum(trial["seconds"] for trial in trials)}
-    summary["best_accuracy"] = max((trial["best_accuracy"] for trial in trials if trial["reached"]), default=0.0)
-    images = {"capacity": draw_capacity(trials, capacity, args.target_accuracy)}
+    return trials
+
+
+def publish_capacity(models: Models, reference: Reference, trials: list[dict], target: float, run: Run) -> None:
+    """Writes, logs and prints what a search for the capacity has found."""
+    batch, longest = reference.codes.shape
+    reached = [trial for trial in trials if trial["reached"]]
+    capacity = max((trial["num_tokens"] for trial in reached), default=0)
+    summary = {
+        "capacity_tokens": capacity,
+        "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
+        "best_accuracy": max((trial["best_accuracy"] for trial in reached), default=0.0),
+        "num_tokens": longest,
+        "num_targets": batch,
+        "trials": len(trials),
+        "optimisation_seconds": sum(trial["seconds"] for trial in trials),
+    }
+    images = {"capacity": draw_capacity(trials, capacity, target)}
     write_images(run.folder, images)
     write_history(run.folder / TRIALS_FILE, trials)
     write_json(run.folder / "summary.json", summary)
     (run.folder / STATE_FILE).unlink(missing_ok=True)
     log_results(run.wandb, images, {"trials": trials}, summary)
-    print(f"\n  capacity       {capacity} of {longest} tokens at {args.target_accuracy:g} %, in {len(trials)} trials")
+    print(f"\n  capacity       {capacity} of {longest} tokens at {target:g} %, in {len(trials)} trials")
     print(f"  files          {run.folder}/")
-    return summary
 
 
 def publish(models: Models, reference: Reference, state: Optimisation, args: argparse.Namespace, run: Run) -> dict:
@@ -2356,6 +2365,7 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
         if args.resume and is_finished(folder, settings):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
+        m = given_m(models, args.m_from) if args.m_from else None
         warn_if_slow(models, settings["num_tokens"], args.num_steps, len(args.prompts))
         saved = read_state(folder, settings) if args.resume else None
         with tracked(args, settings, saved and saved.run_id) as wandb_run:
@@ -2365,12 +2375,13 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
             if args.control == "untrained":
                 models = untrained(models, args.seed)
             if args.capacity:
-                find_capacity(models, reference, args, run, saved)
+                trials = find_capacity(models, reference, m, args, run, saved)
+                publish_capacity(models, reference, trials, args.target_accuracy, run)
                 return
             if stored:
                 reference, state = learnt_before(models, args, run, stored)
             else:
-                state = learn_proto_tokens(models, reference, args, run, saved)
+                state = learn_proto_tokens(models, reference, m, args, run, saved)
             with enough_memory_for("the reconstruction"):
                 summary = publish(models, reference, state, args, run)
         print_results(summary, folder, wandb_run)
