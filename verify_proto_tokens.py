@@ -64,6 +64,7 @@ RECIPES = {
     "tuned": Recipe(initial_scale=0.25, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.2, grad_clip=0.0),
     "reference": Recipe(initial_scale=0.01, betas=(0.9, 0.999), warmup_steps=0, learning_rate=0.01, grad_clip=1.0),
 }
+TUNED = RECIPES["tuned"]
 DEFAULT_PROMPT = "a red apple on a wooden table"
 CONTROLS = ("random", "shuffled", "untrained")
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
@@ -168,6 +169,16 @@ def tags(text: str) -> list[str]:
     return found
 
 
+def betas(text: str) -> tuple[float, float]:
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers with a comma between, not {text!r}") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise argparse.ArgumentTypeError(f"must be two numbers of at least 0 and below 1, not {text}")
+    return first, second
+
+
 def file_path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -245,13 +256,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--m-from", type=file_path, metavar="FILE",
         help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
     add("--recipe", choices=tuple(RECIPES), default="tuned",
-        help="initial values, betas, warm-up, and the defaults of the next two options; `reference` is the usual one: "
-        "normal x 0.01, betas 0.9 and 0.999, no warm-up, rate 0.01, clipping at 1 (default: %(default)s)")
+        help="the defaults of the next five options; `reference` is the usual one: 0.01, no warm-up, betas 0.9 and "
+        "0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
     add("--learning-rate", type=number(float, 0, 1e37, open_minimum=True), metavar="RATE",
-        help=f"peak rate of AdamW (default: {RECIPES['tuned'].learning_rate}, that of the recipe)")
+        help=f"peak rate of AdamW; from there a cosine (default: {TUNED.learning_rate}, that of the recipe)")
+    add("--warmup-steps", type=number(int, 0), metavar="STEPS",
+        help=f"steps up to the peak rate, a tenth of all at most (default: {TUNED.warmup_steps}, that of the recipe)")
+    add("--betas", type=betas, metavar="B1,B2",
+        help="memory of AdamW's first and second moments "
+        f"(default: {TUNED.betas[0]},{TUNED.betas[1]}, those of the recipe)")
+    add("--initial-scale", type=number(float, 0, 1e6), metavar="STD",
+        help=f"standard deviation of the initial values (default: {TUNED.initial_scale}, that of the recipe)")
     add("--grad-clip", type=number(float, 0), metavar="NORM",
         help="clip the joint gradient of e_t and m to this norm; 0 is off "
-        f"(default: {RECIPES['tuned'].grad_clip:g}, that of the recipe)")
+        f"(default: {TUNED.grad_clip:g}, that of the recipe)")
     add("--vocabulary", choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
@@ -327,9 +345,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--image was given {len(args.images)} times and --prompt {len(args.prompts)} times: give one each"
         )
-    for name in ("learning_rate", "grad_clip"):
+    for name, value in vars(RECIPES[args.recipe]).items():
         if getattr(args, name) is None:
-            setattr(args, name, getattr(RECIPES[args.recipe], name))
+            setattr(args, name, value)
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
@@ -1151,15 +1169,14 @@ def new_optimisation(
     models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> Optimisation:
     """An optimisation before its first step; `given_m` [1, D] stays as it is."""
-    recipe = RECIPES[args.recipe]
     start = initial_proto_tokens(
-        batch, args.num_e_tokens, models.hidden_size, recipe.initial_scale, args.seed, args.m == "own"
+        batch, args.num_e_tokens, models.hidden_size, args.initial_scale, args.seed, args.m == "own"
     )
     m = start.m if given_m is None else given_m
     proto_tokens = ProtoTokens(
         start.e_t.to(models.device).requires_grad_(), m.to(models.device).requires_grad_(given_m is None)
     )
-    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=recipe.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=args.betas, weight_decay=0.0)
     nothing_yet = {"best_step": [0] * batch, "best_accuracy": [-1.0] * batch, "best_loss": [math.inf] * batch}
     return Optimisation(proto_tokens, optimizer, proto_tokens.copy(), **nothing_yet)
 
@@ -1257,7 +1274,7 @@ def optimise_proto_tokens(
     set_gradient_checkpointing(models.generator, recomputes)
     while state.step < args.num_steps and not target_is_reached(state, args):
         started = time.perf_counter()
-        rate = rate_at(state.step + 1, args.num_steps, RECIPES[args.recipe].warmup_steps, args.learning_rate)
+        rate = rate_at(state.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
         state.optimizer.param_groups[0]["lr"] = rate
         losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code, at_once)
         with torch.no_grad():
@@ -1774,7 +1791,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "generator_fingerprint": models.fingerprint,
         "vq_fingerprint": models.vq_fingerprint,
         "final_learning_rate": FINAL_RATE,
-    } | {name: getattr(RECIPES[args.recipe], name) for name in ("initial_scale", "betas", "warmup_steps")}
+    }
     versions = {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONED}
     return settings | resolved | {"versions": versions}
 

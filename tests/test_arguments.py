@@ -33,7 +33,7 @@ def test_every_option_is_accepted_with_underscores():
         action = actions[name]
         if action.nargs in (0, "?"):
             return []
-        plain = {"--device": "cpu", "--prompts-file": __file__}.get(name, "1")
+        plain = {"--device": "cpu", "--prompts-file": __file__, "--betas": "0.5,0.6"}.get(name, "1")
         return [action.choices[0] if action.choices else plain]
 
     actions = {a.option_strings[0]: a for a in vpt.build_parser()._actions if a.option_strings[0].startswith("--")}
@@ -76,6 +76,13 @@ def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content):
     assert stop.value.code == 2 and "--prompts-file" in capsys.readouterr().err
 
 
+def test_a_recipe_sets_what_is_not_given():
+    names = ("learning_rate", "betas", "warmup_steps", "initial_scale", "grad_clip")
+    reference = vpt.parse_args(["--recipe", "reference", "--betas", "0.8,0.7"])
+    assert [getattr(reference, name) for name in names] == [0.01, (0.8, 0.7), 0, 0.01, 1.0]
+    assert [getattr(vpt.parse_args([]), name) for name in names] == [0.2, (0.9, 0.9), 20, 0.25, 0.0]
+
+
 def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
@@ -102,6 +109,9 @@ REFUSED = {
     "--save-every": ["0", "-1", "x"],
     "--image-every": ["0", "1.5"],
     "--recipe": ["best"],
+    "--betas": ["0.9", "0.9,1", "-0.1,0.9", "0.9,nan", "a,b", "0.9,0.9,0.9", ""],
+    "--warmup-steps": ["-1", "1.5"],
+    "--initial-scale": ["-1", "nan", "inf", "1e7"],
     "--gradient-checkpointing": ["maybe"],
     "--resume": ["perhaps"],
     "--demo": ["1"],
