@@ -86,19 +86,26 @@ def capacity_row(folder: Path, image_size: int, num_steps: int) -> str:
     return f"{mean_and_spread(found)} tokens, from {min(found)} to {max(found)}"
 
 
+def print_table(args: argparse.Namespace) -> None:
+    print("| | accuracy, % | lowest | whole | PSNR of the others, dB | gain, bits a target | bits a parameter |")
+    print("|---|---|---|---|---|---|---|")
+    for label, options in ROWS.items():
+        print("| " + " | ".join(study_row(args.folder, label, options, args.num_steps)) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num-steps", type=int, default=1000, help="of every run (default: %(default)s)")
     parser.add_argument("--capacity-steps", type=int, default=300, help="of a capacity's trials (default: %(default)s)")
     parser.add_argument("--capacity-size", type=int, default=512, help="pixels of its targets (default: %(default)s)")
+    parser.add_argument("--only", choices=("table", "capacity"), help="half of it (default: both)")
     args = parser.parse_args()
     started = time.monotonic()
-    print("| | accuracy, % | lowest | whole | PSNR of the others, dB | gain, bits a target | bits a parameter |")
-    print("|---|---|---|---|---|---|---|")
-    for label, options in ROWS.items():
-        print("| " + " | ".join(study_row(args.folder, label, options, args.num_steps)) + " |", flush=True)
-    print(f"\ncapacity: {capacity_row(args.folder, args.capacity_size, args.capacity_steps)}")
+    if args.only != "capacity":
+        print_table(args)
+    if args.only != "table":
+        print(f"\ncapacity: {capacity_row(args.folder, args.capacity_size, args.capacity_steps)}")
     print(f"{time.monotonic() - started:.0f} s in all")
 
 
