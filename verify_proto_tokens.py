@@ -87,8 +87,8 @@ def enough_memory_for(what: str) -> Iterator[None]:
         if not full:
             raise
         raise UserError(
-            f"out of memory for {what}: a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on "
-            "needs less"
+            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
+            "--gradient-checkpointing on needs less"
         ) from None
 
 
@@ -356,7 +356,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines do not count. Raises OSError and ValueError."""
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not prompts:
         raise ValueError("it holds no prompt")
     return prompts
@@ -392,8 +392,7 @@ def in_sweep() -> bool:
 
 
 if __name__ == "__main__":
-    # `main` parses for real; this is only so that --help and a mistyped option answer before the heavy imports.
-    parse_args()
+    ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
 
 import numpy as np
@@ -698,26 +697,27 @@ def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
 def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Visual codes [B, N] of square images in raster order -> pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
-    video = vq_decoder(codes.view(-1, 1, side, side))  # [B, 3, 1, H, W], about [-1, 1]
-    return ((video[:, :, 0].float().cpu() + 1) / 2).clamp(0, 1)
+    # A few at a time: the decoder needs far more memory than its pictures.
+    videos = [vq_decoder(some).cpu() for some in codes.view(-1, 1, side, side).split(4)]  # [b, 3, 1, H, W], in [-1, 1]
+    return ((torch.cat(videos)[:, :, 0].float() + 1) / 2).clamp(0, 1)
 
 
 @torch.inference_mode()
-def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, codebook_size: int) -> Tensor:
+def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, num_tokens: int, codebook_size: int) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
     try:
         weight = next(vq_encoder.parameters())
-        indices, *_ = vq_encoder((2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype))  # [B, 1, h, w]
+        video = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)
+        codes = torch.cat([vq_encoder(each)[0].flatten(1).long() for each in video.split(1)])  # each [1, 1, h, w]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever foreign TorchScript may raise
         raise UserError(
-            f"--image: encoder.jit cannot run on {pixels.device} ({last_line(error)}): the bfloat16 encoder of Cosmos "
-            "needs a GPU; or it is no Cosmos-style encoder"
+            f"--image: encoder.jit cannot run here ({last_line(error)}): the bfloat16 encoder of Cosmos needs a GPU; "
+            "or it is no Cosmos-style encoder"
         ) from None
-    codes = indices.flatten(1).long()
-    if not ((codes >= 0) & (codes < codebook_size)).all():
-        raise UserError(
-            f"--image: encoder.jit gives codes beyond the codebook of {codebook_size}: it is another model's"
-        )
+    if codes.shape[1] != num_tokens or not ((codes >= 0) & (codes < codebook_size)).all():
+        raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others, or more or fewer")
     return codes
 
 
@@ -766,7 +766,8 @@ def duration(seconds: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference image
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
+PROMPTS_AT_ONCE = 16  # decoded in one batch, whose key/value cache must fit
 COMPILED_FROM = 1024  # tokens, whose decoding takes longer than compiling does
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -797,9 +798,12 @@ def make_reference(models: Models, args: argparse.Namespace) -> Reference:
     """The targets of a run: pictures encoded, or prompts' pictures generated; then what a control makes of them."""
     if args.images:
         pixels = torch.stack([read_picture(file, args.image_size) for file in args.images])
-        codes, seconds = encode_pixels(models.vq_encoder, pixels, models.codebook_size).cpu(), None
+        num_tokens = (args.image_size // models.factor) ** 2
+        codes, seconds = encode_pixels(models.vq_encoder, pixels, num_tokens, models.codebook_size).cpu(), None
     else:
         codes, seconds = generated_codes(models, args)
+    if args.control in ("random", "shuffled"):
+        seconds = None  # such codes were never decoded one after another
     codes = controlled(codes, args.control, models.codebook_size, args.seed).to(models.device)
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
 
@@ -807,27 +811,29 @@ def make_reference(models: Models, args: argparse.Namespace) -> Reference:
 def read_picture(file: Path, size: int) -> Tensor:
     """A picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
 
-    Scaled as SimpleAR's data preparation does: halved by box averages while twice too large, then bicubic, then cut.
+    Scaled as in SimpleAR's data preparation: halved by box averages while twice too large, then bicubic.
     Turned as its EXIF orientation says; transparent parts are white.
     """
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):  # of 16 bits a pixel; Pillow would clip them
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            image = image.convert("RGBA")
+            if image.mode == "F":
+                raise UserError(f"--image {file} has pixels of floating point: convert it to 8 or 16 bits")
+            if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
+                values = np.asarray(image).clip(0, 65535)
+                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"--image {file}: there is no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {first_line(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    square = np.asarray(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255
+    while image.width >= 2 * size:
+        image = image.resize((image.width // 2,) * 2, Image.Resampling.BOX)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def generated_codes(models: Models, args: argparse.Namespace) -> tuple[Tensor, float]:
@@ -845,14 +851,15 @@ def generated_codes(models: Models, args: argparse.Namespace) -> tuple[Tensor, f
             print(f"reference: {num_tokens} tokens, reused from {file}")
     missing = {key: (file, prompt) for key, file, prompt in zip(keys, files, args.prompts, strict=True)}
     missing = {key: value for key, value in missing.items() if key not in found}
-    if missing:
-        codes, seconds = generate_visual_codes(models, [prompt for _, prompt in missing.values()], num_tokens, args)
-        made = codes.numel()
-        print(f"reference: {made} tokens in {duration(seconds)} ({made / seconds:.1f} tokens/s)")
-        for key, row in zip(missing, codes.split(1), strict=True):
-            found[key] = row.cpu(), seconds / len(missing)
+    for some in parts(len(missing), PROMPTS_AT_ONCE):
+        together = list(missing)[some]
+        prompts = [missing[key][1] for key in together]
+        codes, seconds = generate_visual_codes(models, prompts, num_tokens, args)
+        print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
+        for key, row in zip(together, codes.split(1), strict=True):
+            found[key] = row.cpu(), seconds / len(together)
             write_cached_codes(missing[key][0], *found[key], key)
-    return torch.cat([found[key][0] for key in keys]), sum(found[key][1] for key in keys)
+    return torch.cat([found[key][0] for key in keys]), sum(seconds for _, seconds in found.values())
 
 
 def controlled(codes: Tensor, control: str | None, codebook_size: int, seed: int) -> Tensor:
@@ -861,7 +868,7 @@ def controlled(codes: Tensor, control: str | None, codebook_size: int, seed: int
     if control == "random":
         return torch.randint(codebook_size, codes.shape, generator=rng)
     if control == "shuffled":
-        return torch.stack([row[torch.randperm(len(row), generator=rng)] for row in codes])
+        return codes[:, torch.randperm(codes.shape[1], generator=rng)]
     return codes
 
 
@@ -887,6 +894,7 @@ def reference_key(models: Models, args: argparse.Namespace, prompt: str, num_tok
         "torch": torch.__version__,
         "templates": [conditional_prompt(""), unconditional_prompt()],
         "prompt": prompt,
+        "compiled": compiles(models, num_tokens, args.compile),
     } | {name: getattr(args, name) for name in names}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -916,13 +924,17 @@ def write_cached_codes(file: Path, codes: Tensor, seconds: float, key: str) -> N
         partial.write_bytes(to_safetensors({"codes": codes.cpu()}, metadata))
 
 
+def compiles(models: Models, num_tokens: int, choice: str) -> bool:
+    return choice == "on" or (choice == "auto" and models.device.type == "cuda" and num_tokens >= COMPILED_FROM)
+
+
 def decoding_step(models: Models, num_tokens: int, choice: str) -> Callable:
     """The generator's layers for one more token: as they are, or compiled as --compile has it."""
-    on_cuda = models.device.type == "cuda"
-    if choice == "off" or (choice == "auto" and not (on_cuda and num_tokens >= COMPILED_FROM)):
+    if not compiles(models, num_tokens, choice):
         return models.generator.model
     torch._dynamo.config.suppress_errors = True  # what does not compile here runs as it is
-    return torch.compile(models.generator.model, dynamic=False, mode="reduce-overhead" if on_cuda else "default")
+    mode = "reduce-overhead" if models.device.type == "cuda" else "default"
+    return torch.compile(models.generator.model, dynamic=False, mode=mode)
 
 
 @torch.no_grad()
@@ -1039,6 +1051,11 @@ class ProtoTokens:
     def learning(self) -> list[Tensor]:
         return [parameter for parameter in (self.e_t, self.m) if parameter.requires_grad]
 
+    @property
+    def groups(self) -> int:
+        """How many parts of the targets share nothing that learns: 1 where they learn one m, else B."""
+        return 1 if len(self.m) == 1 and self.m.requires_grad else len(self.e_t)
+
 
 @dataclass
 class Optimisation:
@@ -1064,18 +1081,21 @@ class Optimisation:
     def mean_best_accuracy(self) -> float:
         return statistics.fmean(self.best_accuracy)
 
-    def keep_the_best(self, accuracy: list[float], loss: list[float]) -> None:
-        """Keeps the present embeddings where their accuracy is the highest yet, and among equals their loss lowest."""
-        batch, groups = len(accuracy), len(self.proto_tokens.m)
-        for group in range(groups):
-            members = slice(group * batch // groups, (group + 1) * batch // groups)
-            now, before = (
-                (statistics.fmean(accuracies[members]), -statistics.fmean(losses[members]))
-                for accuracies, losses in ((accuracy, loss), (self.best_accuracy, self.best_loss))
-            )
-            if now > before:
+    def keep_the_best(self, accuracy: list[float], loss: list[float], target_accuracy: float) -> None:
+        """Keeps the present embeddings where their accuracy is the highest yet, and among equals their loss lowest.
+
+        A group's best is final once all its targets have reached `target_accuracy`, as the run would end there alone.
+        """
+        batch, groups = len(accuracy), self.proto_tokens.groups
+        for members in parts(batch, batch // groups):
+            if min(self.best_accuracy[members]) >= target_accuracy:
+                continue
+            before = (False, statistics.fmean(self.best_accuracy[members]), -statistics.fmean(self.best_loss[members]))
+            reached = min(accuracy[members]) >= target_accuracy
+            if (reached, statistics.fmean(accuracy[members]), -statistics.fmean(loss[members])) > before:
                 self.best.e_t[members] = self.proto_tokens.e_t.detach()[members]
-                self.best.m[group] = self.proto_tokens.m.detach()[group]
+                if self.proto_tokens.m.requires_grad:
+                    self.best.of(members).m.copy_(self.proto_tokens.of(members).m.detach())
                 self.best_accuracy[members], self.best_loss[members] = accuracy[members], loss[members]
                 self.best_step[members] = [self.step + 1] * len(accuracy[members])
 
@@ -1196,7 +1216,8 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on the device, where it can be asked; None elsewhere."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
@@ -1245,8 +1266,8 @@ def parts(count: int, at_once: int) -> list[slice]:
 
 
 def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
-    """Norms [G] of the joint gradient of an m and its e_t; scales it down to `limit` unless that is 0."""
-    groups = len(proto_tokens.m)
+    """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
+    groups = proto_tokens.groups
     squares = proto_tokens.e_t.grad.square().flatten(1).sum(1).view(groups, -1).sum(1)
     if proto_tokens.m.grad is not None:
         squares = squares + proto_tokens.m.grad.square().sum(1)
@@ -1287,7 +1308,7 @@ def optimise_proto_tokens(
             return
         loss, correct, in_top5 = (measured[each] for each in parts(3 * batch, batch))
         accuracy = [100 * count / num_tokens for count in correct]
-        state.keep_the_best(accuracy, loss)
+        state.keep_the_best(accuracy, loss, args.target_accuracy or math.inf)
         state.optimizer.step()
         state.step += 1
         state.seconds += time.perf_counter() - started
@@ -1450,6 +1471,7 @@ def summarise(
         "status": status_of(statistics.fmean(best_accuracy)),
         "num_tokens": num_tokens,
         "num_targets": batch,
+        "num_e_tokens": state.best.e_t.shape[1],
         "one_pass_seconds": reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.pixels, reference.pixels),
         **mean_bits,
@@ -1514,9 +1536,11 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     total = summary["num_tokens"]
     correct = total - summary["num_errors"]
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %)"
+    one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
+    embeddings = "two" if summary["num_e_tokens"] == 1 else summary["num_e_tokens"] + 1
     captions = (
-        (reference, "reference", f"{total} tokens, one after another"),
-        (reconstruction, "one forward pass over two embeddings", f"{accuracy}, {likeness(summary['psnr'])}"),
+        (reference, "reference", f"{total} tokens{one_by_one}"),
+        (reconstruction, f"one forward pass over {embeddings} embeddings", f"{accuracy}, {likeness(summary['psnr'])}"),
     )
     for axis, (image, title, detail) in zip(axes, captions, strict=True):
         axis.imshow(image, interpolation="antialiased")
@@ -1712,9 +1736,14 @@ def progress_frame(images: list[Image.Image], step: int, accuracy: float) -> Ima
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb")
 VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
 IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map", "capacity")
+# Settings of a run that its proto-tokens mean nothing without.
+TAKEN_OVER = ("image_size", "vocabulary", "control", "seed", "num_e_tokens", "m", "m_from")
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 STATE_FILE = "interrupted_run.safetensors"
 PROGRESS_FILE, TRIALS_FILE = "progress.gif", "capacity.csv"
+# All that a run writes; the summary, which says that the others are whole, is the first to go.
+RESULTS = ("summary.json", "config.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, STATE_FILE, PROGRESS_FILE)
+RESULTS += tuple(f"{name}.png" for name in IMAGES)
 ABANDONED_SECONDS = 3600  # no file takes so long to write
 COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
 
@@ -1768,9 +1797,10 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 def remove_leftovers(save_dir: Path, folder: Path) -> None:
     """Temporary files of killed runs: all in a run's own folder, elsewhere those that nobody writes any more."""
     for file in save_dir.glob("*/*.partial"):
+        name = re.sub(r"\.\d+\.partial$", "", file.name)
         with contextlib.suppress(OSError):
             abandoned = file.parent == folder or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
-            if abandoned and re.search(r"\.\d+\.partial$", file.name):
+            if abandoned and (name in RESULTS or re.fullmatch(r"[0-9a-f]{32}\.safetensors", name)):
                 file.unlink()
 
 
@@ -1780,6 +1810,8 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     prompts = settings.pop("prompts")
     settings["prompt"] = prompts[0] if len(prompts) == 1 else prompts
     settings["images"] = list(map(str, args.images))
+    if args.m_from:
+        settings["m_from_fingerprint"] = fingerprint_of(Path(args.m_from).parent, (Path(args.m_from).name,))
     resolved = {
         "device": str(models.device),
         "dtype": str(models.generator.dtype).removeprefix("torch."),
@@ -1828,15 +1860,17 @@ def write_images(folder: Path, images: dict[str, Image.Image]) -> None:
             image.save(partial, format="PNG")
 
 
+def frame_images(models: Models, frame: dict) -> list[Image.Image]:
+    pixels = decode_codes(models.vq_decoder, torch.tensor(frame["codes"], device=models.device))
+    return [to_image(each) for each in pixels]
+
+
 def write_progress(file: Path, models: Models, frames: list[dict]) -> None:
     """The reconstruction forming, as a moving picture that rests on its last frame."""
-    pictures = []
-    for frame in frames:
-        pixels = decode_codes(models.vq_decoder, torch.tensor(frame["codes"], device=models.device))
-        pictures.append(progress_frame([to_image(each) for each in pixels], frame["step"], frame["accuracy"]))
-    durations = [150] * (len(pictures) - 1) + [2000]  # milliseconds
+    pictures = (progress_frame(frame_images(models, each), each["step"], each["accuracy"]) for each in frames)
+    durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
     with written_whole(file) as partial:
-        pictures[0].save(partial, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
 
 
 def write_proto_tokens(
@@ -1853,9 +1887,7 @@ def write_proto_tokens(
 
 def remove_earlier_results(folder: Path) -> None:
     """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
-    # The summary, which says that the others are whole, goes first.
-    pictures = (PROGRESS_FILE, *(f"{image}.png" for image in IMAGES))
-    for name in ("summary.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, STATE_FILE, *pictures):
+    for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -1913,11 +1945,13 @@ def write_state(file: Path, state: Optimisation, codes: Tensor, settings: dict, 
         moments = state.optimizer.state.get(parameter, {})
         tensors |= {name: parameter.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
     content = {name: getattr(state, name) for name in COUNTERS}
-    metadata = {"settings": settings, "numbers": content, "run_id": run_id}
-    metadata |= {name: getattr(state, name) for name in ("history", "frames", "trials")}
+    record = {"settings": settings, "numbers": content, "run_id": run_id}
+    record |= {name: getattr(state, name) for name in ("history", "frames", "trials")}
+    # As a tensor of bytes: the metadata of safetensors end at 100 MB.
+    tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
     with written_whole(file) as partial:
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        partial.write_bytes(to_safetensors(stored, {name: json.dumps(value) for name, value in metadata.items()}))
+        partial.write_bytes(to_safetensors(stored))
 
 
 def read_state(folder: Path, settings: dict) -> SavedState | None:
@@ -1928,9 +1962,9 @@ def read_state(folder: Path, settings: dict) -> SavedState | None:
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
-            metadata = {name: json.loads(value) for name, value in stored.metadata().items()}
-            earlier = metadata.pop("settings")
-            saved = SavedState(tensors, **metadata)
+        record = json.loads(tensors.pop("record").numpy().tobytes())
+        earlier = record.pop("settings")
+        saved = SavedState(tensors, **record)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged: leave out --resume to run anew") from None
     refuse_other_settings(folder, earlier, settings)
@@ -1958,39 +1992,60 @@ def restore_state(state: Optimisation, codes: Tensor, saved: SavedState) -> None
 # ---- an earlier run's proto-tokens
 
 
+def read_earlier_run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """What --from-proto-tokens names, whose settings then hold here too. Raises UserError."""
+    for option, file in (("--from-proto-tokens", args.from_proto_tokens), ("--m-from", args.m_from)):
+        if file and file.resolve().parent == folder.resolve():
+            raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
+    if not args.from_proto_tokens:
+        return None
+    tensors, settings = read_proto_tokens(args.from_proto_tokens, "--from-proto-tokens")
+    prompt = settings["prompt"]
+    args.prompts = [prompt] if isinstance(prompt, str) else prompt
+    for name in TAKEN_OVER:
+        setattr(args, name, settings[name])
+    return tensors, settings
+
+
 def read_proto_tokens(file: Path, option: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and settings of an earlier run's proto_tokens.safetensors. Raises UserError."""
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in ("e_t", "m", "target_ids")}
             settings = json.loads(stored.metadata()["settings"])
-        if tensors["e_t"].ndim == 3 and tensors["m"].ndim == 2 and isinstance(settings, dict):
+        (batch, num_e_tokens, size), (batch_of_ids, num_tokens) = tensors["e_t"].shape, tensors["target_ids"].shape
+        prompts = 1 if isinstance(settings["prompt"], str) else len(settings["prompt"])
+        whole = tensors["m"].shape in ((1, size), (batch, size)) and batch == batch_of_ids == prompts
+        whole &= num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2 and settings.keys() >= set(TAKEN_OVER)
+        whole &= tensors["target_ids"].dtype == torch.int64 and bool(tensors["e_t"].isfinite().all())
+        if whole and bool(tensors["m"].isfinite().all()):
             return tensors, settings
     except FileNotFoundError:
         raise UserError(f"{option} {file}: there is no such file") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         pass
     raise UserError(f"{option} {file} is damaged or no proto_tokens.safetensors of a run")
 
 
-def take_settings(args: argparse.Namespace, settings: dict) -> None:
-    """What of the settings of --from-proto-tokens must hold here too becomes those of this run. Raises UserError."""
-    try:
-        prompt = settings["prompt"]
-        for name in ("image_size", "vocabulary", "control", "seed", "num_e_tokens"):
-            setattr(args, name, settings[name])
-    except KeyError as error:
-        raise UserError(f"--from-proto-tokens {args.from_proto_tokens} does not say its {error}") from None
-    args.prompts = [prompt] if isinstance(prompt, str) else prompt
-
-
-def refuse_other_models(models: Models, settings: dict, option: str) -> None:
+def refuse_other_models(
+    models: Models, args: argparse.Namespace, tensors: dict[str, Tensor], settings: dict, option: str
+) -> None:
     """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
+
+    def fresh_weights(control: str | None, seed: int) -> str:
+        return f"seed {seed}" if control == "untrained" else "none"
+
     ours = {"hidden_size": models.hidden_size, "visual_offset": models.visual_offset}
     ours |= {"codebook_size": models.codebook_size, "generator_fingerprint": models.fingerprint}
-    other = [f"{name} {settings.get(name)}, not {value}" for name, value in ours.items() if settings.get(name) != value]
+    theirs = {name: settings.get(name) for name in ours}
+    ours["untrained control"] = fresh_weights(args.control, args.seed)
+    theirs["untrained control"] = fresh_weights(settings["control"], settings["seed"])
+    other = [f"{name} {theirs[name]}, not {value}" for name, value in ours.items() if theirs[name] != value]
     if other:
         raise UserError(f"{option}: the file was made for another model ({other[0]}): name that one")
+    codes = tensors["target_ids"] - models.visual_offset
+    if tensors["m"].shape[1] != models.hidden_size or not ((codes >= 0) & (codes < models.codebook_size)).all():
+        raise UserError(f"{option}: the file is damaged: its tensors do not fit its own settings")
 
 
 def take_proto_tokens(models: Models, tensors: dict[str, Tensor], prompts: list[str]) -> tuple[Reference, Optimisation]:
@@ -2001,12 +2056,16 @@ def take_proto_tokens(models: Models, tensors: dict[str, Tensor], prompts: list[
     return reference, Optimisation(best, None, best, [], [], [])
 
 
-def given_m(models: Models, file: Path) -> Tensor:
-    """The m [1, D] of an earlier run. Raises UserError where it has several, or another model's."""
-    tensors, settings = read_proto_tokens(file, "--m-from")
-    refuse_other_models(models, settings, "--m-from")
+def given_m(models: Models, args: argparse.Namespace) -> Tensor | None:
+    """The m [1, D] of --m-from. Raises UserError where that run has several, or another model's."""
+    if not args.m_from:
+        return None
+    tensors, settings = read_proto_tokens(args.m_from, "--m-from")
+    refuse_other_models(models, args, tensors, settings, "--m-from")
     if len(tensors["m"]) != 1:
-        raise UserError(f"--m-from {file} holds {len(tensors['m'])} m, one for each target: name a run that shares one")
+        raise UserError(
+            f"--m-from {args.m_from} holds {len(tensors['m'])} m, one for each target: name a run that shares one"
+        )
     return tensors["m"]
 
 
@@ -2112,11 +2171,15 @@ def log_trials(run: object | None, trials: list[dict], first: int) -> None:
         run.log({f"capacity/{name}": value for name, value in trials[index].items()}, step=index + 1)
 
 
-def log_missing_rows(run: object | None, history: list[dict[str, float]]) -> None:
-    """After a resumption, what the killed run had logged but not sent."""
-    for row in history:
-        if run and row["step"] >= run.starting_step:
-            log_step(run, row)
+def log_missing(run: object | None, models: Models, state: Optimisation) -> None:
+    """After a resumption, the rows and pictures that the interrupted run had not sent."""
+    rows = {row["step"]: row for row in state.history}
+    frames = {frame["step"]: frame for frame in state.frames}
+    for step in sorted(rows.keys() | frames.keys()) if run else ():
+        if step >= run.starting_step and step in rows:
+            log_step(run, rows[step])
+        if step >= run.starting_step and step in frames:
+            log_progress(run, tiled(frame_images(models, frames[step])), step)
 
 
 def log_results(
@@ -2221,11 +2284,11 @@ def run_steps(
             if state.step == 1 or state.step % args.log_every == 0 or ended:
                 state.history.append(row)
                 log_step(wandb_run, row)
-            if args.image_every and state.step % args.image_every == 0:
+            if args.image_every and (state.step % args.image_every == 0 or ended):
                 now = reconstruct(models, state.best, codes, args.vocabulary, repeats=1)
                 frame = {"step": state.step, "accuracy": state.mean_best_accuracy}
-                state.frames.append(frame | {"codes": now.predicted_codes.tolist()})
-                log_progress(wandb_run, tiled([to_image(pixels) for pixels in now.pixels]), state.step)
+                state.frames.append(frame | {"codes": now.predicted_codes[:SHOWN_TARGETS].tolist()})
+                log_progress(wandb_run, tiled([to_image(pixels) for pixels in now.pixels[:SHOWN_TARGETS]]), state.step)
             if not ended:
                 save(now=state.step % args.save_every == 0)
             correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
@@ -2241,8 +2304,7 @@ def run_steps_or_save(
 
     def save(now: bool) -> None:
         if now or run.stop.received:
-            run_id = run.wandb.id if run.wandb else None
-            write_state(run.folder / STATE_FILE, state, codes, run.settings, run_id)
+            save_state(run, state, codes)
         if run.stop.received:
             raise Stopped(run.stop.received)
 
@@ -2253,6 +2315,10 @@ def run_steps_or_save(
         except UserError:
             save(now=True)
             raise
+
+
+def save_state(run: Run, state: Optimisation, codes: Tensor) -> None:
+    write_state(run.folder / STATE_FILE, state, codes, run.settings, run.wandb.id if run.wandb else None)
 
 
 def begin(reference: Reference, run: Run, saved: SavedState | None) -> None:
@@ -2273,7 +2339,7 @@ def learn_proto_tokens(
     state = new_optimisation(models, len(reference.codes), args, m)
     if saved:
         restore_state(state, reference.codes, saved)
-        log_missing_rows(run.wandb, state.history)
+        log_missing(run.wandb, models, state)
         print(f"resumed after step {state.step}")
     begin(reference, run, saved)
     run_steps_or_save(models, reference.codes, args, state, run, run.wandb)
@@ -2306,11 +2372,13 @@ def find_capacity(
         if saved:
             restore_state(state, codes, saved)
             saved = None
+        else:
+            save_state(run, state, codes)
         print(f"capacity: {num_tokens} tokens")
         run_steps_or_save(models, codes, args, state, run, None)
         if state.diverged:
             raise UserError(f"with {num_tokens} tokens {divergence(state)}")
-        trial = {"num_tokens": num_tokens, "best_accuracy": state.mean_best_accuracy, "steps": state.step}
+        trial = {"num_tokens": num_tokens, "best_accuracy": min(state.best_accuracy), "steps": state.step}
         trials = [*trials, trial | {"reached": target_is_reached(state, args), "seconds": state.seconds}]
         log_trials(run.wandb, trials, len(trials) - 1)
     return trials
@@ -2344,7 +2412,8 @@ def publish(models: Models, reference: Reference, state: Optimisation, args: arg
     """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
     reconstruction = reconstruct(models, state.best, reference.codes, args.vocabulary)
     bits = information(models, reference, reconstruction, args.vocabulary)
-    learned = state.best.e_t.numel() + (0 if args.m_from else state.best.m.numel())
+    m_learned = not args.m_from and args.num_e_tokens < reference.codes.shape[1]
+    learned = state.best.e_t.numel() + (state.best.m.numel() if m_learned else 0)
     summary = summarise(reference, state, reconstruction, bits, learned)
     targets = draw_targets(reference, reconstruction)
     images = draw_figures(targets, reconstruction.target_rank, summary, state.history)
@@ -2364,7 +2433,7 @@ def publish(models: Models, reference: Reference, state: Optimisation, args: arg
 def learnt_before(models: Models, args: argparse.Namespace, run: Run, stored: tuple) -> tuple[Reference, Optimisation]:
     """The targets and embeddings of --from-proto-tokens. Raises UserError."""
     tensors, settings = stored
-    refuse_other_models(models, settings, "--from-proto-tokens")
+    refuse_other_models(models, args, tensors, settings, "--from-proto-tokens")
     remove_earlier_results(run.folder)
     write_json(run.folder / "config.json", run.settings)
     return take_proto_tokens(models, tensors, args.prompts)
@@ -2373,16 +2442,16 @@ def learnt_before(models: Models, args: argparse.Namespace, run: Run, stored: tu
 def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
     """The whole experiment. Raises UserError for what the user can put right."""
     with run_folder(args) as folder:
-        stored = read_proto_tokens(args.from_proto_tokens, "--from-proto-tokens") if args.from_proto_tokens else None
-        if stored:
-            take_settings(args, stored[1])
+        stored = read_earlier_run(args, folder)
+        for file in args.images:
+            read_picture(file, args.image_size)  # now, as what is wrong with it had better be said early
         with enough_memory_for("the models"):
             models = load_models(args)
+        m = None if stored else given_m(models, args)
         settings = describe_run(args, models)
         if args.resume and is_finished(folder, settings):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
-        m = given_m(models, args.m_from) if args.m_from else None
         warn_if_slow(models, settings["num_tokens"], args.num_steps, len(args.prompts))
         saved = read_state(folder, settings) if args.resume else None
         with tracked(args, settings, saved and saved.run_id) as wandb_run:
@@ -2390,7 +2459,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
             with enough_memory_for("the reference"):
                 reference = None if stored else make_reference(models, args)
             if args.control == "untrained":
-                models = untrained(models, args.seed)
+                with enough_memory_for("the untrained model"):
+                    models = untrained(models, args.seed)
             if args.capacity:
                 trials = find_capacity(models, reference, m, args, run, saved)
                 publish_capacity(models, reference, trials, args.target_accuracy, run)
@@ -2404,9 +2474,8 @@ def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
         print_results(summary, folder, wandb_run)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     try:
-        args = parse_args()
         run_experiment(args, StopSwitch())
     except UserError as error:
         exit_with_error(error)
@@ -2416,4 +2485,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

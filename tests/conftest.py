@@ -140,11 +140,10 @@ def call_script(tmp_path, monkeypatch, capfd):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["verify_proto_tokens.py", *map(str, arguments)])
         capfd.readouterr()
         code = 0
         try:
-            vpt.main()
+            vpt.main(vpt.parse_args([str(argument) for argument in arguments]))
         except SystemExit as exit:
             code = exit.code
         out, err = capfd.readouterr()

@@ -84,7 +84,7 @@ def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
         vpt.load_torchscript(DEMO / "vq" / f"{n}.jit", torch.device("cpu")) for n in ("encoder", "decoder")
     )
     pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
-    codes = vpt.encode_pixels(encoder, pixels, 625)
+    codes = vpt.encode_pixels(encoder, pixels, 64, 625)
     again = vpt.decode_codes(decoder, codes)
     assert codes.shape == (1, 64) and vpt.psnr(again, pixels) > 15
 

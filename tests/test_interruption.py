@@ -226,21 +226,26 @@ def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_
 
 
 def test_temporary_files_of_killed_runs_go_with_the_next_run(call_tiny, tmp_path):
-    for name in ("out/run/history.csv.7.partial", "out/other/old.png.7.partial", "out/other/new.png.7.partial"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("half")
+    for name in ("run/history.csv", "other/capacity.png", "other/comparison.png"):
+        file = tmp_path / "out" / f"{name}.7.partial"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
     (tmp_path / "out/run/my.partial").write_text("a user's own")
-    os.utime(tmp_path / "out/other/old.png.7.partial", (0, 0))
+    (tmp_path / "out/other/film.7.partial").write_text("a user's own")
+    os.utime(tmp_path / "out/other/film.7.partial", (0, 0))
+    os.utime(tmp_path / "out/other/capacity.png.7.partial", (0, 0))
     assert call_tiny("--save-dir", "out", "--wandb-run-name", "run").code == 0
     left = {file.name for file in (tmp_path / "out").rglob("*.partial")}
-    assert left == {"new.png.7.partial", "my.partial"}  # another run may still be writing the new one
+    # Another run may still be writing its comparison.
+    assert left == {"comparison.png.7.partial", "my.partial", "film.7.partial"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Out of memory
 
 HUNGRY = """
-import resource, sys
+import resource
+import sys
 import verify_proto_tokens as v
 load = v.load_models
 def load_models(args):
@@ -249,7 +254,7 @@ def load_models(args):
     resource.setrlimit(resource.RLIMIT_AS, (held + 400 * 2**20,) * 2)
     return models
 v.load_models = load_models
-v.main()
+v.main(v.parse_args(sys.argv[1:]))
 """
 
 

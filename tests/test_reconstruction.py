@@ -158,7 +158,7 @@ def test_curves_can_be_drawn_for_any_number_of_steps(steps):
 @pytest.mark.parametrize("prompt", ["$x^2 \\frac{a}$", "🍎 苹果", "a " * 400, "line\nbreak"])
 def test_any_prompt_can_head_a_figure(prompt):
     picture = Image.new("RGB", (32, 32))
-    summary = {"num_tokens": 4, "num_errors": 1, "psnr": math.inf}
+    summary = {"num_tokens": 4, "num_errors": 1, "psnr": math.inf, "num_e_tokens": 1}
     assert vpt.draw_comparison(prompt, picture, picture, summary).width > 800
 
 
