@@ -80,6 +80,29 @@ def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_p
     assert "finished" in call_tiny(*SEARCH, "--resume").out
 
 
+def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path, monkeypatch):
+    assert call_tiny(*SEARCH).code == 0
+    whole, trials = trials_in(tmp_path / "out" / "run"), []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(models, codes, *rest):
+        trials.append(codes.shape[1])
+        if len(trials) == 4:
+            raise Killed
+        yield from really_optimise(models, codes, *rest)
+
+    really_optimise = vpt.optimise_proto_tokens
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(vpt, "optimise_proto_tokens", killed)
+        call_tiny(*SEARCH)
+    assert not (tmp_path / "out" / "run" / "summary.json").exists()
+    result = call_tiny(*SEARCH, "--resume")
+    assert result.code == 0 and f"capacity: {trials[0]} tokens" not in result.out.splitlines()
+    assert trials_in(tmp_path / "out" / "run") == whole
+
+
 def test_a_search_that_diverges_says_with_how_many_tokens(call_tiny, model_folders):
     spoil_text_head(model_folders[0])
     refused(call_tiny(*SEARCH), "with 1 tokens", "--learning-rate")

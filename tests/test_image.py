@@ -38,6 +38,15 @@ def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path):
     assert (vpt.read_picture(file, 16)[0] - torch.from_numpy(np.asarray(picture())) / 255).abs().max() < 0.01
 
 
+def test_a_picture_of_floating_point_is_refused_not_blackened(call_tiny, tmp_path):
+    file = saved(tmp_path, Image.fromarray(np.full((16, 16), 0.5, dtype=np.float32)), "p.tiff")
+    refused(call_tiny("--image", file), "--image", "floating point")
+
+
+def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
+    assert vpt.read_picture(saved(tmp_path, Image.new("L", (60_000, 1))), 256).shape == (3, 256, 256)
+
+
 def test_transparent_parts_are_white(tmp_path):
     image = picture("RGBA")
     image.putalpha(0)

@@ -229,6 +229,36 @@ def test_a_given_m_stays_as_it_is_while_e_t_learns(tiny_models, make_args):
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
+def test_targets_under_one_given_m_learn_together_as_each_would_alone(tiny_models, make_args):
+    args, codes, m = make_args("--num-steps", "40"), target(tiny_models, batch=3), torch.full((1, 32), 0.3)
+
+    def best_accuracy(codes) -> list[float]:
+        state = vpt.new_optimisation(tiny_models, len(codes), args, m)
+        list(vpt.optimise_proto_tokens(tiny_models, codes, args, state))
+        return state.best_accuracy
+
+    alone = [best_accuracy(row)[0] for row in codes.split(1)]
+    assert best_accuracy(codes) == pytest.approx(alone, abs=100 / 16)
+
+
+def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(tiny_models, make_args):
+    args = make_args("--num-steps", "60", "--m", "own", "--target-accuracy", "90")
+    codes = torch.cat((torch.zeros(1, 16, dtype=torch.long), target(tiny_models)))  # an easy one, a hard one
+    together, rows = optimise(tiny_models, args, codes)
+    first = next(row["step"] for row in rows if row["targets/0/accuracy"] >= 90)
+    assert together.best_step[0] == first < together.step
+
+
+def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy():
+    start = vpt.initial_proto_tokens(2, 1, 4, 1.0, 0)
+    masters = vpt.ProtoTokens(start.e_t.requires_grad_(), start.m.requires_grad_())
+    state = vpt.Optimisation(masters, None, masters.copy(), [0, 0], [-1.0] * 2, [math.inf] * 2)
+    for accuracy in ([100.0, 98.8], [99.2, 99.2], [100.0, 98.0], [100.0, 100.0]):
+        state.keep_the_best(accuracy, [1.0, 1.0], target_accuracy=99)
+        state.step += 1
+    assert state.best_accuracy == [99.2, 99.2] and state.best_step == [2, 2]
+
+
 def test_more_e_tokens_hold_more(tiny_models, make_args):
     """Sixteen embeddings for sixteen tokens leave no m, and can say each token on its own."""
     best = [

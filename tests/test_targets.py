@@ -7,7 +7,8 @@ import torch
 import wandb_file
 from conftest import save_tiny_generator
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_command_line import FILES, refused
 from test_interruption import STATE, results_of
 
@@ -86,6 +87,56 @@ def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, t
     shared = run_into("shared") / "proto_tokens.safetensors"
     save_tiny_generator(model_folders[0], hidden_size=64)
     refused(call_tiny("--m-from", shared), "--m-from", "another model (hidden_size 32, not 64)")
+
+
+def test_an_m_learned_for_an_untrained_generator_is_refused_for_the_trained_one(run_into, call_tiny):
+    file = run_into("control", "--control", "untrained") / "proto_tokens.safetensors"
+    refused(call_tiny("--m-from", file), "--m-from", "untrained control seed 42, not none")
+    refused(call_tiny("--m-from", file, "--control", "untrained", "--seed", 7), "seed 42, not seed 7")
+    assert run_into("again", "--m-from", file, "--control", "untrained")
+
+
+@pytest.mark.parametrize("option", ["--m-from", "--from-proto-tokens"])
+def test_a_run_does_not_replace_its_own_input(run_into, call_tiny, option):
+    file = run_into("mine") / "proto_tokens.safetensors"
+    before = file.read_bytes()
+    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine", option, file), option, "own folder")
+    assert file.read_bytes() == before
+
+
+def misfit(tensors: dict, settings: dict, change: str) -> None:
+    if change == "flat ids":
+        tensors["target_ids"] = tensors["target_ids"][0]
+    elif change == "ids that are no ids":
+        tensors["target_ids"] = tensors["target_ids"].float()
+    elif change == "ids beyond the codebook":
+        tensors["target_ids"] = tensors["target_ids"] + 1000
+    elif change == "no square":
+        tensors["target_ids"] = tensors["target_ids"][:, :15]
+    elif change == "narrow m":
+        tensors["m"], tensors["e_t"] = tensors["m"][:, :8], tensors["e_t"][..., :8]
+    elif change == "not a number":
+        tensors["e_t"] = tensors["e_t"] * torch.nan
+    elif change == "prompts":
+        settings["prompt"] = ["a", "b"]
+    elif change == "no settings":
+        settings.clear()
+
+
+MISFITS = ["flat ids", "ids that are no ids", "ids beyond the codebook", "no square", "narrow m", "not a number"]
+
+
+@pytest.mark.parametrize("option", ["--m-from", "--from-proto-tokens"])
+@pytest.mark.parametrize("change", [*MISFITS, "prompts", "no settings"])
+def test_proto_tokens_that_do_not_fit_their_own_settings_are_refused(run_into, call_tiny, tmp_path, option, change):
+    file = run_into("mine") / "proto_tokens.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in ("e_t", "m", "target_ids")}
+        settings = json.loads(opened.metadata()["settings"])
+    misfit(tensors, settings, change)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, tmp_path / "odd.safetensors", {"settings": json.dumps(settings)})
+    refused(call_tiny("--save-dir", "other", option, tmp_path / "odd.safetensors"), option, "damaged")
 
 
 def test_more_e_tokens_than_positions_are_refused(call_tiny):
