@@ -8,8 +8,8 @@ reconstruct and reports how close it comes.
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
-(arXiv 2505.21189), applied to image tokens. Shapes in comments: B = targets optimised together (1 here), N = tokens,
-D = hidden size, V = vocabulary, K = codebook size.
+(arXiv 2505.21189), applied to image tokens. Shapes in comments: B = targets optimised together (1 unless more
+are asked for), N = tokens, K = embeddings e_t of a target (1 likewise), D = hidden size, V = vocabulary, C = codes.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
     add("--demo", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add("--codebook-size", type=number(int, 1), metavar="K",
+    add("--codebook-size", type=number(int, 1), metavar="CODES",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
         "embedding rows beyond the text vocabulary)")
     add("--device", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
@@ -958,7 +958,7 @@ def generate_visual_codes(
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)  # [2B, L + N]; causality hides what is to come
     visual_rows = slice(models.visual_offset, models.visual_offset + models.codebook_size)
-    visual_head = models.generator.lm_head.weight[visual_rows]  # [K, D]
+    visual_head = models.generator.lm_head.weight[visual_rows]  # [C, D]
     # A stream for each target: its picture does not depend on the others'.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
@@ -977,7 +977,7 @@ def generate_visual_codes(
     started = time.perf_counter()
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
         hidden_states = last_hidden_states(decode if codes else models.generator.model, input_ids, position_ids)
-        scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, K]
+        scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, C]
         if not codes and not scores.isfinite().all():
             raise UserError(
                 "the generator's logits are not finite: try --dtype float32 or bfloat16; else its weights are damaged"
@@ -1005,7 +1005,7 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
-    """Draws one index per row of scores [B, K] -> [B], each by its own generator; ties with the k-th score stay in."""
+    """Draws one index per row of scores [B, C] -> [B], each by its own generator; ties with the k-th score stay in."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None and top_k < scores.shape[-1]:
         kth_largest = scores.topk(top_k).values[:, -1:]
@@ -1137,13 +1137,13 @@ def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -
     softmax(logits) @ head - head[target], so its first term is such a sum too.
     """
     budget = LOGITS_AT_ONCE["cuda" if head.is_cuda else "cpu"]
-    parts = [
+    found = [
         cross_entropy_of_positions(positions, head, targets, max(1, budget // len(positions)))
         for positions, targets in zip(
             hidden_states.flatten(0, 1).split(POSITIONS_AT_ONCE), target.flatten().split(POSITIONS_AT_ONCE), strict=True
         )
     ]
-    losses, gradient, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+    losses, gradient, ranks = (torch.cat(part) for part in zip(*found, strict=True))
     return losses.view_as(target), (gradient / target.shape[1]).view_as(hidden_states), ranks.view_as(target)
 
 
@@ -1159,8 +1159,8 @@ def cross_entropy_of_positions(
     weighted_rows = torch.zeros_like(hidden_states, dtype=torch.float32)  # [P, D]
     at_least_as_likely = torch.zeros_like(target)
     for first in range(0, len(head), chunk):
-        rows = head[first : first + chunk]  # [C, D]
-        logits = product(hidden_states, rows).float()  # [P, C]
+        rows = head[first : first + chunk]  # [chunk, D]
+        logits = product(hidden_states, rows).float()  # [P, chunk]
         here = ((target >= first) & (target < first + len(rows)))[:, None]
         column = (target[:, None] - first).clamp(0, len(rows) - 1)
         logits.scatter_(1, column, torch.where(here, target_logits, logits.gather(1, column)))
