@@ -1825,6 +1825,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "final_learning_rate": FINAL_RATE,
     }
     versions = {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONED}
+    versions["torch"] = torch.__version__  # says which build it is, too
     return settings | resolved | {"versions": versions}
 
 
