@@ -10,4 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
+# The tests' models are tiny: more threads would mostly wait, for one another and for other processes.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest tests "$@"

@@ -90,7 +90,7 @@ def evaluate_proto_tokens(chosen: list[str]) -> None:
                 pass
             seconds.append(time.perf_counter() - started)
             reconstruction = vpt.reconstruct(models, state.best, reference.codes, args.vocabulary)
-            accuracies.append(100 * (1 - reconstruction.wrong.float().mean().item()))
+            accuracies.append(100 - 100 * reconstruction.num_errors[0] / reference.codes.numel())
             distinct = reference.codes.unique().numel()
             print(
                 f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {state.step} steps, PSNR "
