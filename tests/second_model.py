@@ -1,6 +1,6 @@
 """Makes a second small generator, unlike the demo model in width, depth and heads, so that no setting is tuned to one.
 
-    python tests/second_model.py FOLDER         # about ten minutes on two cores; then --model-path FOLDER
+    python tests/second_model.py FOLDER         # 23 minutes beside other work; then --model-path FOLDER
 
 The demo model teaches it: it draws the pictures whose tokens the second one learns. The tokenizers are the demo's.
 """

@@ -1,6 +1,6 @@
 """Many short runs from one sweep, two agents at once, one of them killed with SIGKILL now and then: what is lost?
 
-    python tests/soak.py                        # 50 runs on a tiny model, about ten minutes on two cores
+    python tests/soak.py                        # 50 runs on a tiny model, about five minutes on two cores
     python tests/soak.py --runs 6 --kills 1     # a short one, as in the tests
 
 Every other kill takes the agent alone, whose run then goes on without it; the others take its run along. Afterwards
