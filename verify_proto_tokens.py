@@ -47,26 +47,14 @@ except ImportError:  # Windows has no such locks
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How AdamW finds the proto-tokens: all but the number of steps."""
-
-    initial_scale: float  # standard deviation of the initial values
-    betas: tuple[float, float]
-    warmup_steps: int
-    learning_rate: float  # at the peak; from there a cosine to FINAL_RATE
-    grad_clip: float  # 0 is off
-
-
 RECIPES = {
-    # A short second-moment memory is the largest single gain over the reference recipe.
-    "tuned": Recipe(initial_scale=0.25, betas=(0.9, 0.9), warmup_steps=20, learning_rate=0.2, grad_clip=0.0),
-    "reference": Recipe(initial_scale=0.01, betas=(0.9, 0.999), warmup_steps=0, learning_rate=0.01, grad_clip=1.0),
+    "learning_rate": {"tuned": 0.2, "reference": 0.01},
+    "warmup_steps": {"tuned": 20, "reference": 0},
+    "betas": {"tuned": (0.9, 0.9), "reference": (0.9, 0.999)},  # the short memory gains most
+    "initial_scale": {"tuned": 0.25, "reference": 0.01},
+    "grad_clip": {"tuned": 0.0, "reference": 1.0},
 }
-TUNED = RECIPES["tuned"]
 DEFAULT_PROMPT = "a red apple on a wooden table"
-CONTROLS = ("random", "shuffled", "untrained")
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
@@ -77,120 +65,49 @@ class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with code 2."""
 
 
-@contextlib.contextmanager
-def enough_memory_for(what: str) -> Iterator[None]:
-    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        if not full:
-            raise
-        raise UserError(
-            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
-            "--gradient-checkpointing on needs less"
-        ) from None
+def checked(parse: Callable, holds: Callable, what: str) -> Callable:
+    """An argparse type: what `parse` makes of the text, where it `holds`; anything else is said to be not `what`."""
+
+    def convert(text: str):
+        with contextlib.suppress(ValueError, KeyError):
+            found = parse(text)
+            if holds(found):
+                return found
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+
+    return convert
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-
-
-class StopSwitch:
-    """The first SIGINT or SIGTERM raises Stopped, at once or, inside `held_back`, where the block looks for it.
-
-    A second one ends the process at once.
-    """
-
-    def __init__(self):
-        self.received, self.at_once = None, True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: object) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-        if self.at_once:
-            raise Stopped(number)
-
-    @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
-        self.at_once = False
-        try:
-            yield
-        finally:
-            self.at_once = True
-
-
-def number(kind: type, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> Callable:
-    """An argparse type: a finite number of `kind` in [minimum, maximum], or in (minimum, maximum]."""
-    what = {int: "a whole number", float: "a number"}[kind]
-    limits = f"above {minimum:g}" if open_minimum else f"of at least {minimum:g}"
-    if maximum < math.inf:
-        limits += f" and at most {maximum:g}"
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text!r}") from None
-        # Not a number fails every comparison.
-        if not minimum <= value <= maximum or value in (math.inf, minimum if open_minimum else None):
-            raise argparse.ArgumentTypeError(f"must be {what} {limits}, not {text}")
-        return value
-
-    return parse
-
-
-def prompt_text(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty: describe the picture in a few words")
-    return text.strip()
-
-
-def run_name(text: str) -> str:
-    """A W&B run name that can also be the name of a folder inside the save directory."""
-    if re.search(r"[/\\\x00-\x1f]", text) or text.strip() in ("", ".", "..", CACHE_FOLDER) or len(text.encode()) > 128:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} cannot name a folder: at most 128 bytes, no slashes, not '.', '..' or {CACHE_FOLDER!r}"
-        )
-    return text.strip()
-
-
-def tags(text: str) -> list[str]:
-    found = [tag.strip() for tag in text.split(",") if tag.strip()]
-    if any(len(tag) > 64 for tag in found):
-        raise argparse.ArgumentTypeError("has a tag of more than 64 characters, which W&B does not take")
-    return found
-
-
-def betas(text: str) -> tuple[float, float]:
-    try:
-        first, second = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be two numbers with a comma between, not {text!r}") from None
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise argparse.ArgumentTypeError(f"must be two numbers of at least 0 and below 1, not {text}")
-    return first, second
-
-
-def file_path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"takes no value, or true or false, not {text!r}")
-    return text.lower() == "true"
-
-
+# Not a number fails every comparison.
+COUNT = checked(int, lambda n: n >= 1, "a whole number of at least 1")
+COUNT_OR_0 = checked(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
+POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and below 1e37")
+AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
+PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
+BETAS = checked(
+    lambda text: tuple(map(float, text.split(","))),
+    lambda b: len(b) == 2 and all(0 <= x < 1 for x in b),
+    "two numbers of at least 0 and below 1, with a comma between",
+)
+PROMPT = checked(str.strip, bool, "a few words that describe the picture")
+FILE = checked(lambda text: Path(text).expanduser(), lambda file: True, "a path")
+# A run's name is also that of a folder inside the save directory.
+RUN_NAME = checked(
+    str.strip,
+    lambda name: (
+        re.fullmatch(r"(?!\.\.?$)[^/\\\x00-\x1f]+", name) and name != CACHE_FOLDER and len(name.encode()) <= 128
+    ),
+    f"at most 128 bytes without slashes, and not {CACHE_FOLDER}",
+)
+TAGS = checked(
+    lambda text: [tag.strip() for tag in text.split(",") if tag.strip()],
+    lambda tags: max(map(len, tags), default=0) <= 64,
+    "tags of at most 64 characters, with commas between",
+)
 # Sweep agents write a switch as --demo=True.
-SWITCH = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+SWITCH = {"type": checked(lambda text: {"true": True, "false": False}[text.lower()], lambda _: True, "true or false")}
+SWITCH |= {"nargs": "?", "const": True, "default": False, "metavar": "true|false"}
 
 
 # One row an option, as a table reads best.
@@ -211,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
     add("--demo", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add("--codebook-size", type=number(int, 1), metavar="CODES",
+    add("--codebook-size", type=COUNT, metavar="CODES",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
         "embedding rows beyond the text vocabulary)")
     add("--device", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
@@ -220,90 +137,88 @@ def build_parser() -> argparse.ArgumentParser:
         "and float32 elsewhere)")
 
     add = parser.add_argument_group("reference image").add_argument
-    add("--prompt", type=prompt_text, action="append", metavar="TEXT", dest="prompts",
+    add("--prompt", type=PROMPT, action="append", metavar="TEXT", dest="prompts",
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
-    add("--prompts-file", type=file_path, metavar="FILE", help="further prompts, one a line")
-    add("--image", type=file_path, action="append", metavar="FILE", dest="images",
+    add("--prompts-file", type=FILE, metavar="FILE", help="further prompts, one a line")
+    add("--image", type=FILE, action="append", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
-    add("--image-size", type=number(int, 1), default=256, metavar="PIXELS",
+    add("--image-size", type=COUNT, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
-    add("--cfg-scale", type=number(float, 0, 1000), default=6.0, metavar="S",
+    add("--cfg-scale", type=AT_LEAST_0, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
-    add("--temperature", type=number(float, 0, open_minimum=True), default=1.0, metavar="T",
+    add("--temperature", type=POSITIVE, default=1.0, metavar="T",
         help="of sampling the reference (default: %(default)s)")
-    add("--top-k", type=number(int, 1), metavar="K",
+    add("--top-k", type=COUNT, metavar="K",
         help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
-    add("--top-p", type=number(float, 0, 1, open_minimum=True), default=1.0, metavar="P",
+    add("--top-p", type=PROBABILITY, default=1.0, metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
         "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)")
     add("--force-generate", **SWITCH, help="generate the reference even if it is cached with these settings")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=42,
+    add("--seed", type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
-    add("--control", choices=CONTROLS,
+    add("--control", choices=("random", "shuffled", "untrained"),
         help="a harder target to compare with: `random` codes, the reference's own codes `shuffled`, or the reference "
         "for an `untrained` generator of the same architecture (default: none)")
 
     add = parser.add_argument_group("optimisation of the proto-tokens").add_argument
-    add("--num-steps", type=number(int, 1), default=1000, metavar="STEPS", help="at most (default: %(default)s)")
-    add("--num-e-tokens", type=number(int, 1), default=1, metavar="K",
+    add("--num-steps", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
+    add("--num-e-tokens", type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
     add("--m", choices=("shared", "own"), default="shared",
         help="whether several targets share one m, or each learns its own (default: %(default)s)")
-    add("--m-from", type=file_path, metavar="FILE",
+    add("--m-from", type=FILE, metavar="FILE",
         help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
-    add("--recipe", choices=tuple(RECIPES), default="tuned",
+    add("--recipe", choices=("tuned", "reference"), default="tuned",
         help="the defaults of the next five options; `reference` is the usual one: 0.01, no warm-up, betas 0.9 and "
         "0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
-    add("--learning-rate", type=number(float, 0, 1e37, open_minimum=True), metavar="RATE",
-        help=f"peak rate of AdamW; from there a cosine (default: {TUNED.learning_rate}, that of the recipe)")
-    add("--warmup-steps", type=number(int, 0), metavar="STEPS",
-        help=f"steps up to the peak rate, a tenth of all at most (default: {TUNED.warmup_steps}, that of the recipe)")
-    add("--betas", type=betas, metavar="B1,B2",
-        help="memory of AdamW's first and second moments "
-        f"(default: {TUNED.betas[0]},{TUNED.betas[1]}, those of the recipe)")
-    add("--initial-scale", type=number(float, 0, 1e6), metavar="STD",
-        help=f"standard deviation of the initial values (default: {TUNED.initial_scale}, that of the recipe)")
-    add("--grad-clip", type=number(float, 0), metavar="NORM",
-        help="clip the joint gradient of e_t and m to this norm; 0 is off "
-        f"(default: {TUNED.grad_clip:g}, that of the recipe)")
+    add("--learning-rate", type=POSITIVE, metavar="RATE",
+        help="peak rate of AdamW; from there a cosine (default: 0.2, that of the recipe)")
+    add("--warmup-steps", type=COUNT_OR_0, metavar="STEPS",
+        help="steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
+    add("--betas", type=BETAS, metavar="B1,B2",
+        help="memory of AdamW's first and second moments (default: 0.9,0.9, those of the recipe)")
+    add("--initial-scale", type=AT_LEAST_0, metavar="STD",
+        help="standard deviation of the initial values (default: 0.25, that of the recipe)")
+    add("--grad-clip", type=AT_LEAST_0, metavar="NORM",
+        help="clip the joint gradient of e_t and m to this norm; 0 is off (default: 0, that of the recipe)")
     add("--vocabulary", choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
     add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
         "(default: auto, that is where the device would not hold the step otherwise)")
-    add("--target-accuracy", type=number(float, 0, 100), metavar="PERCENT",
+    add("--target-accuracy", type=PERCENT, metavar="PERCENT",
         help="stop as soon as this token accuracy is reached; 0 is never (default: 100; with --capacity 99)")
     add("--capacity", **SWITCH,
         help="find the largest beginning of the target that reaches --target-accuracy within --num-steps")
-    add("--log-every", type=number(int, 1), default=1, metavar="STEPS",
+    add("--log-every", type=COUNT, default=1, metavar="STEPS",
         help="steps between two rows of history.csv and of W&B's history (default: %(default)s)")
-    add("--save-every", type=number(int, 1), default=100, metavar="STEPS",
+    add("--save-every", type=COUNT, default=100, metavar="STEPS",
         help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
     add("--resume", **SWITCH,
         help="go on with the interrupted run of this name, settings and save directory; starts where there is none")
-    add("--from-proto-tokens", type=file_path, metavar="FILE",
+    add("--from-proto-tokens", type=FILE, metavar="FILE",
         help="learn nothing: reconstruct the picture from an earlier run's proto_tokens.safetensors, whose prompt, "
         "size and vocabulary hold; the models must be that run's")
 
     add = parser.add_argument_group("output").add_argument
-    add("--save-dir", type=file_path, default=Path("./proto_tokens_exp"), metavar="FOLDER",
+    add("--save-dir", type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER",
         help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)")
 
     add = parser.add_argument_group("Weights & Biases").add_argument
     add("--use-wandb", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
     add("--wandb-project", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
     add("--wandb-entity", metavar="NAME", help="user or team (default: W&B's own default)")
-    add("--wandb-run-name", type=run_name, metavar="NAME",
+    add("--wandb-run-name", type=RUN_NAME, metavar="NAME",
         help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42)")
-    add("--wandb-tags", type=tags, default=["proto-tokens"], metavar="TAG,TAG",
+    add("--wandb-tags", type=TAGS, default=["proto-tokens"], metavar="TAG,TAG",
         help="separated by commas (default: proto-tokens)")
     add("--wandb-group", metavar="NAME", help="group that the run belongs to")
-    add("--image-every", type=number(int, 1), metavar="STEPS",
+    add("--image-every", type=COUNT, metavar="STEPS",
         help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
     add("--wandb-mode", choices=("online", "offline", "disabled"),
         help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else online)")
@@ -311,43 +226,38 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def with_hyphens(argument: str) -> str:
-    """`--num_steps=50` -> `--num-steps=50`; values keep their underscores."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a mistake ends the process with one line on stderr and exit code 2."""
     parser = build_parser()
     parser.error = exit_with_error
-    args = parser.parse_args([with_hyphens(argument) for argument in (sys.argv[1:] if argv is None else argv)])
-    if args.demo and (args.model_path or args.vq_model_ckpt):
-        parser.error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
-    if args.from_proto_tokens and (args.control or args.m_from or args.images):
-        parser.error("--from-proto-tokens learns nothing: leave out --control, --m-from and --image")
+    # `--num_steps=50` -> `--num-steps=50`; values keep their underscores.
+    argv = [
+        re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word)
+        for word in (sys.argv[1:] if argv is None else argv)
+    ]
+    args = parser.parse_args(argv)
+    for name, values in RECIPES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.recipe])
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
-    if args.capacity and (args.from_proto_tokens or args.image_every or not args.target_accuracy):
-        parser.error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
-    if args.m_from and args.m == "own":
-        parser.error("--m-from gives all targets one m: leave out --m own")
-    try:
-        args.prompts = (args.prompts or []) + (read_prompts(args.prompts_file) if args.prompts_file else [])
-    except (OSError, ValueError) as error:
-        parser.error(f"--prompts-file {args.prompts_file} cannot be read: {getattr(error, 'strerror', None) or error}")
+    for contradicts, message in (
+        (args.demo and (args.model_path or args.vq_model_ckpt),
+         "--demo names both models already: leave out --model-path and --vq-model-ckpt"),
+        (args.from_proto_tokens and (args.control or args.m_from or args.images),
+         "--from-proto-tokens learns nothing: leave out --control, --m-from and --image"),
+        (args.capacity and (args.from_proto_tokens or args.image_every or not args.target_accuracy),
+         "--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every"),
+        (args.m_from and args.m == "own", "--m-from gives all targets one m: leave out --m own"),
+    ):  # fmt: skip
+        if contradicts:
+            parser.error(message)
     args.images = args.images or []
-    own_prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
-    args.prompts = args.prompts or own_prompts or [DEFAULT_PROMPT]
+    args.prompts = (args.prompts or []) + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    own_names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
+    args.prompts = args.prompts or own_names or [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
-        parser.error(
-            f"--image was given {len(args.images)} times and --prompt {len(args.prompts)} times: give one each"
-        )
-    for name, value in vars(RECIPES[args.recipe]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        parser.error(f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each")
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
@@ -355,33 +265,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines do not count. Raises OSError and ValueError."""
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError("it holds no prompt")
-    return prompts
+    """The prompts of a text file, one a line; empty lines do not count."""
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        exit_with_error(f"--prompts-file {file} cannot be read: {getattr(error, 'strerror', None) or error}")
+    return prompts or exit_with_error(f"--prompts-file {file} holds no prompt")
 
 
-def exit_with_error(message: str) -> None:
-    one_line = " ".join(str(message).split())
-    print(f"verify_proto_tokens.py: error: {one_line}", file=sys.stderr)
+def exit_with_error(message: object) -> None:
+    print("verify_proto_tokens.py: error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def default_run_name(args: argparse.Namespace) -> str:
-    rate = f"{args.learning_rate:g}".replace(".", "")
-    name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
-    several = len(args.prompts) > 1
-    parts = (args.images and "image", several and f"targets{len(args.prompts)}", several and args.m == "own" and "own")
-    parts += (
-        args.num_e_tokens > 1 and f"e{args.num_e_tokens}",
-        args.m_from and "given",
-        args.control,
-        args.capacity and "capacity",
-    )
-    name = "_".join([name, *filter(None, parts)])
-    if args.from_proto_tokens:
-        name = "reconstructed"
+    """From the settings, as proto_256px_steps1000_lr02_seed42, and what else makes it another experiment."""
+    rate, count = f"{args.learning_rate:g}".replace(".", ""), len(args.prompts)
+    parts = {
+        f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}": True,
+        "image": args.images,
+        f"targets{count}": count > 1,
+        "own": count > 1 and args.m == "own",
+        f"e{args.num_e_tokens}": args.num_e_tokens > 1,
+        "given": args.m_from,
+        str(args.control): args.control,
+        "capacity": args.capacity,
+    }
+    name = "reconstructed" if args.from_proto_tokens else "_".join(part for part, holds in parts.items() if holds)
     # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
     return f"{name}_{os.environ['WANDB_RUN_ID']}" if in_sweep() and os.environ.get("WANDB_RUN_ID") else name
 
@@ -395,6 +305,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -403,14 +314,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -448,31 +358,40 @@ class Models:
     def hidden_size(self) -> int:
         return self.generator.config.hidden_size
 
+    def num_tokens(self, image_size: int) -> int:
+        return (image_size // self.factor) ** 2
 
+    def has(self, codes: Tensor) -> bool:
+        """Whether all are visual codes."""
+        return bool(((codes >= 0) & (codes < self.codebook_size)).all())
+
+
+@contextlib.contextmanager
+def enough_memory_for(what: str) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
+            "--gradient-checkpointing on needs less"
+        ) from None
+
+
+@enough_memory_for("the models")
 def load_models(args: argparse.Namespace) -> Models:
     """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     vocabulary_rows = read_vocabulary_rows(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
     vq_files = (*VQ_FILES, VQ_ENCODER) if args.images else VQ_FILES
     vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
-    vq_decoder = load_torchscript(vq_folder / "decoder.jit", device)
-    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
-    factor = downsampling_factor(vq_decoder, device)
-    if args.image_size % factor:
-        below = args.image_size // factor * factor
-        nearest = f"{below} or {below + factor}" if below else f"{factor}"
-        raise UserError(
-            f"--image-size {args.image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}"
-        )
-    num_tokens = (args.image_size // factor) ** 2
-    if args.num_e_tokens > num_tokens:
-        raise UserError(
-            f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of --image-size {args.image_size}"
-        )
-    visual_offset = len(text_tokenizer)
+    vq_decoder, vq_encoder = [*(load_torchscript(vq_folder / name, device) for name in vq_files), None][:2]
+    factor, visual_offset = downsampling_factor(vq_decoder, device), len(text_tokenizer)
+    refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
         raise UserError(
@@ -480,48 +399,30 @@ def load_models(args: argparse.Namespace) -> Models:
             f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
+    fingerprints = fingerprint_of(generator_folder, GENERATOR_FILES), fingerprint_of(vq_folder, VQ_FILES)
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
     generator = load_generator(generator_folder, dtype, device)
     print(
-        f"generator: {sum(p.numel() for p in generator.parameters()) / 1e6:,.1f} M parameters, "
-        f"{str(dtype).removeprefix('torch.')} on {device}; {visual_offset} text ids + {codebook_size} visual codes"
+        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {generator.dtype} on {device}; "
+        f"{visual_offset} text ids + {codebook_size} visual codes"
     )
-    return Models(
-        generator,
-        text_tokenizer,
-        vq_decoder,
-        vq_encoder,
-        visual_offset,
-        codebook_size,
-        factor,
-        fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
-        vq_fingerprint=fingerprint_of(vq_folder, VQ_FILES),
-    )
+    vocabulary = visual_offset, codebook_size
+    return Models(generator, text_tokenizer, vq_decoder, vq_encoder, *vocabulary, factor, *fingerprints)
 
 
 def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from None
-    return device
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not built for it, not there, not known
+        raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
+    return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def last_line(error: BaseException) -> str:
-    """Where TorchScript's own errors say what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+def line_of(error: BaseException, number: int = 0) -> str:
+    """A line of what an error says; TorchScript's own say in the last one (-1) what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
@@ -531,37 +432,32 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"{option} {name}: there is no such folder (and this is no hub id such as {DEFAULT_MODEL})")
     try:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+            raise HFValidationError
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except HFValidationError:
+        why = f"there is no such folder (and this is no hub id such as {DEFAULT_MODEL})"
     except GatedRepoError:
-        raise UserError(
-            f"{option} {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`; "
-            "or name a local folder, or try --demo"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{option} {name}: there is no such folder, and no such repository on the Hugging Face hub that you may "
-            "read (a private one needs `hf auth login`); name a local folder, or try --demo"
-        ) from None
+        why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+    except RepositoryNotFoundError:
+        why = "there is no such folder, and no such repository on the Hugging Face hub that you may read (a private "
+        why += "one needs `hf auth login`)"
     except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
-        raise UserError(
-            f"{option} {name}: there is no such folder, and it cannot be fetched from the Hugging Face hub "
-            f"({first_line(error.__cause__ or error)[:120]}); name a local folder, or try --demo (no network)"
-        ) from None
+        why = "there is no such folder, and it cannot be fetched from the Hugging Face hub "
+        why += f"({line_of(error.__cause__ or error)[:120]})"
+    raise UserError(f"{option} {name}: {why}; name a local folder, or try --demo")
 
 
 def read_vocabulary_rows(folder: Path) -> int:
     """The embedding rows that the checkpoint's config.json promises. Raises UserError where it is no Qwen2 model."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"--model-path {folder} holds no config.json: it is no model folder")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads((folder / "config.json").read_text())
         kind, rows = config["model_type"], int(config["vocab_size"])
+    except FileNotFoundError:
+        raise UserError(f"--model-path {folder} holds no config.json: it is no model folder") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged or no model configuration: download it again") from None
+        raise UserError(f"{folder}/config.json is damaged or no model configuration: download it again") from None
     if kind != "qwen2":
         raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
     return rows
@@ -571,14 +467,10 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise UserError(f"the text tokenizer in {folder} does not load: {first_line(error)}") from None
-    special = (TEXT_TO_IMAGE, START_OF_IMAGE)
-    missing = [token for token in special if token not in text_tokenizer.get_vocab()]
-    if missing:
-        raise UserError(f"the text tokenizer in {folder} lacks {' and '.join(missing)}: it is not SimpleAR's")
-    split = [token for token in special if len(text_tokenizer(token)["input_ids"]) != 1]
-    if split:
-        raise UserError(f"the text tokenizer in {folder} splits {' and '.join(split)}: its special tokens are damaged")
+        raise UserError(f"the text tokenizer in {folder} does not load: {line_of(error)}") from None
+    for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
+        if token not in text_tokenizer.get_vocab() or len(text_tokenizer(token)["input_ids"]) != 1:
+            raise UserError(f"the text tokenizer in {folder} lacks {token} or splits it: it is not SimpleAR's")
     return text_tokenizer
 
 
@@ -586,18 +478,12 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
     """The generator, frozen: no parameter has requires_grad. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "attention_dropout": 0.0, "use_safetensors": True}
     try:
         # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
-        generator, report = Qwen2ForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            attention_dropout=0.0,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        generator, report = Qwen2ForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {first_line(error)}") from None
+        raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {line_of(error)}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
         raise UserError(
             f"the weights in {folder} lack {len(report['missing_keys'])} of the model's tensors and have "
@@ -638,28 +524,19 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return from_pixels(F.conv2d(as_pixels(rows), weight[:, :, None, None], bias))
+        # [P, I] as pixels [1, I, 1, P]: in memory that is channels-last, and so no copy.
+        return F.conv2d(rows.T[None, :, None], weight[:, :, None, None], bias)[0, :, 0].T
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product_back(gradient.contiguous(), weight), None, None
+        return product_back(gradient.contiguous(), *ctx.saved_tensors), None, None
 
 
 def product_back(x: Tensor, weight: Tensor) -> Tensor:
     """x [P, O] @ weight [O, I] -> [P, I]: the way back through `product`."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return x @ weight
-    return from_pixels(F.conv_transpose2d(as_pixels(x), weight[:, :, None, None]))
-
-
-def as_pixels(rows: Tensor) -> Tensor:
-    """[P, C] -> [1, C, 1, P], which in memory is channels-last and so no copy."""
-    return rows[None, None].permute(0, 3, 1, 2)
-
-
-def from_pixels(pixels: Tensor) -> Tensor:
-    return pixels.permute(0, 2, 3, 1)[0, 0]
+    return F.conv_transpose2d(x.T[None, :, None], weight[:, :, None, None])[0, :, 0].T
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -667,11 +544,10 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
     if not file.is_file():
         raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}: it is no Cosmos-style VQ tokenizer")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             return torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{file} is no TorchScript file, or a damaged one: {first_line(error)}") from None
+        raise UserError(f"{file} is no TorchScript file, or a damaged one: {line_of(error)}") from None
 
 
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
@@ -680,17 +556,25 @@ def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
     except Exception as error:  # whatever foreign TorchScript may raise
         raise UserError(
-            f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device} ({last_line(error)}): it "
-            "is no Cosmos-style discrete decoder, or its operations do not exist there (then try --device cpu)"
+            f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device} ({line_of(error, -1)}): "
+            "it is no Cosmos-style discrete decoder, or its operations do not exist there (then try --device cpu)"
         ) from None
+
+
+def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> None:
+    below = image_size // factor * factor
+    if image_size != below:
+        nearest = f"{below} or {below + factor}" if below else f"{factor}"
+        raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}")
+    num_tokens = (image_size // factor) ** 2
+    if num_e_tokens > num_tokens:
+        raise UserError(f"--num-e-tokens {num_e_tokens} exceeds the {num_tokens} tokens of --image-size {image_size}")
 
 
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
     """The product of the FSQ levels that a Cosmos decoder carries in its state; None where it carries none."""
-    for name, buffer in vq_decoder.named_buffers():
-        if name.endswith("quantizer._levels"):
-            return int(buffer.prod())
-    return None
+    levels = (buffer for name, buffer in vq_decoder.named_buffers() if name.endswith("quantizer._levels"))
+    return next((int(each.prod()) for each in levels), None)
 
 
 @torch.inference_mode()
@@ -703,20 +587,22 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, num_tokens: int, codebook_size: int) -> Tensor:
+def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
     try:
-        weight = next(vq_encoder.parameters())
+        weight = next(models.vq_encoder.parameters())
         video = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)
-        codes = torch.cat([vq_encoder(each)[0].flatten(1).long() for each in video.split(1)])  # each [1, 1, h, w]
+        codes = torch.cat(
+            [models.vq_encoder(each)[0].flatten(1).long() for each in video.split(1)]
+        )  # [1, 1, h, w] each
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign TorchScript may raise
         raise UserError(
-            f"--image: encoder.jit cannot run here ({last_line(error)}): the bfloat16 encoder of Cosmos needs a GPU; "
+            f"--image: encoder.jit cannot run here ({line_of(error, -1)}): the bfloat16 encoder of Cosmos needs a GPU; "
             "or it is no Cosmos-style encoder"
         ) from None
-    if codes.shape[1] != num_tokens or not ((codes >= 0) & (codes < codebook_size)).all():
+    if codes.shape[1] != models.num_tokens(pixels.shape[-1]) or not models.has(codes):
         raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others, or more or fewer")
     return codes
 
@@ -732,28 +618,22 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def warn_if_slow(models: Models, num_tokens: int, num_steps: int, batch: int = 1) -> None:
+def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
     """One line about how long a real-size model takes on a CPU, from timing one pass of each kind."""
-    parameters = sum(p.numel() for p in models.generator.parameters())
+    parameters = models.generator.num_parameters()
     if models.device.type != "cpu" or parameters < REAL_SIZE:
         return
-
-    def seconds_of(batch: int, length: int) -> float:
-        ids = torch.zeros(batch, length, dtype=torch.long)
+    seconds = []
+    for shape in ((2, 1), (2, 1), (1, min(num_tokens, 256))):  # the first one also reads the weights from disk
         started = time.perf_counter()
         with torch.inference_mode():
-            models.generator(input_ids=ids, use_cache=False)
-        return time.perf_counter() - started
-
-    probe = min(num_tokens, 256)
-    seconds_of(2, 1)  # the first pass pays for reading the weights from disk
-    reference = seconds_of(2, 1) * num_tokens  # in a batch, further ones cost little
-    optimisation = (
-        2 * seconds_of(1, probe) * num_tokens / probe * num_steps * batch
-    )  # backward costs about one more forward
+            models.generator(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
+        seconds.append((time.perf_counter() - started) / shape[1])
+    step = 2 * seconds[2] * num_tokens  # the way back costs about one more way there
     print(
-        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(reference)} for a new reference "
-        f"and {duration(optimisation)} for {num_steps} steps; a GPU, --dtype bfloat16 or fewer --num-steps shorten this"
+        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(seconds[1] * num_tokens)} for a "
+        f"new reference and {duration(step * num_steps)} for {num_steps} steps of one target; a GPU, --dtype bfloat16 "
+        "or fewer --num-steps shorten this"
     )
 
 
@@ -794,18 +674,33 @@ def unconditional_prompt() -> str:
     return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{START_OF_IMAGE}"
 
 
-def make_reference(models: Models, args: argparse.Namespace) -> Reference:
-    """The targets of a run: pictures encoded, or prompts' pictures generated; then what a control makes of them."""
-    if args.images:
-        pixels = torch.stack([read_picture(file, args.image_size) for file in args.images])
-        num_tokens = (args.image_size // models.factor) ** 2
-        codes, seconds = encode_pixels(models.vq_encoder, pixels, num_tokens, models.codebook_size).cpu(), None
-    else:
-        codes, seconds = generated_codes(models, args)
-    if args.control in ("random", "shuffled"):
-        seconds = None  # such codes were never decoded one after another
-    codes = controlled(codes, args.control, models.codebook_size, args.seed).to(models.device)
+@enough_memory_for("the reference")
+def make_reference(
+    models: Models, args: argparse.Namespace, pixels: Tensor | None = None, codes: Tensor | None = None
+) -> Reference:
+    """The targets of a run: stored `codes` [B, N], own pictures' `pixels` [B, 3, H, W], or the prompts' pictures."""
+    codes, seconds = target_codes(models, args, pixels) if codes is None else (codes, None)
+    codes = codes.to(models.device)
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
+
+
+def target_codes(models: Models, args: argparse.Namespace, pixels: Tensor | None) -> tuple[Tensor, float | None]:
+    """Codes [B, N] of pictures, of prompts, or of a control; and the seconds of decoding them one after another."""
+    num_tokens, rng = models.num_tokens(args.image_size), torch.Generator().manual_seed(args.seed)
+    if args.control == "random":
+        return torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng), None
+    if pixels is not None:
+        codes, seconds = encode_pixels(models, pixels).cpu(), None
+    else:
+        codes, seconds = generated_codes(models, args, num_tokens)
+    return (
+        (codes[:, torch.randperm(num_tokens, generator=rng)], None) if args.control == "shuffled" else (codes, seconds)
+    )
+
+
+def read_pictures(files: list[Path], size: int) -> Tensor | None:
+    """Pictures [B, 3, size, size] in [0, 1]; None where there are none. Raises UserError."""
+    return torch.stack([read_picture(file, size) for file in files]) if files else None
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -818,7 +713,7 @@ def read_picture(file: Path, size: int) -> Tensor:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
-                raise UserError(f"--image {file} has pixels of floating point: convert it to 8 or 16 bits")
+                raise ValueError("its pixels are of floating point; convert it to 8 or 16 bits")
             if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
                 values = np.asarray(image).clip(0, 65535)
                 image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
@@ -828,7 +723,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"--image {file}: there is no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {file} cannot be read as a picture: {first_line(error)}") from None
+        raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
         image = image.resize((image.width // 2,) * 2, Image.Resampling.BOX)
@@ -836,42 +731,28 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def generated_codes(models: Models, args: argparse.Namespace) -> tuple[Tensor, float]:
+def generated_codes(models: Models, args: argparse.Namespace, num_tokens: int) -> tuple[Tensor, float]:
     """Takes each prompt's codes from the cache where these very settings made them; decodes the others together.
 
     Returns codes [B, N] and the seconds that decoding them took, whenever that was.
     """
-    num_tokens = (args.image_size // models.factor) ** 2
-    keys = [reference_key(models, args, prompt, num_tokens) for prompt in args.prompts]
-    files = [args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors" for key in keys]
-    found = {}  # by key: codes [1, N] and seconds
-    for key, file in () if args.force_generate else zip(keys, files, strict=True):
-        if cached := read_cached_codes(file, key, num_tokens, models.codebook_size):
-            found[key] = cached
+    found = {}  # by prompt: codes [1, N] and seconds
+    for prompt in {} if args.force_generate else dict.fromkeys(args.prompts):
+        file, key = cache_entry(models, args, prompt, num_tokens)
+        if cached := read_cached_codes(models, file, key, num_tokens):
+            found[prompt] = cached
             print(f"reference: {num_tokens} tokens, reused from {file}")
-    missing = {key: (file, prompt) for key, file, prompt in zip(keys, files, args.prompts, strict=True)}
-    missing = {key: value for key, value in missing.items() if key not in found}
+    missing = [prompt for prompt in dict.fromkeys(args.prompts) if prompt not in found]
     for some in parts(len(missing), PROMPTS_AT_ONCE):
-        together = list(missing)[some]
-        prompts = [missing[key][1] for key in together]
-        codes, seconds = generate_visual_codes(models, prompts, num_tokens, args)
+        codes, seconds = generate_visual_codes(models, missing[some], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
-        for key, row in zip(together, codes.split(1), strict=True):
-            found[key] = row.cpu(), seconds / len(together)
-            write_cached_codes(missing[key][0], *found[key], key)
-    return torch.cat([found[key][0] for key in keys]), sum(seconds for _, seconds in found.values())
+        for prompt, row in zip(missing[some], codes.cpu().split(1), strict=True):
+            found[prompt] = row, seconds / len(codes)
+            write_cached_codes(*cache_entry(models, args, prompt, num_tokens), *found[prompt])
+    return torch.cat([found[prompt][0] for prompt in args.prompts]), sum(seconds for _, seconds in found.values())
 
 
-def controlled(codes: Tensor, control: str | None, codebook_size: int, seed: int) -> Tensor:
-    """The targets [B, N] of a control: as many codes by chance, or the same ones in other places; else themselves."""
-    rng = torch.Generator().manual_seed(seed)
-    if control == "random":
-        return torch.randint(codebook_size, codes.shape, generator=rng)
-    if control == "shuffled":
-        return codes[:, torch.randperm(codes.shape[1], generator=rng)]
-    return codes
-
-
+@enough_memory_for("the untrained model")
 def untrained(models: Models, seed: int) -> Models:
     """The same architecture with fresh weights, drawn as before any training."""
     with torch.random.fork_rng(devices=[]):
@@ -880,9 +761,8 @@ def untrained(models: Models, seed: int) -> Models:
     return dataclasses.replace(models, generator=frozen(generator.to(models.device, models.generator.dtype)))
 
 
-def reference_key(models: Models, args: argparse.Namespace, prompt: str, num_tokens: int) -> str:
-    """Stands for everything that determines the reference's tokens."""
-    names = ("cfg_scale", "temperature", "top_k", "top_p", "seed")
+def cache_entry(models: Models, args: argparse.Namespace, prompt: str, num_tokens: int) -> tuple[Path, str]:
+    """The cache's file for a reference, and its key: it stands for everything that determines the tokens."""
     settings = {
         "format": CACHE_FORMAT,
         "generator": models.fingerprint,
@@ -895,33 +775,32 @@ def reference_key(models: Models, args: argparse.Namespace, prompt: str, num_tok
         "templates": [conditional_prompt(""), unconditional_prompt()],
         "prompt": prompt,
         "compiled": compiles(models, num_tokens, args.compile),
-    } | {name: getattr(args, name) for name in names}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    } | {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p", "seed")}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors", key
 
 
-def read_cached_codes(file: Path, key: str, num_tokens: int, codebook_size: int) -> tuple[Tensor, float] | None:
-    """The cached codes [B, N] and their decoding time; None where there are none, with a warning if damaged."""
+def read_cached_codes(models: Models, file: Path, key: str, num_tokens: int) -> tuple[Tensor, float] | None:
+    """The cached codes [1, N] and their decoding time; None where there are none, with a warning if damaged."""
     if not file.exists():
         return None
-    try:
-        with safe_open(file, "pt") as stored:
-            codes, metadata = stored.get_tensor("codes"), stored.metadata() or {}
+    with (
+        contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError),
+        safe_open(file, "pt") as stored,
+    ):
+        codes, metadata = stored.get_tensor("codes"), stored.metadata()
         seconds = float(metadata["autoregressive_seconds"])
         whole = metadata["key"] == key and codes.dtype == torch.int64 and codes.shape == (1, num_tokens)
-        in_range = bool(((codes >= 0) & (codes < codebook_size)).all())
-        if whole and in_range and 0 < seconds < math.inf:
+        if whole and models.has(codes) and 0 < seconds < math.inf:
             return codes, seconds
-    except (SafetensorError, OSError, KeyError, ValueError):
-        pass
     print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
     return None
 
 
-def write_cached_codes(file: Path, codes: Tensor, seconds: float, key: str) -> None:
+def write_cached_codes(file: Path, key: str, codes: Tensor, seconds: float) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as partial:
-        metadata = {"key": key, "autoregressive_seconds": repr(seconds)}
-        partial.write_bytes(to_safetensors({"codes": codes.cpu()}, metadata))
+        partial.write_bytes(to_safetensors({"codes": codes}, {"key": key, "autoregressive_seconds": repr(seconds)}))
 
 
 def compiles(models: Models, num_tokens: int, choice: str) -> bool:
@@ -946,23 +825,13 @@ def generate_visual_codes(
     The conditional and the unconditional prompt of every target run as one left-padded batch [2B, L] over one
     key/value cache, and only the visual rows of the head are computed: text ids can never be sampled.
     """
-    texts = [conditional_prompt(prompt) for prompt in prompts] + [unconditional_prompt()] * len(prompts)
-    prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
-    input_ids, attention_mask = left_pad(prompt_ids, models.device)  # [2B, L]
-    longest = models.generator.config.max_position_embeddings
-    if input_ids.shape[1] + num_tokens > longest:
-        raise UserError(
-            f"--prompt has {input_ids.shape[1]} tokens, and the image {num_tokens}: together they must stay within the "
-            f"model's {longest}; shorten the prompt"
-        )
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)  # [2B, L + N]; causality hides what is to come
-    visual_rows = slice(models.visual_offset, models.visual_offset + models.codebook_size)
-    visual_head = models.generator.lm_head.weight[visual_rows]  # [C, D]
+    input_ids, attention_mask = prompt_batch(models, prompts, num_tokens)  # [2B, L], [2B, L + N]
+    position_ids = (attention_mask[:, : input_ids.shape[1]].cumsum(1) - 1).clamp(min=0)
+    visual_head, _ = competing_head(models, "visual")  # [C, D]
     # A stream for each target: its picture does not depend on the others'.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
-    decode = decoding_step(models, num_tokens, args.compile)
+    one_more = decoding_step(models, num_tokens, args.compile)
 
     def last_hidden_states(layers: Callable, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[2B, D] after any number of new tokens [2B, L]; the cache grows by them."""
@@ -970,32 +839,37 @@ def generate_visual_codes(
         return layers(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
     # The clock is not to pay for first passes, nor for compiling.
-    for layers in (models.generator.model, decode, decode):
+    for layers in (models.generator.model, one_more, one_more):
         last_hidden_states(layers, input_ids[:, -1:], position_ids[:, -1:])
     cache.reset()
-    synchronise(models.device)
-    started = time.perf_counter()
+    started = time_on(models.device)
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
-        hidden_states = last_hidden_states(decode if codes else models.generator.model, input_ids, position_ids)
+        hidden_states = last_hidden_states(one_more if codes else models.generator.model, input_ids, position_ids)
         scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, C]
         if not codes and not scores.isfinite().all():
-            raise UserError(
-                "the generator's logits are not finite: try --dtype float32 or bfloat16; else its weights are damaged"
-            )
+            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
         input_ids = (codes[-1] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
         position_ids = position_ids[:, -1:] + 1
-    codes = torch.stack(codes, dim=1)
-    synchronise(models.device)
-    return codes, time.perf_counter() - started
+    return torch.stack(codes, dim=1), time_on(models.device) - started
 
 
-def left_pad(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of unequal lengths -> ids and mask, both [len(sequences), L], with the padding in front."""
-    length = max(map(len, sequences))
-    ids = torch.tensor([[0] * (length - len(row)) + row for row in sequences], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in sequences], device=device)
-    return ids, mask
+def prompt_batch(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Each prompt's ids, then as often the negative one's, padded in front: ids [2B, L], mask [2B, L + N].
+
+    Causality hides the N tokens that are to come. Raises UserError where the model has too few positions for them.
+    """
+    texts = [conditional_prompt(prompt) for prompt in prompts] + [unconditional_prompt()] * len(prompts)
+    prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
+    length, longest = max(map(len, prompt_ids)), models.generator.config.max_position_embeddings
+    if length + num_tokens > longest:
+        raise UserError(
+            f"--prompt has {length} tokens, and the image {num_tokens}: together they must stay within the model's "
+            f"{longest}; shorten the prompt"
+        )
+    ids = [[0] * (length - len(row)) + row for row in prompt_ids]
+    mask = [[0] * (length - len(row)) + [1] * (len(row) + num_tokens) for row in prompt_ids]
+    return torch.tensor(ids, device=models.device), torch.tensor(mask, device=models.device)
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1007,17 +881,28 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
     """Draws one index per row of scores [B, C] -> [B], each by its own generator; ties with the k-th score stay in."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
-    if top_k is not None and top_k < scores.shape[-1]:
-        kth_largest = scores.topk(top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < kth_largest, -math.inf)
+    if top_k is not None:
+        scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
-        ordered, order = scores.sort(descending=True)
-        probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability  # the share that the likelier codes hold already
-        beyond = before >= top_p  # in the order of likelihood
-        scores = scores.masked_fill(torch.empty_like(beyond).scatter(-1, order, beyond), -math.inf)
+        scores = TopPLogitsWarper(top_p)(None, scores)
     probability = scores.softmax(-1)
     return torch.cat([torch.multinomial(row, 1, generator=rng) for row, rng in zip(probability, rngs, strict=True)])
+
+
+def time_on(device: torch.device) -> float:
+    """Seconds on a clock, read when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def progress_bar(iterable, label: str, unit: str, **options) -> tqdm:
+    """Lively on a terminal, a line a half-minute in a log file."""
+    lively = sys.stderr.isatty()
+    interval = 0.1 if lively else 30
+    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1081,13 +966,15 @@ class Optimisation:
     def mean_best_accuracy(self) -> float:
         return statistics.fmean(self.best_accuracy)
 
+    def reached(self, target_accuracy: float) -> bool:
+        return 0 < target_accuracy <= min(self.best_accuracy)
+
     def keep_the_best(self, accuracy: list[float], loss: list[float], target_accuracy: float) -> None:
         """Keeps the present embeddings where their accuracy is the highest yet, and among equals their loss lowest.
 
         A group's best is final once all its targets have reached `target_accuracy`, as the run would end there alone.
         """
-        batch, groups = len(accuracy), self.proto_tokens.groups
-        for members in parts(batch, batch // groups):
+        for members in parts(len(accuracy), len(accuracy) // self.proto_tokens.groups):
             if min(self.best_accuracy[members]) >= target_accuracy:
                 continue
             before = (False, statistics.fmean(self.best_accuracy[members]), -statistics.fmean(self.best_loss[members]))
@@ -1108,6 +995,19 @@ def initial_proto_tokens(
     m = torch.randn(1, hidden_size, generator=rng) * scale
     e_t = torch.randn(1, num_e_tokens, hidden_size, generator=rng) * scale
     return ProtoTokens(e_t.repeat(batch, 1, 1), m.repeat(batch if own_m else 1, 1))
+
+
+def new_optimisation(
+    models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
+) -> Optimisation:
+    """An optimisation before its first step; `given_m` [1, D] stays as it is."""
+    sizes = batch, args.num_e_tokens, models.hidden_size
+    start = initial_proto_tokens(*sizes, args.initial_scale, args.seed, args.m == "own")
+    e_t, m = (each.to(models.device) for each in (start.e_t, start.m if given_m is None else given_m))
+    proto_tokens = ProtoTokens(e_t.requires_grad_(), m.requires_grad_(given_m is None))
+    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=args.betas, weight_decay=0.0)
+    nothing_yet = {"best_step": [0] * batch, "best_accuracy": [-1.0] * batch, "best_loss": [math.inf] * batch}
+    return Optimisation(proto_tokens, optimizer, proto_tokens.copy(), **nothing_yet)
 
 
 def one_pass_hidden_states(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int) -> Tensor:
@@ -1137,12 +1037,10 @@ def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -
     softmax(logits) @ head - head[target], so its first term is such a sum too.
     """
     budget = LOGITS_AT_ONCE["cuda" if head.is_cuda else "cpu"]
-    found = [
-        cross_entropy_of_positions(positions, head, targets, max(1, budget // len(positions)))
-        for positions, targets in zip(
-            hidden_states.flatten(0, 1).split(POSITIONS_AT_ONCE), target.flatten().split(POSITIONS_AT_ONCE), strict=True
-        )
-    ]
+    pairs = zip(
+        *(each.split(POSITIONS_AT_ONCE) for each in (hidden_states.flatten(0, 1), target.flatten())), strict=True
+    )
+    found = [cross_entropy_of_positions(some, head, ids, max(1, budget // len(some))) for some, ids in pairs]
     losses, gradient, ranks = (torch.cat(part) for part in zip(*found, strict=True))
     return losses.view_as(target), (gradient / target.shape[1]).view_as(hidden_states), ranks.view_as(target)
 
@@ -1151,10 +1049,8 @@ def cross_entropy_of_positions(
     hidden_states: Tensor, head: Tensor, target: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [P], the gradient [P, D] of each one's own loss, and ranks [P] of hidden_states [P, D] and target [P]."""
-    # Rounded as the chunks' logits will be, so that they compare.
-    target_logits = (
-        (hidden_states.float() * head[target].float()).sum(-1, keepdim=True).to(head.dtype).float()
-    )  # [P, 1]
+    # [P, 1], rounded as the chunks' logits will be, so that they compare.
+    target_logits = (hidden_states.float() * head[target].float()).sum(-1, keepdim=True).to(head.dtype).float()
     largest, total = target_logits, torch.zeros_like(target_logits)
     weighted_rows = torch.zeros_like(hidden_states, dtype=torch.float32)  # [P, D]
     at_least_as_likely = torch.zeros_like(target)
@@ -1185,26 +1081,6 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def new_optimisation(
-    models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
-) -> Optimisation:
-    """An optimisation before its first step; `given_m` [1, D] stays as it is."""
-    start = initial_proto_tokens(
-        batch, args.num_e_tokens, models.hidden_size, args.initial_scale, args.seed, args.m == "own"
-    )
-    m = start.m if given_m is None else given_m
-    proto_tokens = ProtoTokens(
-        start.e_t.to(models.device).requires_grad_(), m.to(models.device).requires_grad_(given_m is None)
-    )
-    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=args.betas, weight_decay=0.0)
-    nothing_yet = {"best_step": [0] * batch, "best_accuracy": [-1.0] * batch, "best_loss": [math.inf] * batch}
-    return Optimisation(proto_tokens, optimizer, proto_tokens.copy(), **nothing_yet)
-
-
-def target_is_reached(state: Optimisation, args: argparse.Namespace) -> bool:
-    return 0 < args.target_accuracy <= min(state.best_accuracy)
-
-
 def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
     config = models.generator.config
@@ -1213,24 +1089,21 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     return of_all * num_tokens * models.generator.dtype.itemsize
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device, where it can be asked; None elsewhere."""
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on the device, where it can be asked; else without end."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    return None
+    with contextlib.suppress(OSError, AttributeError):
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
 
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
     """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets at once."""
-    free = free_bytes(models.device)
-    budget = math.inf if free is None else 0.8 * free
+    budget = 0.8 * free_bytes(models.device)
     recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
-    fitting = budget / step_bytes(models, num_tokens, recomputes)
-    return recomputes, max(1, int(min(batch, fitting)))
+    return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
 
 
 def set_gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> None:
@@ -1268,15 +1141,10 @@ def parts(count: int, at_once: int) -> list[slice]:
 def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
     """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
     groups = proto_tokens.groups
-    squares = proto_tokens.e_t.grad.square().flatten(1).sum(1).view(groups, -1).sum(1)
-    if proto_tokens.m.grad is not None:
-        squares = squares + proto_tokens.m.grad.square().sum(1)
-    norms = squares.sqrt()
-    if limit:
-        factor = (limit / (norms + 1e-6)).clamp(max=1)
-        proto_tokens.e_t.grad *= factor.repeat_interleave(len(proto_tokens.e_t) // groups)[:, None, None]
-        if proto_tokens.m.grad is not None:
-            proto_tokens.m.grad *= factor[:, None]
+    gradients = [each.grad.view(groups, -1) for each in proto_tokens.learning]
+    norms = torch.cat(gradients, dim=1).norm(dim=1)
+    for gradient in gradients if limit else ():
+        gradient *= (limit / (norms + 1e-6)).clamp(max=1)[:, None]
     return norms
 
 
@@ -1293,15 +1161,15 @@ def optimise_proto_tokens(
     head, first_code = competing_head(models, args.vocabulary)
     recomputes, at_once = memory_plan(models, batch, num_tokens, args.gradient_checkpointing)
     set_gradient_checkpointing(models.generator, recomputes)
-    while state.step < args.num_steps and not target_is_reached(state, args):
+    while state.step < args.num_steps and not state.reached(args.target_accuracy):
         started = time.perf_counter()
         rate = rate_at(state.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
         state.optimizer.param_groups[0]["lr"] = rate
         losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code, at_once)
         with torch.no_grad():
             grad_norm = clip_gradients(proto_tokens, args.grad_clip).mean()
-            norms = (proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean(), grad_norm)
-            of_targets = (losses.mean(1), (target_rank == 0).sum(1), (target_rank < 5).sum(1))
+            norms = proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean(), grad_norm
+            of_targets = losses.mean(1), (target_rank == 0).sum(1), (target_rank < 5).sum(1)
             measured = torch.cat((*of_targets, torch.stack(norms))).tolist()  # the step's one host sync
         if not math.isfinite(sum(measured)):
             state.diverged = True
@@ -1312,19 +1180,26 @@ def optimise_proto_tokens(
         state.optimizer.step()
         state.step += 1
         state.seconds += time.perf_counter() - started
-        row = {
-            "step": state.step,
-            "train/loss": statistics.fmean(loss),
-            "train/accuracy": statistics.fmean(accuracy),
-            "train/top5_accuracy": 100 * sum(in_top5) / codes.numel(),
-            "train/correct_tokens": int(sum(correct)),
-            "train/best_accuracy": state.mean_best_accuracy,
-            "train/learning_rate": rate,
-        } | dict(zip(("embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"), measured[-3:], strict=True))
-        for k in range(batch) if batch > 1 else ():
-            row |= {f"targets/{k}/loss": loss[k], f"targets/{k}/accuracy": accuracy[k]}
-            row |= {f"targets/{k}/best_accuracy": state.best_accuracy[k]}
-        yield row
+        yield history_row(state, loss, accuracy, 100 * sum(in_top5) / codes.numel(), int(sum(correct)), measured[-3:])
+
+
+def history_row(
+    state: Optimisation, loss: list[float], accuracy: list[float], top5: float, correct: int, norms: list[float]
+) -> dict[str, float]:
+    """A step's numbers by their W&B names; loss and accuracy [B], norms of e_t, m and the gradient."""
+    row = {
+        "step": state.step,
+        "train/loss": statistics.fmean(loss),
+        "train/accuracy": statistics.fmean(accuracy),
+        "train/top5_accuracy": top5,
+        "train/correct_tokens": correct,
+        "train/best_accuracy": state.mean_best_accuracy,
+        "train/learning_rate": state.optimizer.param_groups[0]["lr"],
+    } | dict(zip(("embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"), norms, strict=True))
+    for k in range(len(loss)) if len(loss) > 1 else ():
+        own = {"loss": loss[k], "accuracy": accuracy[k], "best_accuracy": state.best_accuracy[k]}
+        row |= {f"targets/{k}/{name}": value for name, value in own.items()}
+    return row
 
 
 def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
@@ -1337,9 +1212,7 @@ def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
     failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
     if failed - held <= 1 or failed <= shortest:
         return None
-    if failed > longest:
-        return min(max(2 * held, shortest), longest)
-    return max((held + failed) // 2, shortest)
+    return max(shortest, min(2 * held, longest) if failed > longest else (held + failed) // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1374,17 +1247,14 @@ def reconstruct(
     """
     seconds = []
     for _ in range(repeats):
-        synchronise(models.device)
-        started = time.perf_counter()
+        started = time_on(models.device)
         hidden_states = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1])  # [B, N, D]
-        ids, predicted_codes, target_rank = predict(models, hidden_states, codes, vocabulary)
-        synchronise(models.device)
-        seconds.append(time.perf_counter() - started)
+        predicted = predict(models, hidden_states, codes, vocabulary)
+        seconds.append(time_on(models.device) - started)
     head, first_code = competing_head(models, vocabulary)
     losses, *_ = chunked_cross_entropy(hidden_states, head, codes + first_code)
-    pixels = decode_codes(models.vq_decoder, predicted_codes)
-    one_pass_seconds = statistics.median(seconds[1:] or seconds)
-    return Reconstruction(ids, predicted_codes, target_rank, losses, pixels, one_pass_seconds)
+    pixels = decode_codes(models.vq_decoder, predicted[1])
+    return Reconstruction(*predicted, losses, pixels, statistics.median(seconds[1:] or seconds))
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor, vocabulary: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -1426,15 +1296,16 @@ def information(
     prompt, and under the negative one. proto: what remains under one pass over the learned embeddings. The gain,
     unprompted - proto, is what the embeddings tell the generator of its target.
     """
-    under_prompt, unprompted = [], []
-    for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
-        under_prompt.append(teacher_forced_bits(models, conditional_prompt(prompt), codes, vocabulary))
-        unprompted.append(teacher_forced_bits(models, unconditional_prompt(), codes, vocabulary))
+
+    def bits_behind(texts: list[str]) -> list[float]:
+        pairs = zip(texts, reference.codes, strict=True)
+        return [teacher_forced_bits(models, text, codes, vocabulary) for text, codes in pairs]
+
+    unprompted = bits_behind([unconditional_prompt()] * len(reference.prompts))
     remaining = (reconstruction.losses.sum(1) / math.log(2)).tolist()
-    uniform = reference.codes.shape[1] * math.log2(models.codebook_size)
     return {
-        "target_bits_uniform": [uniform] * len(remaining),
-        "target_bits_autoregressive": under_prompt,
+        "target_bits_uniform": [reference.codes.shape[1] * math.log2(models.codebook_size)] * len(remaining),
+        "target_bits_autoregressive": bits_behind([conditional_prompt(prompt) for prompt in reference.prompts]),
         "target_bits_unprompted": unprompted,
         "proto_bits": remaining,
         "information_gain_bits": [before - after for before, after in zip(unprompted, remaining, strict=True)],
@@ -1460,23 +1331,23 @@ def summarise(
     targets/<k>/. What only an optimisation knows is left out where none took place.
     """
     batch, num_tokens = reference.codes.shape
-    errors = reconstruction.num_errors
-    best_accuracy = [100 * (num_tokens - count) / num_tokens for count in errors]  # of the embeddings as stored
-    mean_bits = {name: statistics.fmean(values) for name, values in bits.items()}
-    summary = {
-        "best_accuracy": statistics.fmean(best_accuracy),
-        "num_errors": sum(errors),
-        "error_rate": 100 * sum(errors) / (batch * num_tokens),
+    of_targets = {  # [B] each; of the embeddings as stored
+        "best_accuracy": [100 * (num_tokens - count) / num_tokens for count in reconstruction.num_errors],
+        "num_errors": reconstruction.num_errors,
+        "psnr": [psnr(*pair) for pair in zip(reconstruction.pixels, reference.pixels, strict=True)],
+    } | bits
+    summary = {name: statistics.fmean(values) for name, values in of_targets.items()} | {
+        "num_errors": sum(reconstruction.num_errors),
+        "error_rate": 100 * sum(reconstruction.num_errors) / reference.codes.numel(),
         "total_params": total_params,
-        "status": status_of(statistics.fmean(best_accuracy)),
         "num_tokens": num_tokens,
         "num_targets": batch,
         "num_e_tokens": state.best.e_t.shape[1],
         "one_pass_seconds": reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.pixels, reference.pixels),
-        **mean_bits,
-        "bits_per_parameter": batch * mean_bits["information_gain_bits"] / total_params,
     }
+    summary["status"] = status_of(summary["best_accuracy"])
+    summary["bits_per_parameter"] = batch * summary["information_gain_bits"] / total_params
     if state.history:
         last = state.history[-1]
         summary |= {
@@ -1491,15 +1362,8 @@ def summarise(
         summary["autoregressive_seconds"] = reference.autoregressive_seconds
         summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
     for k in range(batch) if batch > 1 else ():
-        own = {"best_accuracy": best_accuracy[k], "num_errors": errors[k]}
-        own["psnr"] = psnr(reconstruction.pixels[k], reference.pixels[k])
-        own |= {name: values[k] for name, values in bits.items()}
-        summary |= {f"targets/{k}/{name}": value for name, value in own.items()}
+        summary |= {f"targets/{k}/{name}": values[k] for name, values in of_targets.items()}
     return summary
-
-
-def likeness(decibels: float) -> str:
-    return f"PSNR {decibels:.1f} dB" if math.isfinite(decibels) else "identical picture"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1507,6 +1371,16 @@ def likeness(decibels: float) -> str:
 
 SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
+STYLE = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
+STYLE |= {"axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False}
+STYLE |= {
+    "figure.constrained_layout.h_pad": 0.08,
+    "legend.fontsize": 9,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+}
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -1529,112 +1403,135 @@ def caption_of(prompt: str) -> str:
     return one_line if len(one_line) <= 72 else one_line[:71] + "…"
 
 
+def likeness(decibels: float) -> str:
+    return f"PSNR {decibels:.1f} dB" if math.isfinite(decibels) else "identical picture"
+
+
+def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> None:
+    axis.imshow(image, interpolation="antialiased")
+    axis.set_title(title, loc="center")
+    axis.set_xlabel(detail, fontsize=10, labelpad=6)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+@matplotlib.rc_context(STYLE)
 def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.Image, summary: dict) -> Image.Image:
     """Reference and reconstruction side by side, with accuracy and PSNR."""
-    figure = Figure(figsize=(8.4, 5.1), dpi=150, facecolor="white")
-    axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07})
-    total = summary["num_tokens"]
-    correct = total - summary["num_errors"]
-    accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %)"
-    one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
-    embeddings = "two" if summary["num_e_tokens"] == 1 else summary["num_e_tokens"] + 1
-    captions = (
-        (reference, "reference", f"{total} tokens{one_by_one}"),
-        (reconstruction, f"one forward pass over {embeddings} embeddings", f"{accuracy}, {likeness(summary['psnr'])}"),
+    figure = Figure(figsize=(8.4, 5.1), dpi=150)
+    left, right = figure.subplots(
+        1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07}
     )
-    for axis, (image, title, detail) in zip(axes, captions, strict=True):
-        axis.imshow(image, interpolation="antialiased")
-        axis.set_title(title, fontsize=11, color=INK)
-        axis.set_xlabel(detail, fontsize=10, color=INK, labelpad=6)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    figure.suptitle(caption_of(prompt), fontsize=13, fontweight="bold", color=INK, y=0.965, parse_math=False)
+    total, embeddings = summary["num_tokens"], summary["num_e_tokens"] + 1
+    correct = total - summary["num_errors"]
+    one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
+    accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
+    show(left, reference, "reference", f"{total} tokens{one_by_one}")
+    show(
+        right, reconstruction, f"one forward pass over {'two' if embeddings == 2 else embeddings} embeddings", accuracy
+    )
+    figure.suptitle(caption_of(prompt), fontsize=13, fontweight="bold", y=0.965, parse_math=False)
     return render(figure)
 
 
-def paint_errors(axis: Axes, reference: Image.Image, target_rank: Tensor) -> np.ndarray:
-    """The latent grid over a faint reference, wrong tokens marked; returns each one's level: 0 right, 1 near, 2 far."""
+def mark_errors(reference: Image.Image, target_rank: Tensor, size: int = 768) -> Image.Image:
+    """The latent grid over a faint reference: a wrong token is orange with its target in the top 5, else red."""
     side = math.isqrt(target_rank.numel())
-    rank = target_rank.view(side, side).cpu().numpy()
-    level = np.where(rank == 0, 0, np.where(rank < 5, 1, 2))
-    whitened = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.55)
-    axis.imshow(whitened, extent=(0, side, side, 0), interpolation="antialiased")
-    colours = ListedColormap([(0, 0, 0, 0), ORANGE, RED])
-    axis.imshow(level, extent=(0, side, side, 0), cmap=colours, vmin=0, vmax=2, alpha=0.7, interpolation="nearest")
-    axis.set_xticks(range(side + 1), labels=[])
-    axis.set_yticks(range(side + 1), labels=[])
-    axis.tick_params(length=0)
-    axis.grid(color="white", linewidth=max(0.15, 6.4 / side), alpha=0.9)
-    axis.spines[:].set_visible(False)
-    return level
+    level = np.digitize(target_rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
+    colours = np.array([(0, 0, 0, 0), *((*ImageColor.getrgb(colour), 178) for colour in (ORANGE, RED))], dtype=np.uint8)
+    marks = Image.fromarray(colours[level]).resize((size, size), Image.Resampling.NEAREST)
+    faint = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.55).resize((size, size)).convert("RGBA")
+    marked = Image.alpha_composite(faint, marks).convert("RGB")
+    for line in range(side + 1):
+        at = line * size // side
+        ImageDraw.Draw(marked).line([(at, 0), (at, size)], "white", max(1, 32 // side))
+        ImageDraw.Draw(marked).line([(0, at), (size, at)], "white", max(1, 32 // side))
+    return marked
 
 
+@matplotlib.rc_context(STYLE)
 def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.Image:
     """The wrong tokens of one target, marked by how near the right ones came. target_rank: [N]."""
-    figure = Figure(figsize=(5.6, 6.1), dpi=150, facecolor="white")
+    figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
-    level = paint_errors(axis, reference, target_rank)
-    num_errors = int((level > 0).sum())
-    title = f"{num_errors} of {level.size} tokens wrong ({100 * num_errors / level.size:.1f} %)"
-    axis.set_title(title, fontsize=13, fontweight="bold", color=INK, pad=10)
-    for x, colour, label in (
-        (0.06, ORANGE, f"{int((level == 1).sum())} with the target among the top 5"),
-        (0.6, RED, f"{int((level == 2).sum())} farther off"),
-    ):
+    wrong, far = int((target_rank > 0).sum()), int((target_rank >= 5).sum())
+    show(axis, mark_errors(reference, target_rank))
+    title = f"{wrong} of {target_rank.numel()} tokens wrong ({100 * wrong / target_rank.numel():.1f} %)"
+    axis.set_title(title, fontsize=13, fontweight="bold", loc="center", pad=10)
+    near = f"{wrong - far} with the target among the top 5"
+    for x, colour, label in ((0.06, ORANGE, near), (0.6, RED, f"{far} farther off")):
         figure.text(x, 0.045, "■", color=colour, fontsize=14, va="center")
-        figure.text(x + 0.045, 0.045, label, color=INK, fontsize=10, va="center")
+        figure.text(x + 0.045, 0.045, label, fontsize=10, va="center")
     return render(figure)
 
 
-def draw_contact_sheet(targets: list[dict], target_rank: Tensor) -> Image.Image:
-    """A row for each target: prompt and accuracy, reference, reconstruction, error map. target_rank: [B, N]."""
-    count, targets = len(targets), targets[:SHOWN_TARGETS]
-    row_height, width = 2.3, 10.6
-    height = row_height * len(targets) + 0.5
-    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+@matplotlib.rc_context(STYLE)
+def draw_contact_sheet(targets: list[dict]) -> Image.Image:
+    """A row for each target: prompt and accuracy, reference, reconstruction, error map."""
+    shown = targets[:SHOWN_TARGETS]
+    figure = Figure(figsize=(10.6, 2.3 * len(shown) + 0.6), dpi=110, layout="constrained")
+    rows = figure.subplots(len(shown), 4, squeeze=False, width_ratios=(1.25, 1, 1, 1))
+    if len(shown) < len(targets):
+        figure.suptitle(f"the first {len(shown)} of {len(targets)} targets", fontsize=11)
     titles = ("reference", "one forward pass", "wrong tokens")
-    if count > len(targets):
-        note = f"the first {len(targets)} of {count} targets"
-        figure.text(0.02, 1 - 0.25 / height, note, fontsize=11, color=INK, va="center")
-    for row, target in enumerate(targets):
-        bottom = 1 - (0.45 + row_height * (row + 1)) / height
-        size = (row_height - 0.15) / width, (row_height - 0.15) / height
-        axes = [figure.add_axes((0.33 + 0.222 * column, bottom, *size)) for column in range(3)]
-        for axis, name in zip(axes, ("reference", "reconstruction"), strict=False):
-            axis.imshow(target[name], interpolation="antialiased")
-            axis.axis("off")
-        paint_errors(axes[2], target["reference"], target_rank[row])
-        for axis, title in zip(axes, titles, strict=True) if row == 0 else ():
-            axis.set_title(title, fontsize=11, color=INK)
+    for row, (axes, target) in enumerate(zip(rows, shown, strict=True)):
         words = textwrap.fill(caption_of(target["prompt"]), 30)
-        middle = bottom + size[1] / 2
-        figure.text(0.02, middle, words, fontsize=11, color=INK, va="bottom", fontweight="bold", parse_math=False)
-        figure.text(0.02, middle - 0.06 / height, f"{target['accuracy']:.1f} %", fontsize=11, color=INK, va="top")
+        axes[0].axis("off")
+        axes[0].text(0, 0.52, words, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
+        axes[0].text(0, 0.48, f"{target['accuracy']:.1f} %", fontsize=11, va="top")
+        for axis, name, title in zip(axes[1:], ("reference", "reconstruction", "error_map"), titles, strict=True):
+            show(axis, target[name], title if row == 0 else "")
     return render(figure)
 
 
+@matplotlib.rc_context(STYLE)
 def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> Image.Image:
     """Best accuracy of each trial against its number of tokens."""
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axis = figure.subplots()
-    ordered = sorted(trials, key=lambda trial: trial["num_tokens"])
-    counts = [trial["num_tokens"] for trial in ordered]
-    axis.plot(counts, [trial["best_accuracy"] for trial in ordered], color=FAINT, linewidth=1, zorder=1)
-    for reached, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
-        dots = [(t["num_tokens"], t["best_accuracy"]) for t in ordered if t["reached"] is reached]
-        if dots:
-            axis.scatter(*zip(*dots, strict=True), color=colour, s=34, label=label, zorder=2)
+    dots = sorted((trial["num_tokens"], trial["best_accuracy"], trial["reached"]) for trial in trials)
+    counts = [count for count, *_ in dots]
+    axis.plot(counts, [accuracy for _, accuracy, _ in dots], color=FAINT, linewidth=1, zorder=1)
+    for outcome, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
+        x, y = [[dot[i] for dot in dots if dot[2] is outcome] for i in (0, 1)]
+        axis.scatter(x, y, color=colour, s=34, label=label, zorder=2)
     axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
     axis.set_xscale("log", base=2)
     ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
     axis.set_xticks(ticks, labels=map(str, ticks))
-    axis.set_ylim(-2, 104)
-    axis.set_xlabel("tokens of the target, from its beginning", fontsize=10, color=INK)
-    axis.set_ylabel("best token accuracy (%)", fontsize=10, color=INK)
-    axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold", color=INK, loc="left")
-    axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    axis.set(ylim=(-2, 104), xlabel="tokens of the target, from its beginning", ylabel="best token accuracy (%)")
+    axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold")
+    axis.grid()
+    axis.legend(loc="lower left")
+    return render(figure)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
+    """Loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
+    figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
+    axes = figure.subplot_mosaic("AAABBB;CCDDEE")
+    for panel, scale, title, lines in (
+        ("A", "log", "cross-entropy (nats per token)", {"train/loss": ("loss", BLUE)}),
+        ("B", "linear", "token accuracy (%)", {
+            "train/top5_accuracy": ("top-5", GREEN),
+            "train/accuracy": ("top-1", BLUE),
+            "train/best_accuracy": ("best top-1", ORANGE),
+        }),
+        ("C", "linear", "embedding norms (L2)",
+         {"embeddings/e_t_norm": ("e_t", BLUE), "embeddings/m_norm": ("m", ORANGE)}),
+        ("D", "log", "gradient norm before clipping", {"gradients/grad_norm": ("gradient", BLUE)}),
+        ("E", "linear", "learning rate", {"train/learning_rate": ("rate", BLUE)}),
+    ):  # fmt: skip
+        for key, (label, colour) in lines.items():
+            marker = "o" if len(history) == 1 else None  # a single row has no line to draw
+            points = [row["step"] for row in history], [row[key] for row in history]
+            axes[panel].plot(*points, color=colour, linewidth=1.4, label=label, marker=marker)
+        axes[panel].set(title=title, yscale=scale, xlabel="step" if panel in "CDE" else "")
+        axes[panel].grid()
+        if len(lines) > 1:
+            axes[panel].legend()
+    axes["B"].set_ylim(-2, 102)
     return render(figure)
 
 
@@ -1649,79 +1546,8 @@ def tiled(images: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
-    """Loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
-    steps = [row["step"] for row in history]
-    figure = Figure(figsize=(11, 6.6), dpi=130, facecolor="white", layout="constrained")
-    axes = figure.subplot_mosaic("AAABBB;CCDDEE")
-
-    def panel(name: str, title: str, lines: list[tuple[str, str, str]], log: bool = False) -> None:
-        axis = axes[name]
-        # A single row has no line to draw: it gets a dot.
-        marker = "o" if len(steps) == 1 else None
-        for key, label, colour in lines:
-            axis.plot(steps, [row[key] for row in history], color=colour, linewidth=1.4, label=label, marker=marker)
-        axis.set_title(title, fontsize=11, color=INK, loc="left")
-        axis.set_yscale("log" if log else "linear")
-        axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(which="both", labelsize=8, colors=INK)
-        if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=9)
-
-    panel("A", "cross-entropy (nats per token)", [("train/loss", "loss", BLUE)], log=True)
-    accuracies = [
-        ("top5_accuracy", "top-5", GREEN),
-        ("accuracy", "top-1", BLUE),
-        ("best_accuracy", "best top-1", ORANGE),
-    ]
-    panel("B", "token accuracy (%)", [(f"train/{key}", label, colour) for key, label, colour in accuracies])
-    axes["B"].set_ylim(-2, 102)
-    panel("C", "embedding norms (L2)", [("embeddings/e_t_norm", "e_t", BLUE), ("embeddings/m_norm", "m", ORANGE)])
-    panel("D", "gradient norm before clipping", [("gradients/grad_norm", "gradient", BLUE)], log=True)
-    panel("E", "learning rate", [("train/learning_rate", "rate", BLUE)])
-    for name in "CDE":
-        axes[name].set_xlabel("step", fontsize=9, color=INK)
-    return render(figure)
-
-
-def draw_targets(reference: Reference, reconstruction: Reconstruction) -> list[dict]:
-    """Each target's prompt, pictures and accuracy: a row of the contact sheet and of W&B's table."""
-    num_tokens = reference.codes.shape[1]
-    targets = []
-    for k, prompt in enumerate(reference.prompts):
-        picture = to_image(reference.pixels[k])
-        targets.append({
-            "prompt": prompt,
-            "reference": picture,
-            "reconstruction": to_image(reconstruction.pixels[k]),
-            "error_map": draw_token_error_map(picture, reconstruction.target_rank[k]),
-            "accuracy": 100 - 100 * reconstruction.num_errors[k] / num_tokens,
-        })  # fmt: skip
-    return targets
-
-
-def draw_figures(
-    targets: list[dict], target_rank: Tensor, summary: dict, history: list[dict[str, float]]
-) -> dict[str, Image.Image]:
-    """Every picture of a run, by its W&B name; its file is that name with `.png`. Several targets are tiled."""
-    if len(targets) == 1:
-        (only,) = targets
-        comparison = draw_comparison(only["prompt"], only["reference"], only["reconstruction"], summary)
-    else:
-        comparison = draw_contact_sheet(targets, target_rank)
-    images = {
-        "reference_image": tiled([target["reference"] for target in targets]),
-        "reconstructed_image": tiled([target["reconstruction"] for target in targets]),
-        "comparison": comparison,
-        "token_error_map": tiled([target["error_map"] for target in targets]),
-    }
-    return images | ({"training_curves": draw_training_curves(history)} if history else {})
-
-
-def progress_frame(images: list[Image.Image], step: int, accuracy: float) -> Image.Image:
+def progress_frame(sheet: Image.Image, step: int, accuracy: float) -> Image.Image:
     """The reconstructions at a step, above a line that says which."""
-    sheet = tiled(images)
     width = max(256, sheet.width)
     frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
     frame.paste(sheet.resize((width, frame.height - 28), Image.Resampling.NEAREST))
@@ -1730,22 +1556,46 @@ def progress_frame(images: list[Image.Image], step: int, accuracy: float) -> Ima
     return frame
 
 
+def draw_results(
+    reference: Reference, reconstruction: Reconstruction, summary: dict, history: list[dict[str, float]]
+) -> tuple[dict[str, Image.Image], list[dict]]:
+    """Every picture of a run, by its W&B name, which with `.png` is its file's; and a row of W&B's table a target."""
+    ranks = reconstruction.target_rank
+    references, reconstructions = (list(map(to_image, each.pixels)) for each in (reference, reconstruction))
+    accuracy = (100 * (ranks == 0).float().mean(1)).tolist()
+    columns = reference.prompts, references, reconstructions, map(mark_errors, references, ranks), accuracy
+    names = "prompt", "reference", "reconstruction", "error_map", "accuracy"
+    targets = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    alone = reference.prompts[0], references[0], reconstructions[0], summary
+    images = {
+        "reference_image": tiled(references),
+        "reconstructed_image": tiled(reconstructions),
+        "comparison": draw_comparison(*alone) if len(targets) == 1 else draw_contact_sheet(targets),
+        "token_error_map": tiled(list(map(draw_token_error_map, references[:SHOWN_TARGETS], ranks))),
+    }
+    return images | ({"training_curves": draw_training_curves(history)} if history else {}), targets
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb")
 VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
-IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map", "capacity")
-# Settings of a run that its proto-tokens mean nothing without.
-TAKEN_OVER = ("image_size", "vocabulary", "control", "seed", "num_e_tokens", "m", "m_from")
-PROTO_TOKENS_FILE = "proto_tokens.safetensors"
-STATE_FILE = "interrupted_run.safetensors"
+STATE_FILE, PROTO_TOKENS_FILE = "interrupted_run.pt", "proto_tokens.safetensors"
 PROGRESS_FILE, TRIALS_FILE = "progress.gif", "capacity.csv"
-# All that a run writes; the summary, which says that the others are whole, is the first to go.
-RESULTS = ("summary.json", "config.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, STATE_FILE, PROGRESS_FILE)
+IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map", "capacity")
+# All that a run writes; what says that the others are whole, or where they stand, is the first to go.
+RESULTS = ("summary.json", STATE_FILE, "config.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, PROGRESS_FILE)
 RESULTS += tuple(f"{name}.png" for name in IMAGES)
 ABANDONED_SECONDS = 3600  # no file takes so long to write
-COUNTERS = ("step", "seconds", "best_step", "best_accuracy", "best_loss")
+# Of an optimisation, what an interrupted run's file holds beside tensors.
+CARRIED_OVER = ("step", "seconds", "best_step", "best_accuracy", "best_loss", "history", "frames", "trials")
+# Settings of a run that its proto-tokens mean nothing without, with their types.
+TAKEN_OVER = {"image_size": int, "vocabulary": str, "control": str | None, "seed": int, "num_e_tokens": int, "m": str}
+TAKEN_OVER |= {"m_from": str | None}
+# What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
+FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
+FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "prompts_file", "demo", "model_path", "vq_model_ckpt", "device"}
 
 
 @contextlib.contextmanager
@@ -1759,7 +1609,7 @@ def written_whole(file: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, file)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
+        raise UserError(f"cannot write {file}: {error.strerror or line_of(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -1768,11 +1618,10 @@ def written_whole(file: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Makes <save-dir>/<run-name>, tries that it can be written, and keeps other runs out of it. Raises UserError."""
-    folder = args.save_dir / args.wandb_run_name
-    needed = (folder, args.save_dir / CACHE_FOLDER, *reversed((args.save_dir, *args.save_dir.parents)))
-    made = [each for each in needed if not each.exists()]
+    folder, cache = args.save_dir / args.wandb_run_name, args.save_dir / CACHE_FOLDER
+    made = [each for each in (folder, cache, args.save_dir, *args.save_dir.parents) if not each.exists()]
     try:
-        for each in needed[:2]:
+        for each in (folder, cache):
             each.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=each):
                 pass
@@ -1789,7 +1638,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         raise UserError(f"another run is at work in {folder}: name this one with --wandb-run-name, or wait") from None
     finally:
         os.close(lock)
-        for each in (*made[:2], *reversed(made[2:])):
+        for each in made:
             with contextlib.suppress(OSError):
                 each.rmdir()  # only what this run made, and only what stayed empty
 
@@ -1808,32 +1657,18 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """All settings, what they resolved to, and the versions: everything needed to run it again."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     prompts = settings.pop("prompts")
-    settings["prompt"] = prompts[0] if len(prompts) == 1 else prompts
-    settings["images"] = list(map(str, args.images))
+    settings |= {"prompt": prompts[0] if len(prompts) == 1 else prompts, "images": list(map(str, args.images))}
     if args.m_from:
         settings["m_from_fingerprint"] = fingerprint_of(Path(args.m_from).parent, (Path(args.m_from).name,))
-    resolved = {
-        "device": str(models.device),
-        "dtype": str(models.generator.dtype).removeprefix("torch."),
-        "codebook_size": models.codebook_size,
-        "visual_offset": models.visual_offset,
-        "factor": models.factor,
-        "num_tokens": (args.image_size // models.factor) ** 2,
-        "hidden_size": models.hidden_size,
-        "generator_fingerprint": models.fingerprint,
-        "vq_fingerprint": models.vq_fingerprint,
-        "final_learning_rate": FINAL_RATE,
-    }
-    versions = {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONED}
-    versions["torch"] = torch.__version__  # says which build it is, too
-    return settings | resolved | {"versions": versions}
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    settings |= {name: getattr(models, name) for name in ("codebook_size", "visual_offset", "factor", "hidden_size")}
+    settings |= {"generator_fingerprint": models.fingerprint, "vq_fingerprint": models.vq_fingerprint}
+    settings |= {"device": str(models.device), "dtype": str(models.generator.dtype).removeprefix("torch.")}
+    settings |= {"num_tokens": models.num_tokens(args.image_size), "final_learning_rate": FINAL_RATE}
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return settings | {"versions": versions | {"torch": torch.__version__}}  # which says the build, too
 
 
 def write_text(file: Path, text: str) -> None:
@@ -1861,14 +1696,13 @@ def write_images(folder: Path, images: dict[str, Image.Image]) -> None:
             image.save(partial, format="PNG")
 
 
-def frame_images(models: Models, frame: dict) -> list[Image.Image]:
-    pixels = decode_codes(models.vq_decoder, torch.tensor(frame["codes"], device=models.device))
-    return [to_image(each) for each in pixels]
+def frame_sheet(models: Models, frame: dict) -> Image.Image:
+    return tiled([to_image(pixels) for pixels in decode_codes(models.vq_decoder, frame["codes"].to(models.device))])
 
 
 def write_progress(file: Path, models: Models, frames: list[dict]) -> None:
     """The reconstruction forming, as a moving picture that rests on its last frame."""
-    pictures = (progress_frame(frame_images(models, each), each["step"], each["accuracy"]) for each in frames)
+    pictures = (progress_frame(frame_sheet(models, each), each["step"], each["accuracy"]) for each in frames)
     durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
     with written_whole(file) as partial:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
@@ -1878,27 +1712,23 @@ def write_proto_tokens(
     file: Path, proto_tokens: ProtoTokens, target_ids: Tensor, settings: dict, predicted_ids: Tensor | None = None
 ) -> None:
     """e_t [B, K, D], m [1 or B, D], target and predicted token ids [B, N]; the settings as JSON in the metadata."""
-    tensors = {"e_t": proto_tokens.e_t, "m": proto_tokens.m, "target_ids": target_ids}
-    if predicted_ids is not None:
-        tensors["predicted_ids"] = predicted_ids
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = vars(proto_tokens) | {"target_ids": target_ids, "predicted_ids": predicted_ids}
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     with written_whole(file) as partial:
         partial.write_bytes(to_safetensors(stored, {"settings": json.dumps(settings)}))
 
 
-def remove_earlier_results(folder: Path) -> None:
-    """Results of an earlier run of the same name go before the first new one comes: never a mixture of two runs."""
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
+# ---- going on with an interrupted run
 
 
-# What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
-FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "prompts_file", "demo", "model_path", "vq_model_ckpt", "device"}
-
-
-def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:
-    """Raises UserError that names every setting in which the run to go on with differs."""
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether the run in `folder` has ended. Raises UserError where there is one with other settings."""
+    if not any((folder / name).exists() for name in ("summary.json", STATE_FILE)):
+        return False
+    try:
+        earlier = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew") from None
     settings = json.loads(json.dumps(settings))  # as the earlier ones were stored
     names = [name for name in settings if name not in FREE_TO_CHANGE and not name.startswith("wandb_")]
     changed = [f"{n} ({earlier.get(n)}, now {settings[n]})" for n in names if earlier.get(n) != settings[n]]
@@ -1907,172 +1737,96 @@ def refuse_other_settings(folder: Path, earlier: dict, settings: dict) -> None:
             f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
             "this run another --wandb-run-name, or leave out --resume to replace it"
         )
+    return (folder / "summary.json").exists()
 
 
-def is_finished(folder: Path, settings: dict) -> bool:
-    """Whether the run in `folder` has ended with these settings. Raises UserError where its settings are others."""
-    if not (folder / "summary.json").exists():
-        return False
-    refuse_other_settings(folder, read_json(folder / "config.json"), settings)
-    return True
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"{file} is missing or damaged: leave out --resume to run anew")
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """What an interrupted run left: tensors by name, numbers, lists, and the id of its W&B run."""
-
-    tensors: dict[str, Tensor]
-    numbers: dict[str, float | list[float]]
-    history: list[dict[str, float]]
-    frames: list[dict]
-    trials: list[dict]
-    run_id: str | None
-
-
-def write_state(file: Path, state: Optimisation, codes: Tensor, settings: dict, run_id: str | None) -> None:
-    tensors = {"codes": codes, "best.e_t": state.best.e_t, "best.m": state.best.m}
-    for name in ("e_t", "m"):
-        parameter = getattr(state.proto_tokens, name)
-        moments = state.optimizer.state.get(parameter, {})
-        tensors |= {name: parameter.detach()} | {f"{name}.{key}": moment for key, moment in moments.items()}
-    content = {name: getattr(state, name) for name in COUNTERS}
-    record = {"settings": settings, "numbers": content, "run_id": run_id}
-    record |= {name: getattr(state, name) for name in ("history", "frames", "trials")}
-    # As a tensor of bytes: the metadata of safetensors end at 100 MB.
-    tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+def write_state(file: Path, state: Optimisation, codes: Tensor, run_id: str | None) -> None:
+    content = {name: getattr(state, name) for name in CARRIED_OVER} | {"codes": codes, "run_id": run_id}
+    content |= {"proto_tokens": vars(state.proto_tokens.copy()), "best": vars(state.best)}
+    buffer = io.BytesIO()
+    torch.save(content | {"optimizer": state.optimizer.state_dict()}, buffer)
     with written_whole(file) as partial:
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        partial.write_bytes(to_safetensors(stored))
+        partial.write_bytes(buffer.getbuffer())
 
 
-def read_state(folder: Path, settings: dict) -> SavedState | None:
-    """The state of the interrupted run in `folder`; None where there is none. Raises UserError."""
-    file = folder / STATE_FILE
+def read_state(file: Path) -> dict | None:
+    """What `write_state` left, on the CPU; None where there is nothing. Raises UserError."""
     if not file.exists():
         return None
     try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
-        record = json.loads(tensors.pop("record").numpy().tobytes())
-        earlier = record.pop("settings")
-        saved = SavedState(tensors, **record)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in (*CARRIED_OVER, "codes", "run_id", "proto_tokens", "best", "optimizer")}
+    except Exception:  # whatever the bytes of a damaged file suggest
         raise UserError(f"{file} is damaged: leave out --resume to run anew") from None
-    refuse_other_settings(folder, earlier, settings)
-    return saved
 
 
-def restore_state(state: Optimisation, codes: Tensor, saved: SavedState) -> None:
-    """Puts a fresh optimisation where the interrupted one stood. Raises UserError where its target was another."""
-    if not torch.equal(saved.tensors["codes"], codes.cpu()):
-        raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
-    moments = {}
-    for index, name in enumerate(("e_t", "m")):
-        prefix = f"{name}."
-        getattr(state.proto_tokens, name).data.copy_(saved.tensors[name])
-        getattr(state.best, name).copy_(saved.tensors[f"best.{name}"])
-        moments[index] = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-    groups = state.optimizer.state_dict()["param_groups"]
-    moments = {index: found for index, found in moments.items() if found}  # none before a step, nor of a given m
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    for name in COUNTERS:
-        setattr(state, name, saved.numbers[name])
-    state.history, state.frames, state.trials = saved.history, saved.frames, saved.trials
+def restore_state(state: Optimisation, saved: dict) -> None:
+    """Puts a fresh optimisation where the interrupted one stood."""
+    for mine, stored in ((state.proto_tokens, saved["proto_tokens"]), (state.best, saved["best"])):
+        mine.e_t.data.copy_(stored["e_t"])
+        mine.m.data.copy_(stored["m"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    for name in CARRIED_OVER:
+        setattr(state, name, saved[name])
 
 
 # ---- an earlier run's proto-tokens
 
 
 def read_earlier_run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """What --from-proto-tokens names, whose settings then hold here too. Raises UserError."""
-    for option, file in (("--from-proto-tokens", args.from_proto_tokens), ("--m-from", args.m_from)):
-        if file and file.resolve().parent == folder.resolve():
-            raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
-    if not args.from_proto_tokens:
+    """The tensors and settings behind --from-proto-tokens, whose settings then hold here too, or behind --m-from.
+
+    Raises UserError where the file cannot serve, or lies where this run's own will.
+    """
+    option = "--from-proto-tokens" if args.from_proto_tokens else "--m-from"
+    file = args.from_proto_tokens or args.m_from
+    if not file:
         return None
-    tensors, settings = read_proto_tokens(args.from_proto_tokens, "--from-proto-tokens")
-    prompt = settings["prompt"]
-    args.prompts = [prompt] if isinstance(prompt, str) else prompt
-    for name in TAKEN_OVER:
-        setattr(args, name, settings[name])
-    return tensors, settings
-
-
-def read_proto_tokens(file: Path, option: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and settings of an earlier run's proto_tokens.safetensors. Raises UserError."""
+    if file.resolve().parent == folder.resolve():
+        raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in ("e_t", "m", "target_ids")}
             settings = json.loads(stored.metadata()["settings"])
+        prompts = [settings["prompt"]] if isinstance(settings["prompt"], str) else settings["prompt"]
         (batch, num_e_tokens, size), (batch_of_ids, num_tokens) = tensors["e_t"].shape, tensors["target_ids"].shape
-        prompts = 1 if isinstance(settings["prompt"], str) else len(settings["prompt"])
-        whole = tensors["m"].shape in ((1, size), (batch, size)) and batch == batch_of_ids == prompts
-        whole &= num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2 and settings.keys() >= set(TAKEN_OVER)
-        whole &= tensors["target_ids"].dtype == torch.int64 and bool(tensors["e_t"].isfinite().all())
-        if whole and bool(tensors["m"].isfinite().all()):
-            return tensors, settings
+        whole = batch == batch_of_ids == len(prompts) and tensors["m"].shape in ((1, size), (batch, size))
+        whole &= (
+            num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2 and tensors["target_ids"].dtype == torch.int64
+        )
+        whole &= all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
+        whole &= all(bool(tensors[name].isfinite().all()) for name in ("e_t", "m"))
     except FileNotFoundError:
         raise UserError(f"{option} {file}: there is no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        pass
-    raise UserError(f"{option} {file} is damaged or no proto_tokens.safetensors of a run")
+        whole = False
+    if not whole:
+        raise UserError(f"{option} {file} is damaged or no proto_tokens.safetensors of a run")
+    if args.from_proto_tokens:
+        vars(args).update({name: settings[name] for name in TAKEN_OVER}, prompts=prompts)
+    elif len(tensors["m"]) > 1:
+        raise UserError(f"--m-from {file} holds {len(tensors['m'])} m, one for each target: name a run that shares one")
+    return tensors, settings
 
 
-def refuse_other_models(
-    models: Models, args: argparse.Namespace, tensors: dict[str, Tensor], settings: dict, option: str
-) -> None:
+def refuse_other_models(models: Models, args: argparse.Namespace, tensors: dict[str, Tensor], settings: dict) -> None:
     """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
-
-    def fresh_weights(control: str | None, seed: int) -> str:
-        return f"seed {seed}" if control == "untrained" else "none"
-
     ours = {"hidden_size": models.hidden_size, "visual_offset": models.visual_offset}
     ours |= {"codebook_size": models.codebook_size, "generator_fingerprint": models.fingerprint}
     theirs = {name: settings.get(name) for name in ours}
-    ours["untrained control"] = fresh_weights(args.control, args.seed)
-    theirs["untrained control"] = fresh_weights(settings["control"], settings["seed"])
+    for known, control, seed in ((ours, args.control, args.seed), (theirs, settings["control"], settings["seed"])):
+        known["untrained control"] = f"seed {seed}" if control == "untrained" else "none"
     other = [f"{name} {theirs[name]}, not {value}" for name, value in ours.items() if theirs[name] != value]
-    if other:
-        raise UserError(f"{option}: the file was made for another model ({other[0]}): name that one")
     codes = tensors["target_ids"] - models.visual_offset
-    if tensors["m"].shape[1] != models.hidden_size or not ((codes >= 0) & (codes < models.codebook_size)).all():
-        raise UserError(f"{option}: the file is damaged: its tensors do not fit its own settings")
-
-
-def take_proto_tokens(models: Models, tensors: dict[str, Tensor], prompts: list[str]) -> tuple[Reference, Optimisation]:
-    """The stored targets, decoded, and the stored embeddings as a finished optimisation."""
-    codes = (tensors["target_ids"] - models.visual_offset).to(models.device)
-    reference = Reference(codes, None, decode_codes(models.vq_decoder, codes), prompts)
-    best = ProtoTokens(tensors["e_t"].to(models.device), tensors["m"].to(models.device))
-    return reference, Optimisation(best, None, best, [], [], [])
-
-
-def given_m(models: Models, args: argparse.Namespace) -> Tensor | None:
-    """The m [1, D] of --m-from. Raises UserError where that run has several, or another model's."""
-    if not args.m_from:
-        return None
-    tensors, settings = read_proto_tokens(args.m_from, "--m-from")
-    refuse_other_models(models, args, tensors, settings, "--m-from")
-    if len(tensors["m"]) != 1:
-        raise UserError(
-            f"--m-from {args.m_from} holds {len(tensors['m'])} m, one for each target: name a run that shares one"
-        )
-    return tensors["m"]
+    if not other and (tensors["m"].shape[1] != models.hidden_size or not models.has(codes)):
+        other = ["its tensors do not fit its own settings"]
+    if other:
+        option = "--from-proto-tokens" if args.from_proto_tokens else "--m-from"
+        raise UserError(f"{option}: the file is damaged or was made for another model ({other[0]}): name that one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking: the only place that touches Weights & Biases
-
 
 # Together they keep the time that a run can lose to a dead server under a minute.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
@@ -2087,8 +1841,7 @@ def tracked(args: argparse.Namespace, settings: dict, run_id: str | None) -> Ite
     if not (args.use_wandb or in_sweep()):
         yield None
         return
-    run = start_wandb(args, settings, run_id)
-    exit_code = 1
+    run, exit_code = start_wandb(args, settings, run_id), 1
     # Not `with run`: that prints a traceback of what is only a clear line to the user.
     try:
         yield run
@@ -2100,10 +1853,8 @@ def tracked(args: argparse.Namespace, settings: dict, run_id: str | None) -> Ite
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            print(
-                f"W&B: the server did not take everything in time; send the rest with: {sync_command(run)}",
-                file=sys.stderr,
-            )
+            rest = f"send the rest with: {sync_command(run)}"
+            print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
 
 
 def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
@@ -2112,26 +1863,33 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     import wandb
 
+    timeouts = {"init_timeout": WANDB_START_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS}
+    start = functools.partial(
+        wandb.init,
+        project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
+        entity=args.wandb_entity,
+        name=args.wandb_run_name,
+        group=args.wandb_group,
+        tags=args.wandb_tags,
+        config=settings,
+        id=run_id,
+        resume="allow" if run_id else None,
+        settings=wandb.Settings(**timeouts, finish_timeout_raises=True),
+    )
     mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
             wandb.login(verify=True)  # asks for a key on a terminal only
         except wandb.Error as error:
             mode = keep_offline(error)
-    options = {"entity": args.wandb_entity, "name": args.wandb_run_name, "group": args.wandb_group}
-    options |= {"tags": args.wandb_tags, "config": settings, "id": run_id, "resume": "allow" if run_id else None}
-    options["project"] = None if in_sweep() else args.wandb_project  # a sweep's runs belong to the sweep's project
-    options["settings"] = wandb.Settings(
-        init_timeout=WANDB_START_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, finish_timeout_raises=True
-    )
     try:
         try:
-            run = wandb.init(mode=mode, **options)
+            run = start(mode=mode)
         except wandb.errors.CommError as error:
             wandb.teardown()  # a service that failed once would fail an offline run too
-            run = wandb.init(mode=keep_offline(error), **options)
+            run = start(mode=keep_offline(error))
     except (wandb.Error, ValueError) as error:
-        raise UserError(f"W&B does not take these settings: {first_line(error)}") from None
+        raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
     run.define_metric("capacity/*", step_metric="capacity/num_tokens")
     for names in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
@@ -2141,7 +1899,7 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
 
 
 def keep_offline(error: Exception) -> str:
-    print(f"W&B: {first_line(error)}; this run is kept offline", file=sys.stderr)
+    print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
     return "offline"
 
 
@@ -2151,204 +1909,209 @@ def sync_command(run: object) -> str:
     return f"wandb sync {option}{shlex.quote(str(Path(run.settings.sync_dir)))}"
 
 
+def log(run: object | None, values: dict, step: int) -> None:
+    """A row of W&B's history, pictures as media; not what a resumed run had sent before it was interrupted."""
+    if run and step >= run.starting_step:
+        run.log({name: as_media(value) for name, value in values.items()}, step=step)
+
+
+def as_media(value: object) -> object:
+    import wandb
+
+    return wandb.Image(value) if isinstance(value, Image.Image) else value
+
+
 def log_step(run: object | None, row: dict[str, float]) -> None:
     """A row of the history; `best_accuracy` too, so that a sweep can stop a run early."""
+    values = {name: value for name, value in row.items() if name != "step"}
+    log(run, values | {"best_accuracy": row["train/best_accuracy"], "optimisation_step": row["step"]}, row["step"])
+
+
+def log_trial(run: object | None, trial: dict, count: int) -> None:
+    log(run, {f"capacity/{name}": value for name, value in trial.items()}, count)
+
+
+def log_frame(run: object | None, models: Models, frame: dict) -> None:
     if run:
-        values = {name: value for name, value in row.items() if name != "step"}
-        extra = {"best_accuracy": row["train/best_accuracy"], "optimisation_step": row["step"]}
-        run.log(values | extra, step=row["step"])
-
-
-def log_progress(run: object | None, image: Image.Image, step: int) -> None:
-    if run:
-        import wandb
-
-        run.log({"progress/reconstruction": wandb.Image(image, caption=f"step {step}")}, step=step)
-
-
-def log_trials(run: object | None, trials: list[dict], first: int) -> None:
-    """The trials of a search for the capacity from number `first` on, a row each."""
-    for index in range(first, len(trials)) if run else ():
-        run.log({f"capacity/{name}": value for name, value in trials[index].items()}, step=index + 1)
+        log(run, {"progress/reconstruction": frame_sheet(models, frame)}, frame["step"])
 
 
 def log_missing(run: object | None, models: Models, state: Optimisation) -> None:
     """After a resumption, the rows and pictures that the interrupted run had not sent."""
-    rows = {row["step"]: row for row in state.history}
-    frames = {frame["step"]: frame for frame in state.frames}
-    for step in sorted(rows.keys() | frames.keys()) if run else ():
-        if step >= run.starting_step and step in rows:
+    rows, frames = ({each["step"]: each for each in found} for found in (state.history, state.frames))
+    for step in sorted(rows.keys() | frames.keys()):
+        if step in rows:
             log_step(run, rows[step])
-        if step >= run.starting_step and step in frames:
-            log_progress(run, tiled(frame_images(models, frames[step])), step)
+        if step in frames:
+            log_frame(run, models, frames[step])
 
 
 def log_results(
-    run: object | None,
-    images: dict[str, Image.Image],
-    tables: dict[str, list[dict]],
-    summary: dict,
-    proto_tokens_file: Path | None = None,
+    run: object | None, images: dict[str, Image.Image], table: tuple[str, list[dict]], summary: dict, file: Path | None
 ) -> None:
-    """Pictures and tables as media of the last step, the summary, and the proto-tokens as an artifact."""
+    """Pictures and a table as media of the last step, the summary, and the proto-tokens' file as an artifact."""
     if not run:
         return
     import wandb
 
-    media = {name: wandb.Image(image) for name, image in images.items()}
-    for name, content in tables.items():
-        rows = [[wandb.Image(v) if isinstance(v, Image.Image) else v for v in row.values()] for row in content]
-        media[name] = wandb.Table(columns=list(content[0]), data=rows)
-    run.log(media, step=summary.get("steps"))
+    name, rows = table
+    data = [list(map(as_media, row.values())) for row in rows]
+    tables = {name: wandb.Table(columns=list(rows[0]), data=data)} if rows else {}
+    run.log({name: as_media(image) for name, image in images.items()} | tables, step=summary.get("steps"))
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
-    if not proto_tokens_file:
-        return
-    artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
-    artifact.add_file(str(proto_tokens_file))
-    try:
-        run.log_artifact(artifact)
-    except wandb.Error:
-        # Unlike all else this asks the server; where that is gone, the file at least is kept with the run, to sync.
-        run.save(str(proto_tokens_file), base_path=str(proto_tokens_file.parent), policy="now")
+    if file:
+        artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
+        artifact.add_file(str(file))
+        try:
+            run.log_artifact(artifact)
+        except wandb.Error:
+            # Unlike all else this asks the server; where that is gone, the file at least is kept, to sync.
+            run.save(str(file), base_path=str(file.parent), policy="now")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for the device, so that a clock read next measures finished work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def progress_bar(iterable, label: str, unit: str, **options) -> tqdm:
-    """Lively on a terminal, a line a half-minute in a log file."""
-    lively = sys.stderr.isatty()
-    interval = 0.1 if lively else 30
-    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
-
-
-def print_results(summary: dict, folder: Path, run: object | None) -> None:
-    errors, batch = summary["num_errors"], summary["num_targets"]
-    total = summary["num_tokens"] * batch
-    at_step = f" at step {summary['best_step']}" if "steps" in summary else ""
-    rows = {
-        "status": summary["status"],
-        "best accuracy": f"{summary['best_accuracy']:.1f} %{at_step}",
-        "wrong tokens": f"{errors} of {total}",
-        "information": f"{summary['information_gain_bits']:.0f} bits gained of {summary['target_bits_unprompted']:.0f} "
-        f"unprompted, {summary['bits_per_parameter']:.2f} a parameter",
-        "likeness": likeness(summary["psnr"]),
-        "parameters": f"{summary['total_params']} for {total} tokens",
-        "one pass": f"{1000 * summary['one_pass_seconds']:.1f} ms",
-    }
-    if "speedup" in summary:
-        rows["one pass"] += (
-            f" instead of {duration(summary['autoregressive_seconds'])}: {summary['speedup']:.0f} x faster"
-        )
-    if "steps" in summary:
-        rows["optimisation"] = f"{summary['steps']} steps in {duration(summary['optimisation_seconds'])}"
-    if batch > 1:
-        own = [summary[f"targets/{k}/best_accuracy"] for k in range(batch)]
-        rows["targets"] = f"{batch}, from {min(own):.1f} to {max(own):.1f} %"
-    rows["files"] = f"{folder}/"
-    if run and run.offline:
-        rows["to W&B later"] = sync_command(run)
-    print("\n" + "\n".join(f"  {label:<14} {value}" for label, value in rows.items()))
+RESULT_LINES = {
+    "status": "{status}",
+    "capacity": "{capacity_tokens} of {num_tokens} tokens, in {trials} trials",
+    "best accuracy": "{best_accuracy:.1f} %, {num_errors} of {all_tokens} tokens wrong",
+    "targets": "{num_targets}, from {lowest:.1f} to {highest:.1f} %",
+    "information": "{information_gain_bits:.0f} bits gained of {target_bits_unprompted:.0f} unprompted, "
+    "{bits_per_parameter:.2f} a parameter",
+    "likeness": "PSNR {psnr:.1f} dB",
+    "parameters": "{total_params} for {all_tokens} tokens",
+    "optimisation": "{steps} steps in {optimisation_seconds:.1f} s, the best after {best_step}",
+    "one pass": "{one_pass_seconds:.4f} s",
+    "one by one": "{autoregressive_seconds:.4f} s: one pass is {speedup:.0f} x faster",
+    "files": "{files}/",
+    "to W&B later": "{sync}",
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where the results of one run go, and what may stop it."""
+    """One run: what was asked for, where its results go, and what it goes on from."""
 
+    args: argparse.Namespace
     folder: Path
     settings: dict
     wandb: object | None
-    stop: StopSwitch
+    saved: dict | None  # the state of the interrupted run that this one continues
+    earlier: dict[str, Tensor] | None  # the tensors of --from-proto-tokens or --m-from
 
 
-def run_steps(
-    models: Models,
-    codes: Tensor,
-    args: argparse.Namespace,
-    state: Optimisation,
-    wandb_run: object | None,
-    save: Callable,
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def on_stop_signals(handler: Callable) -> None:
+    """Has `handler` called with the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+        handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def stop_at_once(number: int) -> None:
+    raise Stopped(number)
+
+
+def run_steps(models: Models, codes: Tensor, state: Optimisation, run: Run, tracker: object | None) -> None:
+    """The optimisation with everything around it: progress bar, history, W&B, saved states.
+
+    Whatever ends it early, a signal or an error, leaves a state to go on from.
+    """
+    stopped, num_steps = [], run.args.num_steps
+    on_stop_signals(stopped.append)  # from here on they wait for the end of a step
+    bar = progress_bar(None, "proto-tokens", "steps", total=num_steps, initial=state.step)
+    try:
+        with bar, enough_memory_for("a step of the optimisation"):
+            for row in optimise_proto_tokens(models, codes, run.args, state):
+                ended = state.step == num_steps or state.reached(run.args.target_accuracy)
+                keep_row(models, codes, state, run, tracker, row, ended)
+                if not ended and (stopped or state.step % run.args.save_every == 0):
+                    save_state(run, state, codes)
+                if not ended and stopped:
+                    raise Stopped(stopped[0])
+                correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
+                best = f"best {state.mean_best_accuracy:.1f} %"
+                bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
+                bar.update()
+    except UserError:
+        save_state(run, state, codes)
+        raise
+    finally:
+        on_stop_signals(stop_at_once)
+
+
+def keep_row(
+    models: Models, codes: Tensor, state: Optimisation, run: Run, tracker: object | None, row: dict, ended: bool
 ) -> None:
-    """The optimisation with everything around it: progress bar, history, W&B, saved states."""
-    with progress_bar(None, "proto-tokens", "steps", total=args.num_steps, initial=state.step) as bar:
-        for row in optimise_proto_tokens(models, codes, args, state):
-            ended = state.step == args.num_steps or target_is_reached(state, args)
-            if state.step == 1 or state.step % args.log_every == 0 or ended:
-                state.history.append(row)
-                log_step(wandb_run, row)
-            if args.image_every and (state.step % args.image_every == 0 or ended):
-                now = reconstruct(models, state.best, codes, args.vocabulary, repeats=1)
-                frame = {"step": state.step, "accuracy": state.mean_best_accuracy}
-                state.frames.append(frame | {"codes": now.predicted_codes[:SHOWN_TARGETS].tolist()})
-                log_progress(wandb_run, tiled([to_image(pixels) for pixels in now.pixels[:SHOWN_TARGETS]]), state.step)
-            if not ended:
-                save(now=state.step % args.save_every == 0)
-            correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
-            best = f"best {state.mean_best_accuracy:.1f} %"
-            bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-            bar.update()
-
-
-def run_steps_or_save(
-    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation, run: Run, wandb_run: object | None
-) -> None:
-    """As `run_steps`; whatever ends it early, a signal or an error, leaves a state to go on from."""
-
-    def save(now: bool) -> None:
-        if now or run.stop.received:
-            save_state(run, state, codes)
-        if run.stop.received:
-            raise Stopped(run.stop.received)
-
-    with run.stop.held_back():
-        try:
-            with enough_memory_for(f"step {state.step + 1} of the optimisation"):
-                run_steps(models, codes, args, state, wandb_run, save)
-        except UserError:
-            save(now=True)
-            raise
+    """Keeps a step's row and picture for history, W&B and moving picture, as often as these are asked for."""
+    if state.step == 1 or state.step % run.args.log_every == 0 or ended:
+        state.history.append(row)
+        log_step(tracker, row)
+    if run.args.image_every and (state.step % run.args.image_every == 0 or ended):
+        predicted = reconstruct(models, state.best, codes, run.args.vocabulary, repeats=1).predicted_codes
+        frame = {"step": state.step, "accuracy": state.mean_best_accuracy, "codes": predicted[:SHOWN_TARGETS].cpu()}
+        state.frames.append(frame)
+        log_frame(tracker, models, frame)
 
 
 def save_state(run: Run, state: Optimisation, codes: Tensor) -> None:
-    write_state(run.folder / STATE_FILE, state, codes, run.settings, run.wandb.id if run.wandb else None)
+    write_state(run.folder / STATE_FILE, state, codes, run.wandb.id if run.wandb else None)
 
 
-def begin(reference: Reference, run: Run, saved: SavedState | None) -> None:
-    """Clears what an earlier run left, unless this one goes on with it; writes what is known before the first step."""
-    if not saved:
-        remove_earlier_results(run.folder)
+def begin(reference: Reference, run: Run) -> None:
+    """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
+
+    Never a mixture of two runs. Raises UserError where the interrupted run had another target.
+    """
+    if run.saved is None:
+        for name in RESULTS:
+            (run.folder / name).unlink(missing_ok=True)
+    elif not torch.equal(run.saved["codes"], reference.codes[:, : run.saved["codes"].shape[1]].cpu()):
+        raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
     write_json(run.folder / "config.json", run.settings)
     write_images(run.folder, {"reference_image": tiled([to_image(pixels) for pixels in reference.pixels])})
 
 
-def learn_proto_tokens(
-    models: Models, reference: Reference, m: Tensor | None, args: argparse.Namespace, run: Run, saved: SavedState | None
-) -> Optimisation:
+def learn_proto_tokens(models: Models, reference: Reference, run: Run) -> Optimisation:
     """Optimises from the start, or from where an interrupted run stood; leaves history and best embeddings.
 
     Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
     """
-    state = new_optimisation(models, len(reference.codes), args, m)
-    if saved:
-        restore_state(state, reference.codes, saved)
+    state = new_optimisation(models, len(reference.codes), run.args, run.earlier and run.earlier["m"])
+    if run.saved:
+        restore_state(state, run.saved)
         log_missing(run.wandb, models, state)
         print(f"resumed after step {state.step}")
-    begin(reference, run, saved)
-    run_steps_or_save(models, reference.codes, args, state, run, run.wandb)
+    run_steps(models, reference.codes, state, run, run.wandb)
+    file = run.folder / PROTO_TOKENS_FILE
     write_history(run.folder / "history.csv", state.history)
-    write_proto_tokens(run.folder / PROTO_TOKENS_FILE, state.best, models.visual_offset + reference.codes, run.settings)
+    write_proto_tokens(file, state.best, models.visual_offset + reference.codes, run.settings)
     if state.diverged:
-        raise UserError(f"{divergence(state)}; the best proto-tokens so far are in {run.folder / PROTO_TOKENS_FILE}")
+        raise UserError(f"{divergence(state)}; the best proto-tokens so far are in {file}")
     return state
+
+
+def stored_proto_tokens(models: Models, reference: Reference, run: Run) -> Optimisation:
+    """The embeddings of --from-proto-tokens, as those of a finished optimisation."""
+    best = ProtoTokens(run.earlier["e_t"].to(models.device), run.earlier["m"].to(models.device))
+    return Optimisation(best, None, best, [], [], [])
 
 
 def divergence(state: Optimisation) -> str:
@@ -2356,128 +2119,126 @@ def divergence(state: Optimisation) -> str:
     return f"{at}: lower --learning-rate or set --grad-clip 1"
 
 
-def find_capacity(
-    models: Models, reference: Reference, m: Tensor | None, args: argparse.Namespace, run: Run, saved: SavedState | None
-) -> list[dict]:
+def find_capacity(models: Models, reference: Reference, run: Run) -> list[dict]:
     """Tries longer and shorter beginnings of the targets until the capacity is known. Returns the trials.
 
     Each trial is an optimisation of its own; an interrupted one goes on where it stood. Raises UserError and Stopped.
     """
     batch, longest = reference.codes.shape
-    trials = saved.trials if saved else []
-    log_trials(run.wandb, trials, max(0, run.wandb.starting_step - 1) if run.wandb else 0)
-    begin(reference, run, saved)
-    while num_tokens := next_prefix(trials, args.num_e_tokens, longest):
-        codes, state = reference.codes[:, :num_tokens], new_optimisation(models, batch, args, m)
+    saved, trials = run.saved, run.saved["trials"] if run.saved else []
+    for count, trial in enumerate(trials, 1):
+        log_trial(run.wandb, trial, count)
+    while num_tokens := next_prefix(trials, run.args.num_e_tokens, longest):
+        print(f"capacity: {num_tokens} tokens")
+        codes, state = (
+            reference.codes[:, :num_tokens],
+            new_optimisation(models, batch, run.args, run.earlier and run.earlier["m"]),
+        )
         state.trials = trials
         if saved:
-            restore_state(state, codes, saved)
-            saved = None
-        else:
-            save_state(run, state, codes)
-        print(f"capacity: {num_tokens} tokens")
-        run_steps_or_save(models, codes, args, state, run, None)
+            restore_state(state, saved)
+        saved = None
+        save_state(run, state, codes)  # the trials behind it
+        run_steps(models, codes, state, run, None)
         if state.diverged:
             raise UserError(f"with {num_tokens} tokens {divergence(state)}")
-        trial = {"num_tokens": num_tokens, "best_accuracy": min(state.best_accuracy), "steps": state.step}
-        trials = [*trials, trial | {"reached": target_is_reached(state, args), "seconds": state.seconds}]
-        log_trials(run.wandb, trials, len(trials) - 1)
+        outcome = {"steps": state.step, "reached": state.reached(run.args.target_accuracy), "seconds": state.seconds}
+        trials = [*trials, {"num_tokens": num_tokens, "best_accuracy": min(state.best_accuracy)} | outcome]
+        log_trial(run.wandb, trials[-1], len(trials))
     return trials
 
 
-def publish_capacity(models: Models, reference: Reference, trials: list[dict], target: float, run: Run) -> None:
-    """Writes, logs and prints what a search for the capacity has found."""
-    batch, longest = reference.codes.shape
+def publish_capacity(models: Models, reference: Reference, trials: list[dict], run: Run) -> dict:
+    """Writes and logs what a search for the capacity has found. Returns the summary."""
     reached = [trial for trial in trials if trial["reached"]]
     capacity = max((trial["num_tokens"] for trial in reached), default=0)
     summary = {
         "capacity_tokens": capacity,
         "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
         "best_accuracy": max((trial["best_accuracy"] for trial in reached), default=0.0),
-        "num_tokens": longest,
-        "num_targets": batch,
+        "num_tokens": reference.codes.shape[1],
+        "num_targets": reference.codes.shape[0],
         "trials": len(trials),
         "optimisation_seconds": sum(trial["seconds"] for trial in trials),
     }
-    images = {"capacity": draw_capacity(trials, capacity, target)}
-    write_images(run.folder, images)
     write_history(run.folder / TRIALS_FILE, trials)
-    write_json(run.folder / "summary.json", summary)
-    (run.folder / STATE_FILE).unlink(missing_ok=True)
-    log_results(run.wandb, images, {"trials": trials}, summary)
-    print(f"\n  capacity       {capacity} of {longest} tokens at {target:g} %, in {len(trials)} trials")
-    print(f"  files          {run.folder}/")
-
-
-def publish(models: Models, reference: Reference, state: Optimisation, args: argparse.Namespace, run: Run) -> dict:
-    """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
-    reconstruction = reconstruct(models, state.best, reference.codes, args.vocabulary)
-    bits = information(models, reference, reconstruction, args.vocabulary)
-    m_learned = not args.m_from and args.num_e_tokens < reference.codes.shape[1]
-    learned = state.best.e_t.numel() + (state.best.m.numel() if m_learned else 0)
-    summary = summarise(reference, state, reconstruction, bits, learned)
-    targets = draw_targets(reference, reconstruction)
-    images = draw_figures(targets, reconstruction.target_rank, summary, state.history)
-    target_ids = models.visual_offset + reference.codes
-    write_images(run.folder, images)
-    if state.frames:
-        write_progress(run.folder / PROGRESS_FILE, models, state.frames)
-    proto_tokens_file = run.folder / PROTO_TOKENS_FILE
-    write_proto_tokens(proto_tokens_file, state.best, target_ids, run.settings, reconstruction.predicted_ids)
-    write_json(run.folder / "summary.json", summary)
-    (run.folder / STATE_FILE).unlink(missing_ok=True)
-    tables = {"targets": targets} if len(targets) > 1 else {}
-    log_results(run.wandb, images, tables, summary, proto_tokens_file)
+    finish(run, {"capacity": draw_capacity(trials, capacity, run.args.target_accuracy)}, ("trials", trials), summary)
     return summary
 
 
-def learnt_before(models: Models, args: argparse.Namespace, run: Run, stored: tuple) -> tuple[Reference, Optimisation]:
-    """The targets and embeddings of --from-proto-tokens. Raises UserError."""
-    tensors, settings = stored
-    refuse_other_models(models, args, tensors, settings, "--from-proto-tokens")
-    remove_earlier_results(run.folder)
-    write_json(run.folder / "config.json", run.settings)
-    return take_proto_tokens(models, tensors, args.prompts)
+@enough_memory_for("the reconstruction")
+def publish(models: Models, reference: Reference, state: Optimisation, run: Run) -> dict:
+    """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
+    reconstruction = reconstruct(models, state.best, reference.codes, run.args.vocabulary)
+    bits = information(models, reference, reconstruction, run.args.vocabulary)
+    m_learned = not run.args.m_from and run.args.num_e_tokens < reference.codes.shape[1]
+    learned = state.best.e_t.numel() + (state.best.m.numel() if m_learned else 0)
+    summary = summarise(reference, state, reconstruction, bits, learned)
+    images, targets = draw_results(reference, reconstruction, summary, state.history)
+    file, target_ids = run.folder / PROTO_TOKENS_FILE, models.visual_offset + reference.codes
+    write_proto_tokens(file, state.best, target_ids, run.settings, reconstruction.predicted_ids)
+    if state.frames:
+        write_progress(run.folder / PROGRESS_FILE, models, state.frames)
+    finish(run, images, ("targets", targets if len(targets) > 1 else []), summary, file)
+    return summary
 
 
-def run_experiment(args: argparse.Namespace, stop: StopSwitch) -> None:
-    """The whole experiment. Raises UserError for what the user can put right."""
+def finish(
+    run: Run, images: dict[str, Image.Image], table: tuple[str, list[dict]], summary: dict, file: Path | None = None
+) -> None:
+    """Writes and logs the results; the summary comes last, and says that the others are whole."""
+    write_images(run.folder, images)
+    write_json(run.folder / "summary.json", summary)
+    (run.folder / STATE_FILE).unlink(missing_ok=True)
+    log_results(run.wandb, images, table, summary, file)
+
+
+def print_results(summary: dict, run: Run) -> None:
+    """What a reader asks first; a line about something that the run does not know is left out."""
+    known = summary | {"files": run.folder, "all_tokens": summary["num_targets"] * summary["num_tokens"]}
+    if own := [value for name, value in summary.items() if re.fullmatch(r"targets/\d+/best_accuracy", name)]:
+        known |= {"lowest": min(own), "highest": max(own)}
+    if run.wandb and run.wandb.offline:
+        known["sync"] = sync_command(run.wandb)
+    print()
+    for label, text in RESULT_LINES.items():
+        with contextlib.suppress(KeyError):
+            print(f"  {label:<14} {text.format(**known)}")
+
+
+def run_experiment(args: argparse.Namespace) -> None:
+    """The whole experiment. Raises UserError for what the user can put right, and Stopped."""
     with run_folder(args) as folder:
-        stored = read_earlier_run(args, folder)
-        for file in args.images:
-            read_picture(file, args.image_size)  # now, as what is wrong with it had better be said early
-        with enough_memory_for("the models"):
-            models = load_models(args)
-        m = None if stored else given_m(models, args)
+        earlier = read_earlier_run(args, folder)
+        pixels = read_pictures(args.images, args.image_size)
+        models = load_models(args)
+        if earlier:
+            refuse_other_models(models, args, *earlier)
         settings = describe_run(args, models)
         if args.resume and is_finished(folder, settings):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
-        warn_if_slow(models, settings["num_tokens"], args.num_steps, len(args.prompts))
-        saved = read_state(folder, settings) if args.resume else None
-        with tracked(args, settings, saved and saved.run_id) as wandb_run:
-            run = Run(folder, settings, wandb_run, stop)
-            with enough_memory_for("the reference"):
-                reference = None if stored else make_reference(models, args)
+        saved = read_state(folder / STATE_FILE) if args.resume else None
+        warn_if_slow(models, settings["num_tokens"], args.num_steps)
+        with tracked(args, settings, saved and saved["run_id"]) as wandb_run:
+            run = Run(args, folder, settings, wandb_run, saved, earlier and earlier[0])
+            stored_codes = earlier[0]["target_ids"] - models.visual_offset if args.from_proto_tokens else None
+            reference = make_reference(models, args, pixels, stored_codes)
             if args.control == "untrained":
-                with enough_memory_for("the untrained model"):
-                    models = untrained(models, args.seed)
+                models = untrained(models, args.seed)
+            begin(reference, run)
             if args.capacity:
-                trials = find_capacity(models, reference, m, args, run, saved)
-                publish_capacity(models, reference, trials, args.target_accuracy, run)
-                return
-            if stored:
-                reference, state = learnt_before(models, args, run, stored)
+                summary = publish_capacity(models, reference, find_capacity(models, reference, run), run)
             else:
-                state = learn_proto_tokens(models, reference, m, args, run, saved)
-            with enough_memory_for("the reconstruction"):
-                summary = publish(models, reference, state, args, run)
-        print_results(summary, folder, wandb_run)
+                learn = stored_proto_tokens if args.from_proto_tokens else learn_proto_tokens
+                summary = publish(models, reference, learn(models, reference, run), run)
+        print_results(summary, run)
 
 
 def main(args: argparse.Namespace) -> None:
+    on_stop_signals(stop_at_once)
     try:
-        run_experiment(args, StopSwitch())
+        run_experiment(args)
     except UserError as error:
         exit_with_error(error)
     except Stopped as stopped:

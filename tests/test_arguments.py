@@ -1,5 +1,6 @@
 """The command line: defaults, spellings, run names, and every value that is refused before anything slow happens."""
 
+import re
 import subprocess
 import sys
 
@@ -81,6 +82,18 @@ def test_a_recipe_sets_what_is_not_given():
     reference = vpt.parse_args(["--recipe", "reference", "--betas", "0.8,0.7"])
     assert [getattr(reference, name) for name in names] == [0.01, (0.8, 0.7), 0, 0.01, 1.0]
     assert [getattr(vpt.parse_args([]), name) for name in names] == [0.2, (0.9, 0.9), 20, 0.25, 0.0]
+
+
+def test_the_help_states_the_defaults_of_the_recipe():
+    stated = dict(
+        re.findall(
+            r"--([a-z-]+) (?:(?! --).)*?\(default: ([\d.,]+), th", " ".join(vpt.build_parser().format_help().split())
+        )
+    )
+    tuned = {name.replace("_", "-"): values["tuned"] for name, values in vpt.RECIPES.items()}
+    assert {name: tuple(map(float, value.split(","))) for name, value in stated.items()} == {
+        name: value if isinstance(value, tuple) else (value,) for name, value in tuned.items()
+    }
 
 
 def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):

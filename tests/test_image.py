@@ -89,12 +89,10 @@ def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tm
 
 
 def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
-    encoder, decoder = (
-        vpt.load_torchscript(DEMO / "vq" / f"{n}.jit", torch.device("cpu")) for n in ("encoder", "decoder")
-    )
-    pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
-    codes = vpt.encode_pixels(encoder, pixels, 64, 625)
-    again = vpt.decode_codes(decoder, codes)
+    models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu", "--image", str(DEMO / "samples.png")]))
+    pixels = vpt.read_pictures([DEMO / "samples.png"], 256)
+    codes = vpt.encode_pixels(models, pixels)
+    again = vpt.decode_codes(models.vq_decoder, codes)
     assert codes.shape == (1, 64) and vpt.psnr(again, pixels) > 15
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import verify_proto_tokens as vpt
 
-STATE, TIMES = "interrupted_run.safetensors", {"seconds", "speedup"}
+STATE, TIMES = "interrupted_run.pt", {"seconds", "speedup"}
 LONG = ("--num-steps", 2500, "--save-every", 50, "--target-accuracy", 0, "--wandb-run-name", "run")
 
 
@@ -69,8 +69,8 @@ def test_a_state_written_and_read_back_goes_on_bit_for_bit(tiny_models, make_arg
         first, second = (vpt.new_optimisation(tiny_models, 1, args) for _ in range(2))
         steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
         before = [next(steps) for _ in range(interruption)]
-        vpt.write_state(tmp_path / STATE, first, codes, {}, None)
-        vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
+        vpt.write_state(tmp_path / STATE, first, codes, None)
+        vpt.restore_state(second, vpt.read_state(tmp_path / STATE))
         assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
         assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
 
@@ -203,6 +203,8 @@ def assert_every_file_is_whole(save_dir: Path) -> None:
             json.loads(file.read_text())
         elif file.suffix == ".safetensors":
             load_file(file)
+        elif file.suffix == ".pt":
+            vpt.read_state(file)
         else:
             assert file.name == "history.csv" and file.read_text().endswith("\n")
 
@@ -271,10 +273,10 @@ def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, ti
         text=True,
     )
     (line,) = [row for row in process.stderr.splitlines() if "error" in row]
-    assert process.returncode == 2 and "out of memory for step 1 of the optimisation" in line
+    assert process.returncode == 2 and "out of memory for a step of the optimisation" in line
     assert "--gradient-checkpointing" in line and "--image-size" in line
     (folder,) = (tmp_path / "out").glob("proto_*")
-    assert load_file(folder / STATE)["e_t"].isfinite().all()
+    assert vpt.read_state(folder / STATE)["proto_tokens"]["e_t"].isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

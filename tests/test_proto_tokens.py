@@ -279,7 +279,7 @@ def test_gradient_checkpointing_changes_no_number(tiny_models, make_args):
 def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_models, monkeypatch):
     needed = vpt.step_bytes(tiny_models, num_tokens=16, recomputes=False)
     assert vpt.step_bytes(tiny_models, num_tokens=16, recomputes=True) < needed
-    for free, on in ((needed, True), (2 * needed, False), (None, False)):
+    for free, on in ((needed, True), (2 * needed, False), (math.inf, False)):
         monkeypatch.setattr(vpt, "free_bytes", lambda device, free=free: free)
         assert vpt.memory_plan(tiny_models, 1, 16, "auto") == (on, 1)
     assert vpt.memory_plan(tiny_models, 1, 16, "on")[0] and not vpt.memory_plan(tiny_models, 1, 16, "off")[0]

@@ -118,15 +118,15 @@ def test_bits_match_numbers_worked_by_hand(tiny_models):
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_a_contact_sheet_has_a_row_for_each_target(count):
     picture = Image.new("RGB", (64, 64), "teal")
-    target = {"prompt": "a " * 100, "reference": picture, "reconstruction": picture, "accuracy": 50.0}
-    sheet = vpt.draw_contact_sheet([target] * count, torch.zeros(count, 16, dtype=torch.long))
+    target = {"prompt": "a " * 100, "reference": picture, "reconstruction": picture, "error_map": picture}
+    sheet = vpt.draw_contact_sheet([target | {"accuracy": 50.0}] * count)
     assert sheet.height > 200 * count
 
 
 def test_of_very_many_targets_the_first_are_shown():
     picture = Image.new("RGB", (64, 64), "teal")
-    target = {"prompt": "a", "reference": picture, "reconstruction": picture, "accuracy": 50.0}
-    sheet = vpt.draw_contact_sheet([target] * 100, torch.zeros(100, 16, dtype=torch.long))
+    target = {"prompt": "a", "reference": picture, "reconstruction": picture, "error_map": picture}
+    sheet = vpt.draw_contact_sheet([target | {"accuracy": 50.0}] * 100)
     assert sheet.height < 8000 and vpt.tiled([picture] * 100).size == (5 * 64, 5 * 64)
 
 

@@ -152,13 +152,19 @@ def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, m
     assert both.codes.shape == (3, 16) and both.pixels.shape[0] == 3
 
 
-def test_a_control_of_random_codes_uses_the_whole_codebook_and_one_of_shuffled_ones_the_references_own():
-    codes = torch.arange(200)[None] % 7
-    random, shuffled = (vpt.controlled(codes, control, 12, seed=3) for control in ("random", "shuffled"))
-    assert random.unique().numel() == 12 and random.shape == codes.shape
-    assert torch.equal(shuffled.sort().values, codes.sort().values) and not torch.equal(shuffled, codes)
-    assert torch.equal(vpt.controlled(codes, None, 12, seed=3), codes)
-    assert torch.equal(vpt.controlled(codes, "random", 12, seed=3), random)
+def test_a_control_of_random_codes_uses_the_whole_codebook_and_decodes_no_picture_first(tiny_models, make_args):
+    args = make_args("--control", "random", "--image-size", 40)
+    codes, seconds = vpt.target_codes(tiny_models, args, None)
+    assert codes.shape == (1, 100) and codes.unique().numel() == 12 and seconds is None
+    assert torch.equal(vpt.target_codes(tiny_models, args, None)[0], codes)
+    assert not cache_files(args)
+
+
+def test_a_control_of_shuffled_codes_has_the_references_own_in_other_places(tiny_models, make_args):
+    plain, shuffled = (
+        vpt.target_codes(tiny_models, make_args(*option), None)[0] for option in ([], ["--control=shuffled"])
+    )
+    assert torch.equal(shuffled.sort().values, plain.sort().values) and not torch.equal(shuffled, plain)
 
 
 def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_again_for_the_seed(tiny_models):

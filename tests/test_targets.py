@@ -65,8 +65,8 @@ def test_several_targets_that_were_interrupted_go_on_bit_for_bit(tiny_models, ma
     rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
     steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
     before = [next(steps) for _ in range(5)]
-    vpt.write_state(tmp_path / STATE, first, codes, {}, None)
-    vpt.restore_state(second, codes, vpt.read_state(tmp_path, {}))
+    vpt.write_state(tmp_path / STATE, first, codes, None)
+    vpt.restore_state(second, vpt.read_state(tmp_path / STATE))
     assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
     assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
 
