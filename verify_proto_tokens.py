@@ -592,9 +592,8 @@ def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
     try:
         weight = next(models.vq_encoder.parameters())
         video = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)
-        codes = torch.cat(
-            [models.vq_encoder(each)[0].flatten(1).long() for each in video.split(1)]
-        )  # [1, 1, h, w] each
+        found = [models.vq_encoder(each)[0] for each in video.split(1)]  # [1, 1, h, w] each
+        codes = torch.cat(found).flatten(1).long()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign TorchScript may raise
@@ -807,13 +806,21 @@ def compiles(models: Models, num_tokens: int, choice: str) -> bool:
     return choice == "on" or (choice == "auto" and models.device.type == "cuda" and num_tokens >= COMPILED_FROM)
 
 
-def decoding_step(models: Models, num_tokens: int, choice: str) -> Callable:
-    """The generator's layers for one more token: as they are, or compiled as --compile has it."""
+def warmed_up_layers(models: Models, num_tokens: int, choice: str, decode_one: Callable) -> Callable:
+    """The generator's layers for one more token, as they are or compiled, after passes that no clock is to pay for."""
+    layers = models.generator.model
+    decode_one(layers)
     if not compiles(models, num_tokens, choice):
-        return models.generator.model
-    torch._dynamo.config.suppress_errors = True  # what does not compile here runs as it is
+        return layers
     mode = "reduce-overhead" if models.device.type == "cuda" else "default"
-    return torch.compile(models.generator.model, dynamic=False, mode=mode)
+    compiled = torch.compile(layers, dynamic=False, mode=mode)
+    try:
+        decode_one(compiled)
+        decode_one(compiled)
+    except Exception as error:  # of torch.compile, or of the compiler that it calls
+        print(f"note: decoding is not compiled, which fails here: {line_of(error)}")
+        return layers
+    return compiled
 
 
 @torch.no_grad()
@@ -831,16 +838,18 @@ def generate_visual_codes(
     # A stream for each target: its picture does not depend on the others'.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
-    one_more = decoding_step(models, num_tokens, args.compile)
 
     def last_hidden_states(layers: Callable, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[2B, D] after any number of new tokens [2B, L]; the cache grows by them."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
         return layers(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    # The clock is not to pay for first passes, nor for compiling.
-    for layers in (models.generator.model, one_more, one_more):
-        last_hidden_states(layers, input_ids[:, -1:], position_ids[:, -1:])
+    one_more = warmed_up_layers(
+        models,
+        num_tokens,
+        args.compile,
+        lambda layers: last_hidden_states(layers, input_ids[:, -1:], position_ids[:, -1:]),
+    )
     cache.reset()
     started = time_on(models.device)
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
@@ -1373,14 +1382,9 @@ SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the number
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
-STYLE |= {"axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False}
-STYLE |= {
-    "figure.constrained_layout.h_pad": 0.08,
-    "legend.fontsize": 9,
-    "grid.color": FAINT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-}
+STYLE |= {"axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 9}
+STYLE |= {"legend.frameon": False, "grid.color": FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6}
+STYLE |= {"figure.constrained_layout.h_pad": 0.08}
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -1419,17 +1423,15 @@ def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> N
 def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.Image, summary: dict) -> Image.Image:
     """Reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150)
-    left, right = figure.subplots(
-        1, 2, gridspec_kw={"wspace": 0.06, "left": 0.03, "right": 0.97, "top": 0.83, "bottom": 0.07}
-    )
-    total, embeddings = summary["num_tokens"], summary["num_e_tokens"] + 1
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(wspace=0.06, left=0.03, right=0.97, top=0.83, bottom=0.07)
+    total = summary["num_tokens"]
+    embeddings = "two" if summary["num_e_tokens"] == 1 else summary["num_e_tokens"] + 1
     correct = total - summary["num_errors"]
     one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
     show(left, reference, "reference", f"{total} tokens{one_by_one}")
-    show(
-        right, reconstruction, f"one forward pass over {'two' if embeddings == 2 else embeddings} embeddings", accuracy
-    )
+    show(right, reconstruction, f"one forward pass over {embeddings} embeddings", accuracy)
     figure.suptitle(caption_of(prompt), fontsize=13, fontweight="bold", y=0.965, parse_math=False)
     return render(figure)
 
@@ -1625,7 +1627,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
             each.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=each):
                 pass
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     try:
@@ -1791,9 +1793,8 @@ def read_earlier_run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, 
         prompts = [settings["prompt"]] if isinstance(settings["prompt"], str) else settings["prompt"]
         (batch, num_e_tokens, size), (batch_of_ids, num_tokens) = tensors["e_t"].shape, tensors["target_ids"].shape
         whole = batch == batch_of_ids == len(prompts) and tensors["m"].shape in ((1, size), (batch, size))
-        whole &= (
-            num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2 and tensors["target_ids"].dtype == torch.int64
-        )
+        whole &= num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
+        whole &= tensors["target_ids"].dtype == torch.int64
         whole &= all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
         whole &= all(bool(tensors[name].isfinite().all()) for name in ("e_t", "m"))
     except FileNotFoundError:
@@ -1972,7 +1973,6 @@ def log_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
-
 RESULT_LINES = {
     "status": "{status}",
     "capacity": "{capacity_tokens} of {num_tokens} tokens, in {trials} trials",
@@ -1980,11 +1980,11 @@ RESULT_LINES = {
     "targets": "{num_targets}, from {lowest:.1f} to {highest:.1f} %",
     "information": "{information_gain_bits:.0f} bits gained of {target_bits_unprompted:.0f} unprompted, "
     "{bits_per_parameter:.2f} a parameter",
-    "likeness": "PSNR {psnr:.1f} dB",
+    "likeness": "{likeness}",
     "parameters": "{total_params} for {all_tokens} tokens",
     "optimisation": "{steps} steps in {optimisation_seconds:.1f} s, the best after {best_step}",
     "one pass": "{one_pass_seconds:.4f} s",
-    "one by one": "{autoregressive_seconds:.4f} s: one pass is {speedup:.0f} x faster",
+    "one by one": "{autoregressive_seconds:.2f} s: one pass is {speedup:.0f} x faster",
     "files": "{files}/",
     "to W&B later": "{sync}",
 }
@@ -2001,6 +2001,10 @@ class Run:
     saved: dict | None  # the state of the interrupted run that this one continues
     earlier: dict[str, Tensor] | None  # the tensors of --from-proto-tokens or --m-from
 
+    @property
+    def given_m(self) -> Tensor | None:  # [1, D]
+        return self.earlier["m"] if self.earlier else None
+
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
@@ -2012,7 +2016,6 @@ class Stopped(BaseException):
 
 def on_stop_signals(handler: Callable) -> None:
     """Has `handler` called with the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
-
     received = []
 
     def handle(number: int, frame: object) -> None:
@@ -2042,9 +2045,9 @@ def run_steps(models: Models, codes: Tensor, state: Optimisation, run: Run, trac
             for row in optimise_proto_tokens(models, codes, run.args, state):
                 ended = state.step == num_steps or state.reached(run.args.target_accuracy)
                 keep_row(models, codes, state, run, tracker, row, ended)
-                if not ended and (stopped or state.step % run.args.save_every == 0):
+                if stopped or state.step % run.args.save_every == 0:
                     save_state(run, state, codes)
-                if not ended and stopped:
+                if stopped:
                     raise Stopped(stopped[0])
                 correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
                 best = f"best {state.mean_best_accuracy:.1f} %"
@@ -2094,7 +2097,7 @@ def learn_proto_tokens(models: Models, reference: Reference, run: Run) -> Optimi
 
     Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
     """
-    state = new_optimisation(models, len(reference.codes), run.args, run.earlier and run.earlier["m"])
+    state = new_optimisation(models, len(reference.codes), run.args, run.given_m)
     if run.saved:
         restore_state(state, run.saved)
         log_missing(run.wandb, models, state)
@@ -2130,14 +2133,12 @@ def find_capacity(models: Models, reference: Reference, run: Run) -> list[dict]:
         log_trial(run.wandb, trial, count)
     while num_tokens := next_prefix(trials, run.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
-        codes, state = (
-            reference.codes[:, :num_tokens],
-            new_optimisation(models, batch, run.args, run.earlier and run.earlier["m"]),
-        )
+        codes = reference.codes[:, :num_tokens]
+        state = new_optimisation(models, batch, run.args, run.given_m)
         state.trials = trials
         if saved:
             restore_state(state, saved)
-        saved = None
+            saved = None
         save_state(run, state, codes)  # the trials behind it
         run_steps(models, codes, state, run, None)
         if state.diverged:
@@ -2196,6 +2197,8 @@ def finish(
 def print_results(summary: dict, run: Run) -> None:
     """What a reader asks first; a line about something that the run does not know is left out."""
     known = summary | {"files": run.folder, "all_tokens": summary["num_targets"] * summary["num_tokens"]}
+    if "psnr" in summary:
+        known["likeness"] = likeness(summary["psnr"])
     if own := [value for name, value in summary.items() if re.fullmatch(r"targets/\d+/best_accuracy", name)]:
         known |= {"lowest": min(own), "highest": max(own)}
     if run.wandb and run.wandb.offline:

@@ -110,6 +110,19 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_models, make_args):
     assert torch.equal(plain[0], compiled[0])
 
 
+def test_where_compiling_fails_decoding_goes_on_without(tiny_models, make_args, monkeypatch, capsys):
+    def without_a_compiler(layers, **options):
+        def fail(**inputs):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    plain, _ = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "off"))
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    codes, _ = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "on"))
+    assert torch.equal(codes, plain) and "no C++ compiler" in capsys.readouterr().out
+
+
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
     codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
