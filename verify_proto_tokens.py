@@ -646,7 +646,7 @@ def duration(seconds: float) -> str:
 # Reference image
 
 CACHE_FORMAT = 3
-PROMPTS_AT_ONCE = 16  # decoded in one batch, whose key/value cache must fit
+TARGETS_AT_ONCE = 16  # in a batch without gradients, whose key/value cache must fit
 COMPILED_FROM = 1024  # tokens, whose decoding takes longer than compiling does
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -742,7 +742,7 @@ def generated_codes(models: Models, args: argparse.Namespace, num_tokens: int) -
             found[prompt] = cached
             print(f"reference: {num_tokens} tokens, reused from {file}")
     missing = [prompt for prompt in dict.fromkeys(args.prompts) if prompt not in found]
-    for some in parts(len(missing), PROMPTS_AT_ONCE):
+    for some in parts(len(missing), TARGETS_AT_ONCE):
         codes, seconds = generate_visual_codes(models, missing[some], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[some], codes.cpu().split(1), strict=True):
@@ -1257,7 +1257,9 @@ def reconstruct(
     seconds = []
     for _ in range(repeats):
         started = time_on(models.device)
-        hidden_states = one_pass_hidden_states(models.generator, proto_tokens, codes.shape[1])  # [B, N, D]
+        batches = [proto_tokens.of(targets) for targets in parts(len(codes), TARGETS_AT_ONCE)]
+        found = [one_pass_hidden_states(models.generator, batch, codes.shape[1]) for batch in batches]
+        hidden_states = torch.cat(found)  # [B, N, D]
         predicted = predict(models, hidden_states, codes, vocabulary)
         seconds.append(time_on(models.device) - started)
     head, first_code = competing_head(models, vocabulary)

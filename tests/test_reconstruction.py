@@ -45,6 +45,17 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models):
     assert reconstruction.one_pass_seconds > 0
 
 
+def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_models, monkeypatch):
+    proto_tokens = vpt.initial_proto_tokens(5, 4, tiny_models.hidden_size, 0.5, 1)
+    proto_tokens.e_t.normal_(generator=torch.Generator().manual_seed(3))
+    codes = torch.randint(12, (5, 16), generator=torch.Generator().manual_seed(2))
+    whole = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
+    monkeypatch.setattr(vpt, "TARGETS_AT_ONCE", 2)
+    in_parts = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
+    assert torch.equal(whole.predicted_ids, in_parts.predicted_ids) and len(whole.predicted_ids.unique(dim=0)) == 5
+    assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
+
+
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models):
     proto_tokens = vpt.initial_proto_tokens(1, 1, tiny_models.hidden_size, 0.5, 1)
     codes = torch.zeros(1, 16, dtype=torch.long)
