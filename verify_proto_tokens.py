@@ -81,8 +81,9 @@ def checked(parse: Callable, holds: Callable, what: str) -> Callable:
 # Not a number fails every comparison.
 COUNT = checked(int, lambda n: n >= 1, "a whole number of at least 1")
 COUNT_OR_0 = checked(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
-POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and below 1e37")
-AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
+POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
+AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
+UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
 PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
 BETAS = checked(
@@ -146,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "then says what it shows (default: its file's name)")
     add("--image-size", type=COUNT, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
-    add("--cfg-scale", type=AT_LEAST_0, default=6.0, metavar="S",
+    add("--cfg-scale", type=UP_TO_1000, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
     add("--temperature", type=POSITIVE, default=1.0, metavar="T",
         help="of sampling the reference (default: %(default)s)")
@@ -181,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
     add("--betas", type=BETAS, metavar="B1,B2",
         help="memory of AdamW's first and second moments (default: 0.9,0.9, those of the recipe)")
-    add("--initial-scale", type=AT_LEAST_0, metavar="STD",
+    add("--initial-scale", type=UP_TO_1000, metavar="STD",
         help="standard deviation of the initial values (default: 0.25, that of the recipe)")
     add("--grad-clip", type=AT_LEAST_0, metavar="NORM",
         help="clip the joint gradient of e_t and m to this norm; 0 is off (default: 0, that of the recipe)")
@@ -399,13 +400,13 @@ def load_models(args: argparse.Namespace) -> Models:
             f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
-    fingerprints = fingerprint_of(generator_folder, GENERATOR_FILES), fingerprint_of(vq_folder, VQ_FILES)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
     generator = load_generator(generator_folder, dtype, device)
+    fingerprints = fingerprint_of(generator_folder, GENERATOR_FILES), fingerprint_of(vq_folder, VQ_FILES)
     print(
-        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {generator.dtype} on {device}; "
-        f"{visual_offset} text ids + {codebook_size} visual codes"
+        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on "
+        f"{device}; {visual_offset} text ids + {codebook_size} visual codes"
     )
     vocabulary = visual_offset, codebook_size
     return Models(generator, text_tokenizer, vq_decoder, vq_encoder, *vocabulary, factor, *fingerprints)
@@ -454,7 +455,7 @@ def read_vocabulary_rows(folder: Path) -> int:
     try:
         config = json.loads((folder / "config.json").read_text())
         kind, rows = config["model_type"], int(config["vocab_size"])
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"--model-path {folder} holds no config.json: it is no model folder") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder}/config.json is damaged or no model configuration: download it again") from None
@@ -525,7 +526,7 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         # [P, I] as pixels [1, I, 1, P]: in memory that is channels-last, and so no copy.
-        return F.conv2d(rows.T[None, :, None], weight[:, :, None, None], bias)[0, :, 0].T
+        return F.conv2d(rows[None].mT[:, :, None], weight[:, :, None, None], bias)[0, :, 0].T
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -536,7 +537,7 @@ def product_back(x: Tensor, weight: Tensor) -> Tensor:
     """x [P, O] @ weight [O, I] -> [P, I]: the way back through `product`."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return x @ weight
-    return F.conv_transpose2d(x.T[None, :, None], weight[:, :, None, None])[0, :, 0].T
+    return F.conv_transpose2d(x[None].mT[:, :, None], weight[:, :, None, None])[0, :, 0].T
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -844,12 +845,9 @@ def generate_visual_codes(
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
         return layers(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    one_more = warmed_up_layers(
-        models,
-        num_tokens,
-        args.compile,
-        lambda layers: last_hidden_states(layers, input_ids[:, -1:], position_ids[:, -1:]),
-    )
+    newest = {"input_ids": input_ids[:, -1:].contiguous(), "position_ids": position_ids[:, -1:].contiguous()}
+    warm_up = functools.partial(last_hidden_states, **newest)
+    one_more = warmed_up_layers(models, num_tokens, args.compile, warm_up)
     cache.reset()
     started = time_on(models.device)
     for _ in progress_bar(range(num_tokens), "reference", "tokens"):
@@ -1103,7 +1101,7 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     return math.inf
 
@@ -1386,7 +1384,7 @@ STYLE = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.c
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
 STYLE |= {"axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 9}
 STYLE |= {"legend.frameon": False, "grid.color": FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6}
-STYLE |= {"figure.constrained_layout.h_pad": 0.08}
+STYLE |= {"figure.facecolor": "white", "axes.facecolor": "white", "figure.constrained_layout.h_pad": 0.08}
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -1498,7 +1496,8 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
     axis.plot(counts, [accuracy for _, accuracy, _ in dots], color=FAINT, linewidth=1, zorder=1)
     for outcome, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
         x, y = [[dot[i] for dot in dots if dot[2] is outcome] for i in (0, 1)]
-        axis.scatter(x, y, color=colour, s=34, label=label, zorder=2)
+        if x:
+            axis.scatter(x, y, color=colour, s=34, label=label, zorder=2)
     axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
     axis.set_xscale("log", base=2)
     ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
@@ -1675,23 +1674,19 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     return settings | {"versions": versions | {"torch": torch.__version__}}  # which says the build, too
 
 
-def write_text(file: Path, text: str) -> None:
-    with written_whole(file) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def write_json(file: Path, content: dict) -> None:
     """Strict JSON: a number that JSON has no word for (an infinite PSNR) becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-    write_text(file, json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with written_whole(file) as partial:
+        text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def write_history(file: Path, history: list[dict[str, float]]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(history[0]) if history else ["step"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(file, table.getvalue())
+    with written_whole(file) as partial, partial.open("w", encoding="utf-8", newline="") as table:
+        writer = csv.DictWriter(table, list(history[0]) if history else ["step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
 
 
 def write_images(folder: Path, images: dict[str, Image.Image]) -> None:
@@ -1746,7 +1741,10 @@ def is_finished(folder: Path, settings: dict) -> bool:
 
 def write_state(file: Path, state: Optimisation, codes: Tensor, run_id: str | None) -> None:
     content = {name: getattr(state, name) for name in CARRIED_OVER} | {"codes": codes, "run_id": run_id}
-    content |= {"proto_tokens": vars(state.proto_tokens.copy()), "best": vars(state.best)}
+    content |= {
+        "proto_tokens": {name: tensor.detach() for name, tensor in vars(state.proto_tokens).items()},
+        "best": vars(state.best),
+    }
     buffer = io.BytesIO()
     torch.save(content | {"optimizer": state.optimizer.state_dict()}, buffer)
     with written_whole(file) as partial:
@@ -1867,18 +1865,10 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     import wandb
 
     timeouts = {"init_timeout": WANDB_START_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS}
-    start = functools.partial(
-        wandb.init,
-        project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
-        entity=args.wandb_entity,
-        name=args.wandb_run_name,
-        group=args.wandb_group,
-        tags=args.wandb_tags,
-        config=settings,
-        id=run_id,
-        resume="allow" if run_id else None,
-        settings=wandb.Settings(**timeouts, finish_timeout_raises=True),
-    )
+    options = {"entity": args.wandb_entity, "name": args.wandb_run_name, "group": args.wandb_group}
+    options |= {"tags": args.wandb_tags, "config": settings, "id": run_id, "resume": "allow" if run_id else None}
+    options["project"] = None if in_sweep() else args.wandb_project  # a sweep's runs belong to the sweep's project
+    options["settings"] = wandb.Settings(**timeouts, finish_timeout_raises=True)
     mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
@@ -1887,10 +1877,10 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
             mode = keep_offline(error)
     try:
         try:
-            run = start(mode=mode)
+            run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:
             wandb.teardown()  # a service that failed once would fail an offline run too
-            run = start(mode=keep_offline(error))
+            run = wandb.init(mode=keep_offline(error), **options)
     except (wandb.Error, ValueError) as error:
         raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
@@ -1913,9 +1903,9 @@ def sync_command(run: object) -> str:
 
 
 def log(run: object | None, values: dict, step: int) -> None:
-    """A row of W&B's history, pictures as media; not what a resumed run had sent before it was interrupted."""
+    """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
     if run and step >= run.starting_step:
-        run.log({name: as_media(value) for name, value in values.items()}, step=step)
+        run.log(values, step=step)
 
 
 def as_media(value: object) -> object:
@@ -1935,8 +1925,8 @@ def log_trial(run: object | None, trial: dict, count: int) -> None:
 
 
 def log_frame(run: object | None, models: Models, frame: dict) -> None:
-    if run:
-        log(run, {"progress/reconstruction": frame_sheet(models, frame)}, frame["step"])
+    if run and frame["step"] >= run.starting_step:
+        log(run, {"progress/reconstruction": as_media(frame_sheet(models, frame))}, frame["step"])
 
 
 def log_missing(run: object | None, models: Models, state: Optimisation) -> None:
@@ -1960,7 +1950,9 @@ def log_results(
     name, rows = table
     data = [list(map(as_media, row.values())) for row in rows]
     tables = {name: wandb.Table(columns=list(rows[0]), data=data)} if rows else {}
-    run.log({name: as_media(image) for name, image in images.items()} | tables, step=summary.get("steps"))
+    media = {name: as_media(image) for name, image in images.items()} | tables
+    # A run that was stopped after its last step goes on with the next.
+    run.log(media, step=max(summary["steps"], run.starting_step) if "steps" in summary else None)
     run.summary.update({name: value for name, value in summary.items() if value != math.inf})
     if file:
         artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
@@ -2059,7 +2051,8 @@ def run_steps(models: Models, codes: Tensor, state: Optimisation, run: Run, trac
         save_state(run, state, codes)
         raise
     finally:
-        on_stop_signals(stop_at_once)
+        if not stopped:
+            on_stop_signals(stop_at_once)
 
 
 def keep_row(

@@ -246,6 +246,30 @@ def test_a_killed_run_resumed_is_one_run_without_repeated_or_missing_steps(
     assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 2501))
 
 
+STOPPED_WHILE_PUBLISHING = """
+import os
+import signal
+import sys
+import verify_proto_tokens as v
+v.draw_results = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+v.main(v.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_run_stopped_after_its_last_step_sends_its_pictures_when_resumed(
+    tiny_arguments, server, run_script, tmp_path
+):
+    arguments = (*tiny_arguments, "--num-steps", 4, "--save-every", 2, "--target-accuracy", 0, "--use-wandb")
+    command = [sys.executable, "-c", STOPPED_WHILE_PUBLISHING, *map(str, arguments)]
+    env = clean_environment(tmp_path) | server.environment | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True).returncode == 143
+    result = run_script(*arguments, "--resume", env=server.environment)
+    assert result.code == 0, result.err
+    (run,) = server.runs.values()
+    assert [row["_step"] for row in run.history if "train/loss" in row] == [1, 2, 3, 4]
+    assert logged_keys(run) >= MEDIA and run.summary.keys() >= SUMMARY
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sweeps
 
