@@ -693,9 +693,9 @@ def target_codes(models: Models, args: argparse.Namespace, pixels: Tensor | None
         codes, seconds = encode_pixels(models, pixels).cpu(), None
     else:
         codes, seconds = generated_codes(models, args, num_tokens)
-    return (
-        (codes[:, torch.randperm(num_tokens, generator=rng)], None) if args.control == "shuffled" else (codes, seconds)
-    )
+    if args.control == "shuffled":
+        codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
+    return codes, seconds
 
 
 def read_pictures(files: list[Path], size: int) -> Tensor | None:
