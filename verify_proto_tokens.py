@@ -1245,25 +1245,31 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(
-    models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str, repeats: int = 6
-) -> Reconstruction:
-    """One forward pass, argmax, VQ decode; the pass is timed too (median of the repeats after the first).
+def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str) -> Reconstruction:
+    """One forward pass, argmax, VQ decode; the pass is timed too (median of five, after one).
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
     seconds = []
-    for _ in range(repeats):
+    for _ in range(6):
         started = time_on(models.device)
-        batches = [proto_tokens.of(targets) for targets in parts(len(codes), TARGETS_AT_ONCE)]
-        found = [one_pass_hidden_states(models.generator, batch, codes.shape[1]) for batch in batches]
-        hidden_states = torch.cat(found)  # [B, N, D]
-        predicted = predict(models, hidden_states, codes, vocabulary)
+        hidden_states, *predicted = one_pass(models, proto_tokens, codes, vocabulary)
         seconds.append(time_on(models.device) - started)
     head, first_code = competing_head(models, vocabulary)
     losses, *_ = chunked_cross_entropy(hidden_states, head, codes + first_code)
     pixels = decode_codes(models.vq_decoder, predicted[1])
-    return Reconstruction(*predicted, losses, pixels, statistics.median(seconds[1:] or seconds))
+    return Reconstruction(*predicted, losses, pixels, statistics.median(seconds[1:]))
+
+
+@torch.inference_mode()
+def one_pass(
+    models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [B, N, D] of all targets, some at a time, and what `predict` makes of them."""
+    batches = [proto_tokens.of(targets) for targets in parts(len(codes), TARGETS_AT_ONCE)]
+    found = [one_pass_hidden_states(models.generator, batch, codes.shape[1]) for batch in batches]
+    hidden_states = torch.cat(found)
+    return hidden_states, *predict(models, hidden_states, codes, vocabulary)
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor, vocabulary: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -1926,7 +1932,7 @@ def log_trial(run: object | None, trial: dict, count: int) -> None:
 
 def log_frame(run: object | None, models: Models, frame: dict) -> None:
     if run and frame["step"] >= run.starting_step:
-        log(run, {"progress/reconstruction": as_media(frame_sheet(models, frame))}, frame["step"])
+        run.log({"progress/reconstruction": as_media(frame_sheet(models, frame))}, step=frame["step"])
 
 
 def log_missing(run: object | None, models: Models, state: Optimisation) -> None:
@@ -2063,7 +2069,7 @@ def keep_row(
         state.history.append(row)
         log_step(tracker, row)
     if run.args.image_every and (state.step % run.args.image_every == 0 or ended):
-        predicted = reconstruct(models, state.best, codes, run.args.vocabulary, repeats=1).predicted_codes
+        _, _, predicted, _ = one_pass(models, state.best, codes, run.args.vocabulary)
         frame = {"step": state.step, "accuracy": state.mean_best_accuracy, "codes": predicted[:SHOWN_TARGETS].cpu()}
         state.frames.append(frame)
         log_frame(tracker, models, frame)
