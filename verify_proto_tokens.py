@@ -1,21 +1,41 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "wandb==0.31.0",
+#     "numpy==2.4.6",
+#     "pillow==13.0.0",
+#     "matplotlib==3.11.2",
+#     "tqdm==4.70.1",
+#     "huggingface_hub==2.4.0",
+#     "safetensors==0.8.0",
+# ]
+# ///
 """Can a frozen autoregressive image generator emit a whole image in one forward pass from two learned embeddings?
 
 The script generates a reference image from a prompt with SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's
 Cosmos tokenizer), freezes the generator, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
 one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes what the two embeddings
-reconstruct and reports how close it comes.
+reconstruct and reports how close it comes. (Frozen it is since loading: see `freeze`.)
 
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
-(arXiv 2505.21189), applied to image tokens. Shapes in comments: B = targets optimised together (1 unless more
-are asked for), N = tokens, K = embeddings e_t of a target (1 likewise), D = hidden size, V = vocabulary, C = codes.
+(arXiv 2505.21189), applied to image tokens. Start reading at `run_experiment`, at the end, which tells it step by step;
+the loop itself is `Optimisation.steps`.
+
+Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
+target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time.
+Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what the generator reads and
+what proto_tokens.safetensors holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -35,9 +55,10 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -65,14 +86,19 @@ class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with code 2."""
 
 
+def exit_with_error(message: object) -> None:
+    print("verify_proto_tokens.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
 def checked(parse: Callable, holds: Callable, what: str) -> Callable:
     """An argparse type: what `parse` makes of the text, where it `holds`; anything else is said to be not `what`."""
 
     def convert(text: str):
         with contextlib.suppress(ValueError, KeyError):
-            found = parse(text)
-            if holds(found):
-                return found
+            value = parse(text)
+            if holds(value):
+                return value
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
 
     return convert
@@ -88,7 +114,7 @@ PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most
 PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
 BETAS = checked(
     lambda text: tuple(map(float, text.split(","))),
-    lambda b: len(b) == 2 and all(0 <= x < 1 for x in b),
+    lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
     "two numbers of at least 0 and below 1, with a comma between",
 )
 PROMPT = checked(str.strip, bool, "a few words that describe the picture")
@@ -106,14 +132,26 @@ TAGS = checked(
     lambda tags: max(map(len, tags), default=0) <= 64,
     "tags of at most 64 characters, with commas between",
 )
-# Sweep agents write a switch as --demo=True.
-SWITCH = {"type": checked(lambda text: {"true": True, "false": False}[text.lower()], lambda _: True, "true or false")}
-SWITCH |= {"nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+SWITCH = {
+    # Sweep agents write a switch as --demo=True.
+    "type": checked(lambda text: {"true": True, "false": False}[text.lower()], lambda value: True, "true or false"),
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "metavar": "true|false",
+}
 
 
 # One row an option, as a table reads best.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
+    """The parser; its `settings` say of each option what it decides, and the type of what is taken over.
+
+    An option decides the "reference", and so all that follows, as does the "environment", in which an interrupted run
+    may go on all the same; the "result" that is learned from it; or "nothing" but how the run works and reports. Some
+    are taken over by --from-proto-tokens, since proto-tokens mean nothing without them. From these columns come
+    config.json, the reference cache's key, and what --resume compares.
+    """
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
         usage="%(prog)s [--demo] [--prompt TEXT] [--use-wandb] [other options]",
@@ -121,107 +159,112 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option may also be written with underscores (--num_steps), as W&B sweep agents do.",
         allow_abbrev=False,
     )
+    parser.settings = {}
 
-    add = parser.add_argument_group("models").add_argument
-    add("--model-path", metavar="PATH",
+    def add(name: str, decides: str, taken_over: type | None = None, **options) -> None:
+        setting = group.add_argument(name, **options).dest
+        parser.settings[setting] = decides, taken_over
+
+    group = parser.add_argument_group("models")
+    add("--model-path", "nothing", metavar="PATH",
         help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})")
-    add("--vq-model-ckpt", metavar="PATH",
+    add("--vq-model-ckpt", "nothing", metavar="PATH",
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
-    add("--demo", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add("--codebook-size", type=COUNT, metavar="CODES",
+    add("--demo", "nothing", **SWITCH, help="use the small demo model kept in the repository; needs no network")
+    add("--codebook-size", "reference", type=COUNT, metavar="CODES",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
         "embedding rows beyond the text vocabulary)")
-    add("--device", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+    add("--device", "nothing", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
+    add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on CUDA "
         "and float32 elsewhere)")
 
-    add = parser.add_argument_group("reference image").add_argument
-    add("--prompt", type=PROMPT, action="append", metavar="TEXT", dest="prompts",
+    group = parser.add_argument_group("reference image")
+    add("--prompt", "reference", type=PROMPT, action="append", metavar="TEXT", dest="prompts",
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
-    add("--prompts-file", type=FILE, metavar="FILE", help="further prompts, one a line")
-    add("--image", type=FILE, action="append", metavar="FILE", dest="images",
+    add("--prompts-file", "nothing", type=FILE, metavar="FILE", help="further prompts, one a line")
+    add("--image", "result", type=FILE, action="append", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
-    add("--image-size", type=COUNT, default=256, metavar="PIXELS",
+    add("--image-size", "result", int, type=COUNT, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
-    add("--cfg-scale", type=UP_TO_1000, default=6.0, metavar="S",
+    add("--cfg-scale", "reference", type=UP_TO_1000, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
-    add("--temperature", type=POSITIVE, default=1.0, metavar="T",
+    add("--temperature", "reference", type=POSITIVE, default=1.0, metavar="T",
         help="of sampling the reference (default: %(default)s)")
-    add("--top-k", type=COUNT, metavar="K",
+    add("--top-k", "reference", type=COUNT, metavar="K",
         help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
-    add("--top-p", type=PROBABILITY, default=1.0, metavar="P",
+    add("--top-p", "reference", type=PROBABILITY, default=1.0, metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
-    add("--compile", choices=("auto", "on", "off"), default="auto",
+    add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
         help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
         "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)")
-    add("--force-generate", **SWITCH, help="generate the reference even if it is cached with these settings")
-    add("--seed", type=COUNT_OR_0, default=42,
+    add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
+    add("--seed", "reference", int, type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
-    add("--control", choices=("random", "shuffled", "untrained"),
+    add("--control", "result", str | None, choices=("random", "shuffled", "untrained"),
         help="a harder target to compare with: `random` codes, the reference's own codes `shuffled`, or the reference "
         "for an `untrained` generator of the same architecture (default: none)")
 
-    add = parser.add_argument_group("optimisation of the proto-tokens").add_argument
-    add("--num-steps", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
-    add("--num-e-tokens", type=COUNT, default=1, metavar="K",
+    group = parser.add_argument_group("optimisation of the proto-tokens")
+    add("--num-steps", "result", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
+    add("--num-e-tokens", "result", int, type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
-    add("--m", choices=("shared", "own"), default="shared",
+    add("--m", "result", str, choices=("shared", "own"), default="shared",
         help="whether several targets share one m, or each learns its own (default: %(default)s)")
-    add("--m-from", type=FILE, metavar="FILE",
+    add("--m-from", "result", str | None, type=FILE, metavar="FILE",
         help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
-    add("--recipe", choices=("tuned", "reference"), default="tuned",
+    add("--recipe", "result", choices=("tuned", "reference"), default="tuned",
         help="the defaults of the next five options; `reference` is the usual one: 0.01, no warm-up, betas 0.9 and "
         "0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
-    add("--learning-rate", type=POSITIVE, metavar="RATE",
+    add("--learning-rate", "result", type=POSITIVE, metavar="RATE",
         help="peak rate of AdamW; from there a cosine (default: 0.2, that of the recipe)")
-    add("--warmup-steps", type=COUNT_OR_0, metavar="STEPS",
+    add("--warmup-steps", "result", type=COUNT_OR_0, metavar="STEPS",
         help="steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
-    add("--betas", type=BETAS, metavar="B1,B2",
+    add("--betas", "result", type=BETAS, metavar="B1,B2",
         help="memory of AdamW's first and second moments (default: 0.9,0.9, those of the recipe)")
-    add("--initial-scale", type=UP_TO_1000, metavar="STD",
+    add("--initial-scale", "result", type=UP_TO_1000, metavar="STD",
         help="standard deviation of the initial values (default: 0.25, that of the recipe)")
-    add("--grad-clip", type=AT_LEAST_0, metavar="NORM",
+    add("--grad-clip", "result", type=AT_LEAST_0, metavar="NORM",
         help="clip the joint gradient of e_t and m to this norm; 0 is off (default: 0, that of the recipe)")
-    add("--vocabulary", choices=("full", "visual"), default="full",
+    add("--vocabulary", "result", str, choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
-    add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto",
+    add("--gradient-checkpointing", "nothing", choices=("auto", "on", "off"), default="auto",
         help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
         "(default: auto, that is where the device would not hold the step otherwise)")
-    add("--target-accuracy", type=PERCENT, metavar="PERCENT",
+    add("--target-accuracy", "result", type=PERCENT, metavar="PERCENT",
         help="stop as soon as this token accuracy is reached; 0 is never (default: 100; with --capacity 99)")
-    add("--capacity", **SWITCH,
+    add("--capacity", "result", **SWITCH,
         help="find the largest beginning of the target that reaches --target-accuracy within --num-steps")
-    add("--log-every", type=COUNT, default=1, metavar="STEPS",
+    add("--log-every", "result", type=COUNT, default=1, metavar="STEPS",
         help="steps between two rows of history.csv and of W&B's history (default: %(default)s)")
-    add("--save-every", type=COUNT, default=100, metavar="STEPS",
+    add("--save-every", "nothing", type=COUNT, default=100, metavar="STEPS",
         help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
-    add("--resume", **SWITCH,
+    add("--resume", "nothing", **SWITCH,
         help="go on with the interrupted run of this name, settings and save directory; starts where there is none")
-    add("--from-proto-tokens", type=FILE, metavar="FILE",
+    add("--from-proto-tokens", "result", type=FILE, metavar="FILE",
         help="learn nothing: reconstruct the picture from an earlier run's proto_tokens.safetensors, whose prompt, "
         "size and vocabulary hold; the models must be that run's")
 
-    add = parser.add_argument_group("output").add_argument
-    add("--save-dir", type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER",
+    group = parser.add_argument_group("output")
+    add("--save-dir", "nothing", type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER",
         help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)")
 
-    add = parser.add_argument_group("Weights & Biases").add_argument
-    add("--use-wandb", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
-    add("--wandb-project", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
-    add("--wandb-entity", metavar="NAME", help="user or team (default: W&B's own default)")
-    add("--wandb-run-name", type=RUN_NAME, metavar="NAME",
+    group = parser.add_argument_group("Weights & Biases")
+    add("--use-wandb", "nothing", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
+    add("--wandb-project", "nothing", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
+    add("--wandb-entity", "nothing", metavar="NAME", help="user or team (default: W&B's own default)")
+    add("--wandb-run-name", "nothing", type=RUN_NAME, metavar="NAME",
         help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42)")
-    add("--wandb-tags", type=TAGS, default=["proto-tokens"], metavar="TAG,TAG",
+    add("--wandb-tags", "nothing", type=TAGS, default=["proto-tokens"], metavar="TAG,TAG",
         help="separated by commas (default: proto-tokens)")
-    add("--wandb-group", metavar="NAME", help="group that the run belongs to")
-    add("--image-every", type=COUNT, metavar="STEPS",
+    add("--wandb-group", "nothing", metavar="NAME", help="group that the run belongs to")
+    add("--image-every", "nothing", type=COUNT, metavar="STEPS",
         help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
-    add("--wandb-mode", choices=("online", "offline", "disabled"),
+    add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
         help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else online)")
     return parser
 # fmt: on
@@ -231,75 +274,110 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a mistake ends the process with one line on stderr and exit code 2."""
     parser = build_parser()
     parser.error = exit_with_error
+    words = sys.argv[1:] if argv is None else argv
     # `--num_steps=50` -> `--num-steps=50`; values keep their underscores.
-    argv = [
-        re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word)
-        for word in (sys.argv[1:] if argv is None else argv)
-    ]
-    args = parser.parse_args(argv)
+    words = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in words]
+    args = parser.parse_args(words)
+    refuse_contradictions(args)
+    fill_in_defaults(args)
+    return args
+
+
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.demo and (args.model_path or args.vq_model_ckpt):
+        exit_with_error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
+    if args.from_proto_tokens and (args.control or args.m_from or args.images):
+        exit_with_error("--from-proto-tokens learns nothing: leave out --control, --m-from and --image")
+    if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
+        exit_with_error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
+    if args.m_from and args.m == "own":
+        exit_with_error("--m-from gives all targets one m: leave out --m own")
+
+
+def fill_in_defaults(args: argparse.Namespace) -> None:
+    """Puts what follows from other options in the place of each one that was not given."""
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.recipe])
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
-    for contradicts, message in (
-        (args.demo and (args.model_path or args.vq_model_ckpt),
-         "--demo names both models already: leave out --model-path and --vq-model-ckpt"),
-        (args.from_proto_tokens and (args.control or args.m_from or args.images),
-         "--from-proto-tokens learns nothing: leave out --control, --m-from and --image"),
-        (args.capacity and (args.from_proto_tokens or args.image_every or not args.target_accuracy),
-         "--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every"),
-        (args.m_from and args.m == "own", "--m-from gives all targets one m: leave out --m own"),
-    ):  # fmt: skip
-        if contradicts:
-            parser.error(message)
     args.images = args.images or []
-    args.prompts = (args.prompts or []) + (read_prompts(args.prompts_file) if args.prompts_file else [])
-    own_names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
-    args.prompts = args.prompts or own_names or [DEFAULT_PROMPT]
+    args.prompts = args.prompts or []
+    if args.prompts_file:
+        args.prompts += read_prompts(args.prompts_file)
+    if not args.prompts:
+        args.prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
+    if not args.prompts:
+        args.prompts = [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
-        parser.error(f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each")
+        exit_with_error(
+            f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
+        )
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
-    return args
 
 
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines do not count."""
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         exit_with_error(f"--prompts-file {file} cannot be read: {getattr(error, 'strerror', None) or error}")
-    return prompts or exit_with_error(f"--prompts-file {file} holds no prompt")
-
-
-def exit_with_error(message: object) -> None:
-    print("verify_proto_tokens.py: error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        exit_with_error(f"--prompts-file {file} holds no prompt")
+    return prompts
 
 
 def default_run_name(args: argparse.Namespace) -> str:
     """From the settings, as proto_256px_steps1000_lr02_seed42, and what else makes it another experiment."""
-    rate, count = f"{args.learning_rate:g}".replace(".", ""), len(args.prompts)
-    parts = {
-        f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}": True,
-        "image": args.images,
-        f"targets{count}": count > 1,
-        "own": count > 1 and args.m == "own",
-        f"e{args.num_e_tokens}": args.num_e_tokens > 1,
-        "given": args.m_from,
-        str(args.control): args.control,
-        "capacity": args.capacity,
-    }
-    name = "reconstructed" if args.from_proto_tokens else "_".join(part for part, holds in parts.items() if holds)
-    # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
-    return f"{name}_{os.environ['WANDB_RUN_ID']}" if in_sweep() and os.environ.get("WANDB_RUN_ID") else name
+    if args.from_proto_tokens:
+        name = "reconstructed"
+    else:
+        rate = f"{args.learning_rate:g}".replace(".", "")
+        name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
+        name += "_image" if args.images else ""
+        name += f"_targets{len(args.prompts)}" if len(args.prompts) > 1 else ""
+        name += "_own" if len(args.prompts) > 1 and args.m == "own" else ""
+        name += f"_e{args.num_e_tokens}" if args.num_e_tokens > 1 else ""
+        name += "_given" if args.m_from else ""
+        name += f"_{args.control}" if args.control else ""
+        name += "_capacity" if args.capacity else ""
+    if in_sweep() and os.environ.get("WANDB_RUN_ID"):
+        # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
+        name += f"_{os.environ['WANDB_RUN_ID']}"
+    return name
 
 
 def in_sweep() -> bool:
     """Whether a W&B sweep agent started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+# What a run's options resolve to, in the same two columns.
+RESOLVED = {
+    "prompt": ("reference", str | list),
+    "num_tokens": ("reference", None),
+    "prompt_templates": ("reference", None),
+    "visual_offset": ("reference", None),
+    "generator_fingerprint": ("reference", None),
+    "device_type": ("environment", None),
+    "torch_version": ("environment", None),
+    "m_from_fingerprint": ("result", None),
+    "final_learning_rate": ("result", None),
+    "factor": ("result", None),
+    "hidden_size": ("result", None),
+    "vq_fingerprint": ("result", None),
+    "versions": ("nothing", None),
+}
+SETTINGS = build_parser().settings | RESOLVED
+TAKEN_OVER = {name: kind for name, (_, kind) in SETTINGS.items() if kind is not None}
+
+
+def deciding(settings: dict, *decided: str) -> dict:
+    """Those of a run's settings that decide one of these."""
+    return {name: value for name, value in settings.items() if SETTINGS[name][0] in decided}
 
 
 if __name__ == "__main__":
@@ -312,7 +390,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -324,31 +402,113 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Errors and small helpers
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def stop_at_once(number: int) -> None:
+    raise Stopped(number)
+
+
+def on_stop_signals(handler: Callable) -> None:
+    """Has `handler` called with the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+        handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def line_of(error: BaseException, number: int = 0) -> str:
+    """A line of what an error says; TorchScript's own say in the last one (-1) what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory_for(what: str) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
+            "--gradient-checkpointing on needs less"
+        ) from None
+
+
+def slices(count: int, at_once: int) -> list[slice]:
+    return [slice(first, first + at_once) for first in range(0, count, at_once)]
+
+
+def time_on(device: torch.device) -> float:
+    """Seconds on a clock, read when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
+    """Lively on a terminal, a line a half-minute in a log file."""
+    lively = sys.stderr.isatty()
+    interval = 0.1 if lively else 30
+    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Models
 
 CONFIGURATION_FILES = ("*.json", "merges.txt")
 GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
-VQ_FILES = ("decoder.jit",)
-VQ_ENCODER = "encoder.jit"
+VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 REAL_SIZE = 100e6  # parameters from which a run on a CPU deserves a word about its duration
 
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen generator with its text tokenizer, the VQ decoder, and how their vocabularies fit together.
+    """The frozen generator with its text tokenizer, the VQ tokenizer, and how their vocabularies fit together.
 
-    Visual code k (0 .. codebook_size - 1) is token id visual_offset + k of the generator.
+    Visual code k (0 .. codebook_size - 1) is token id visual_offset + k of the generator, and row first_code + k of
+    `head`, the rows of the generator's head whose ids compete.
     """
 
     generator: Qwen2ForCausalLM
     text_tokenizer: PreTrainedTokenizerBase
     vq_decoder: torch.jit.ScriptModule
     vq_encoder: torch.jit.ScriptModule | None  # only where there are pictures to encode
+    vocabulary: str  # "full": every id competes; "visual": the codes alone
     visual_offset: int
     codebook_size: int
     factor: int  # pixels a latent cell spans, in each direction
-    fingerprint: str  # of the generator's files
+    generator_fingerprint: str
     vq_fingerprint: str
 
     @property
@@ -359,26 +519,26 @@ class Models:
     def hidden_size(self) -> int:
         return self.generator.config.hidden_size
 
+    @property
+    def visual_head(self) -> Tensor:
+        """[C, D]"""
+        return self.generator.lm_head.weight[self.visual_offset : self.visual_offset + self.codebook_size]
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D]"""
+        return self.visual_head if self.vocabulary == "visual" else self.generator.lm_head.weight
+
+    @property
+    def first_code(self) -> int:
+        return 0 if self.vocabulary == "visual" else self.visual_offset
+
     def num_tokens(self, image_size: int) -> int:
         return (image_size // self.factor) ** 2
 
     def has(self, codes: Tensor) -> bool:
         """Whether all are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
-
-
-@contextlib.contextmanager
-def enough_memory_for(what: str) -> Iterator[None]:
-    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
-            "--gradient-checkpointing on needs less"
-        ) from None
 
 
 @enough_memory_for("the models")
@@ -388,10 +548,12 @@ def load_models(args: argparse.Namespace) -> Models:
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     vocabulary_rows = read_vocabulary_rows(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
-    vq_files = (*VQ_FILES, VQ_ENCODER) if args.images else VQ_FILES
+    visual_offset = len(text_tokenizer)
+    vq_files = (VQ_DECODER, VQ_ENCODER) if args.images else (VQ_DECODER,)
     vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
-    vq_decoder, vq_encoder = [*(load_torchscript(vq_folder / name, device) for name in vq_files), None][:2]
-    factor, visual_offset = downsampling_factor(vq_decoder, device), len(text_tokenizer)
+    vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
+    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
+    factor = downsampling_factor(vq_decoder, device)
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
@@ -400,20 +562,30 @@ def load_models(args: argparse.Namespace) -> Models:
             f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
-    automatic = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
-    generator = load_generator(generator_folder, dtype, device)
-    fingerprints = fingerprint_of(generator_folder, GENERATOR_FILES), fingerprint_of(vq_folder, VQ_FILES)
+    generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
     print(
-        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on "
-        f"{device}; {visual_offset} text ids + {codebook_size} visual codes"
+        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {name_of(generator.dtype)} on {device}; "
+        f"{visual_offset} text ids + {codebook_size} visual codes"
     )
-    vocabulary = visual_offset, codebook_size
-    return Models(generator, text_tokenizer, vq_decoder, vq_encoder, *vocabulary, factor, *fingerprints)
+    return Models(
+        generator=generator,
+        text_tokenizer=text_tokenizer,
+        vq_decoder=vq_decoder,
+        vq_encoder=vq_encoder,
+        vocabulary=args.vocabulary,
+        visual_offset=visual_offset,
+        codebook_size=codebook_size,
+        factor=factor,
+        generator_fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
+        vq_fingerprint=fingerprint_of(vq_folder, (VQ_DECODER,)),
+    )
 
 
 def pick_device(name: str | None) -> torch.device:
-    name = name or ("cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name is None and torch.cuda.is_available():
+        name = "cuda:0"
+    elif name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # not built for it, not there, not known
@@ -421,9 +593,14 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def line_of(error: BaseException, number: int = 0) -> str:
-    """A line of what an error says; TorchScript's own say in the last one (-1) what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
@@ -433,21 +610,23 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
+    no_folder = f"{option} {name}: there is no such folder"
+    elsewhere = "name a local folder, or try --demo"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise UserError(f"{no_folder} (and this is no hub id such as {DEFAULT_MODEL}); {elsewhere}")
     try:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-            raise HFValidationError
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except HFValidationError:
-        why = f"there is no such folder (and this is no hub id such as {DEFAULT_MODEL})"
     except GatedRepoError:
-        why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+        accept = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+        raise UserError(f"{option} {name}: it is gated: {accept}; {elsewhere}") from None
     except RepositoryNotFoundError:
-        why = "there is no such folder, and no such repository on the Hugging Face hub that you may read (a private "
-        why += "one needs `hf auth login`)"
+        nor_there = "no such repository on the Hugging Face hub that you may read (a private one needs `hf auth login`)"
+        raise UserError(f"{no_folder}, and {nor_there}; {elsewhere}") from None
     except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
-        why = "there is no such folder, and it cannot be fetched from the Hugging Face hub "
-        why += f"({line_of(error.__cause__ or error)[:120]})"
-    raise UserError(f"{option} {name}: {why}; name a local folder, or try --demo")
+        why = line_of(error.__cause__ or error)[:120]
+        raise UserError(
+            f"{no_folder}, and it cannot be fetched from the Hugging Face hub ({why}); {elsewhere}"
+        ) from None
 
 
 def read_vocabulary_rows(folder: Path) -> int:
@@ -476,13 +655,19 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qwen2ForCausalLM:
-    """The generator, frozen: no parameter has requires_grad. Raises UserError."""
+    """The generator, frozen. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": dtype, "attn_implementation": "sdpa", "attention_dropout": 0.0, "use_safetensors": True}
     try:
         # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
-        generator, report = Qwen2ForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        generator, report = Qwen2ForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            attention_dropout=0.0,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {line_of(error)}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -490,54 +675,21 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
             f"the weights in {folder} lack {len(report['missing_keys'])} of the model's tensors and have "
             f"{len(report['mismatched_keys'])} of another shape: the download is incomplete or of another model"
         )
-    return frozen(generator.to(device))
+    return freeze(generator.to(device))
 
 
-def frozen(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """The generator in place: no parameter has requires_grad, and linear layers compute by `product`."""
-    for module in generator.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.forward = functools.partial(product, weight=module.weight, bias=module.bias)
+def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """From here on no parameter of the generator learns: none has requires_grad."""
     return generator.eval().requires_grad_(False)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] @ weight [O, I].T + bias -> [..., O], as F.linear has it, but faster in float32 on a CPU.
-
-    There F.linear runs on MKL, which holds back on processors that are not Intel's. The same product as a 1x1
-    convolution over "pixels" runs on oneDNN; that of one or two rows (decoding) is as fast as the weight can be read
-    when the weight stands on the left.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= 2:
-        out = (weight @ rows.T).T.contiguous()  # contiguous, since the next product wants its rows so
-        out = out if bias is None else out + bias
-    else:
-        out = Convolution.apply(rows, weight, bias)
-    return out.view(*x.shape[:-1], -1)
-
-
-class Convolution(torch.autograd.Function):
-    """The convolution of `product`, with a weight that is frozen: unlike conv2d's own, its way back keeps no input."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        # [P, I] as pixels [1, I, 1, P]: in memory that is channels-last, and so no copy.
-        return F.conv2d(rows[None].mT[:, :, None], weight[:, :, None, None], bias)[0, :, 0].T
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return product_back(gradient.contiguous(), *ctx.saved_tensors), None, None
-
-
-def product_back(x: Tensor, weight: Tensor) -> Tensor:
-    """x [P, O] @ weight [O, I] -> [P, I]: the way back through `product`."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return x @ weight
-    return F.conv_transpose2d(x[None].mT[:, :, None], weight[:, :, None, None])[0, :, 0].T
+@enough_memory_for("the untrained model")
+def with_fresh_weights(models: Models, seed: int) -> Models:
+    """The same architecture before any training, for the control."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = Qwen2ForCausalLM(models.generator.config)
+    return dataclasses.replace(models, generator=freeze(generator.to(models.device, models.generator.dtype)))
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -574,17 +726,20 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
 
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
     """The product of the FSQ levels that a Cosmos decoder carries in its state; None where it carries none."""
-    levels = (buffer for name, buffer in vq_decoder.named_buffers() if name.endswith("quantizer._levels"))
-    return next((int(each.prod()) for each in levels), None)
+    for name, buffer in vq_decoder.named_buffers():
+        if name.endswith("quantizer._levels"):
+            return int(buffer.prod())
+    return None
 
 
 @torch.inference_mode()
 def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Visual codes [B, N] of square images in raster order -> pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
+    indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
     # A few at a time: the decoder needs far more memory than its pictures.
-    videos = [vq_decoder(some).cpu() for some in codes.view(-1, 1, side, side).split(4)]  # [b, 3, 1, H, W], in [-1, 1]
-    return ((torch.cat(videos)[:, :, 0].float() + 1) / 2).clamp(0, 1)
+    videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
+    return ((videos[:, :, 0].float() + 1) / 2).clamp(0, 1)
 
 
 @torch.inference_mode()
@@ -592,9 +747,9 @@ def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
     try:
         weight = next(models.vq_encoder.parameters())
-        video = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)
-        found = [models.vq_encoder(each)[0] for each in video.split(1)]  # [1, 1, h, w] each
-        codes = torch.cat(found).flatten(1).long()
+        videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
+        indices = [models.vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
+        codes = torch.cat(indices).flatten(1).long()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign TorchScript may raise
@@ -618,35 +773,32 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
+@torch.inference_mode()
 def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
     """One line about how long a real-size model takes on a CPU, from timing one pass of each kind."""
     parameters = models.generator.num_parameters()
     if models.device.type != "cpu" or parameters < REAL_SIZE:
         return
-    seconds = []
-    for shape in ((2, 1), (2, 1), (1, min(num_tokens, 256))):  # the first one also reads the weights from disk
+
+    def seconds_a_token(*shape: int) -> float:
         started = time.perf_counter()
-        with torch.inference_mode():
-            models.generator(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-        seconds.append((time.perf_counter() - started) / shape[1])
-    step = 2 * seconds[2] * num_tokens  # the way back costs about one more way there
+        models.generator(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
+        return (time.perf_counter() - started) / shape[1]
+
+    seconds_a_token(2, 1)  # reads the weights from disk
+    decoding = num_tokens * seconds_a_token(2, 1)
+    step = 2 * num_tokens * seconds_a_token(1, min(num_tokens, 256))  # the way back costs about one more way there
     print(
-        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(seconds[1] * num_tokens)} for a "
-        f"new reference and {duration(step * num_steps)} for {num_steps} steps of one target; a GPU, --dtype bfloat16 "
-        "or fewer --num-steps shorten this"
+        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(decoding)} for a new reference "
+        f"and {duration(step * num_steps)} for {num_steps} steps of one target; a GPU, --dtype bfloat16 or fewer "
+        "--num-steps shorten this"
     )
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Reference image
+# Reference
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 TARGETS_AT_ONCE = 16  # in a batch without gradients, whose key/value cache must fit
 COMPILED_FROM = 1024  # tokens, whose decoding takes longer than compiling does
 NEGATIVE_PROMPT = (
@@ -676,31 +828,48 @@ def unconditional_prompt() -> str:
 
 @enough_memory_for("the reference")
 def make_reference(
-    models: Models, args: argparse.Namespace, pixels: Tensor | None = None, codes: Tensor | None = None
+    models: Models,
+    args: argparse.Namespace,
+    cache: ReferenceCache,
+    earlier: EarlierRun | None = None,
+    pictures: Tensor | None = None,
 ) -> Reference:
-    """The targets of a run: stored `codes` [B, N], own pictures' `pixels` [B, 3, H, W], or the prompts' pictures."""
-    codes, seconds = target_codes(models, args, pixels) if codes is None else (codes, None)
+    """The targets of a run: those of an earlier one, pictures of one's own, or what the generator draws."""
+    num_tokens, rng = models.num_tokens(args.image_size), torch.Generator().manual_seed(args.seed)
+    seconds = None
+    if args.from_proto_tokens:
+        codes = earlier.target_ids - models.visual_offset
+    elif args.control == "random":
+        codes = torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng)
+    elif args.images:
+        codes = encode_pixels(models, pictures).cpu()
+    else:
+        codes, seconds = generate_or_reuse(models, args, cache)
+    if args.control == "shuffled" and not args.from_proto_tokens:  # those were shuffled before they were learned
+        codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
     codes = codes.to(models.device)
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
 
 
-def target_codes(models: Models, args: argparse.Namespace, pixels: Tensor | None) -> tuple[Tensor, float | None]:
-    """Codes [B, N] of pictures, of prompts, or of a control; and the seconds of decoding them one after another."""
-    num_tokens, rng = models.num_tokens(args.image_size), torch.Generator().manual_seed(args.seed)
-    if args.control == "random":
-        return torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng), None
-    if pixels is not None:
-        codes, seconds = encode_pixels(models, pixels).cpu(), None
-    else:
-        codes, seconds = generated_codes(models, args, num_tokens)
-    if args.control == "shuffled":
-        codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
-    return codes, seconds
+def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float]:
+    """Takes each prompt's codes from the cache where these very settings made them; decodes the others together.
 
-
-def read_pictures(files: list[Path], size: int) -> Tensor | None:
-    """Pictures [B, 3, size, size] in [0, 1]; None where there are none. Raises UserError."""
-    return torch.stack([read_picture(file, size) for file in files]) if files else None
+    Returns codes [B, N] and the seconds that decoding them took, whenever that was.
+    """
+    num_tokens, prompts = models.num_tokens(args.image_size), list(dict.fromkeys(args.prompts))
+    compiled = wants_compiling(models, num_tokens, args.compile)
+    decoded = {} if args.force_generate else cache.read(prompts, compiled)  # prompt -> codes [N], seconds
+    if compiled and not args.force_generate:
+        decoded = cache.read(prompts, compiled=False) | decoded  # where compiling failed before
+    missing = [prompt for prompt in prompts if prompt not in decoded]
+    for few in slices(len(missing), TARGETS_AT_ONCE):
+        codes, seconds, compiled = generate_visual_codes(models, missing[few], num_tokens, args)
+        print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
+        for prompt, row in zip(missing[few], codes.cpu(), strict=True):
+            decoded[prompt] = row, seconds / len(codes)
+            cache.write(prompt, compiled, row, seconds / len(codes))
+    codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
+    return codes, sum(seconds for _, seconds in decoded.values())
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -726,139 +895,91 @@ def read_picture(file: Path, size: int) -> Tensor:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
-        image = image.resize((image.width // 2,) * 2, Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def generated_codes(models: Models, args: argparse.Namespace, num_tokens: int) -> tuple[Tensor, float]:
-    """Takes each prompt's codes from the cache where these very settings made them; decodes the others together.
-
-    Returns codes [B, N] and the seconds that decoding them took, whenever that was.
-    """
-    found = {}  # by prompt: codes [1, N] and seconds
-    for prompt in {} if args.force_generate else dict.fromkeys(args.prompts):
-        file, key = cache_entry(models, args, prompt, num_tokens)
-        if cached := read_cached_codes(models, file, key, num_tokens):
-            found[prompt] = cached
-            print(f"reference: {num_tokens} tokens, reused from {file}")
-    missing = [prompt for prompt in dict.fromkeys(args.prompts) if prompt not in found]
-    for some in parts(len(missing), TARGETS_AT_ONCE):
-        codes, seconds = generate_visual_codes(models, missing[some], num_tokens, args)
-        print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
-        for prompt, row in zip(missing[some], codes.cpu().split(1), strict=True):
-            found[prompt] = row, seconds / len(codes)
-            write_cached_codes(*cache_entry(models, args, prompt, num_tokens), *found[prompt])
-    return torch.cat([found[prompt][0] for prompt in args.prompts]), sum(seconds for _, seconds in found.values())
-
-
-@enough_memory_for("the untrained model")
-def untrained(models: Models, seed: int) -> Models:
-    """The same architecture with fresh weights, drawn as before any training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generator = Qwen2ForCausalLM(models.generator.config)
-    return dataclasses.replace(models, generator=frozen(generator.to(models.device, models.generator.dtype)))
-
-
-def cache_entry(models: Models, args: argparse.Namespace, prompt: str, num_tokens: int) -> tuple[Path, str]:
-    """The cache's file for a reference, and its key: it stands for everything that determines the tokens."""
-    settings = {
-        "format": CACHE_FORMAT,
-        "generator": models.fingerprint,
-        "visual_offset": models.visual_offset,
-        "codebook_size": models.codebook_size,
-        "num_tokens": num_tokens,
-        "dtype": str(models.generator.dtype),
-        "device": models.device.type,
-        "torch": torch.__version__,
-        "templates": [conditional_prompt(""), unconditional_prompt()],
-        "prompt": prompt,
-        "compiled": compiles(models, num_tokens, args.compile),
-    } | {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p", "seed")}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return args.save_dir / CACHE_FOLDER / f"{key[:32]}.safetensors", key
-
-
-def read_cached_codes(models: Models, file: Path, key: str, num_tokens: int) -> tuple[Tensor, float] | None:
-    """The cached codes [1, N] and their decoding time; None where there are none, with a warning if damaged."""
-    if not file.exists():
-        return None
-    with (
-        contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError),
-        safe_open(file, "pt") as stored,
-    ):
-        codes, metadata = stored.get_tensor("codes"), stored.metadata()
-        seconds = float(metadata["autoregressive_seconds"])
-        whole = metadata["key"] == key and codes.dtype == torch.int64 and codes.shape == (1, num_tokens)
-        if whole and models.has(codes) and 0 < seconds < math.inf:
-            return codes, seconds
-    print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
-    return None
-
-
-def write_cached_codes(file: Path, key: str, codes: Tensor, seconds: float) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as partial:
-        partial.write_bytes(to_safetensors({"codes": codes}, {"key": key, "autoregressive_seconds": repr(seconds)}))
-
-
-def compiles(models: Models, num_tokens: int, choice: str) -> bool:
-    return choice == "on" or (choice == "auto" and models.device.type == "cuda" and num_tokens >= COMPILED_FROM)
-
-
-def warmed_up_layers(models: Models, num_tokens: int, choice: str, decode_one: Callable) -> Callable:
-    """The generator's layers for one more token, as they are or compiled, after passes that no clock is to pay for."""
-    layers = models.generator.model
-    decode_one(layers)
-    if not compiles(models, num_tokens, choice):
-        return layers
-    mode = "reduce-overhead" if models.device.type == "cuda" else "default"
-    compiled = torch.compile(layers, dynamic=False, mode=mode)
+@contextlib.contextmanager
+def quick_products_of_few_rows(generator: Qwen2ForCausalLM) -> Iterator[None]:
+    """In here the generator's linear layers compute as `few_rows_linear`. Leaves the generator as it was."""
+    layers = [module for module in generator.modules() if isinstance(module, torch.nn.Linear)]
+    for layer in layers:
+        layer.forward = functools.partial(few_rows_linear, weight=layer.weight, bias=layer.bias)
     try:
-        decode_one(compiled)
-        decode_one(compiled)
-    except Exception as error:  # of torch.compile, or of the compiler that it calls
-        print(f"note: decoding is not compiled, which fails here: {line_of(error)}")
-        return layers
-    return compiled
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of a few rows, x [..., I] and weight [O, I] -> [..., O].
+
+    In float32 on a CPU MKL reads a large weight as fast as memory gives it only when the weight stands on the left: on
+    an AMD Zen 1, 2 to 16 rows took 1.1 to 5 times less time so, and none took more.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    out = (weight @ x.flatten(0, -2).T).T.contiguous()
+    out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1)
+
+
+class Decoded(NamedTuple):
+    codes: Tensor  # [B, N]
+    seconds: float
+    compiled: bool  # whether it really was
 
 
 @torch.no_grad()
-def generate_visual_codes(
-    models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace
-) -> tuple[Tensor, float]:
-    """Samples visual codes [B, N] with classifier-free guidance, one per step; returns them and the seconds taken.
+def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace) -> Decoded:
+    """Samples visual codes [B, N] with classifier-free guidance, one after another.
 
     The conditional and the unconditional prompt of every target run as one left-padded batch [2B, L] over one
     key/value cache, and only the visual rows of the head are computed: text ids can never be sampled.
     """
     input_ids, attention_mask = prompt_batch(models, prompts, num_tokens)  # [2B, L], [2B, L + N]
     position_ids = (attention_mask[:, : input_ids.shape[1]].cumsum(1) - 1).clamp(min=0)
-    visual_head, _ = competing_head(models, "visual")  # [C, D]
-    # A stream for each target: its picture does not depend on the others'.
-    rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
-    cache, codes = transformers.StaticCache(models.generator.config, attention_mask.shape[1]), []
+    cache = transformers.StaticCache(models.generator.config, attention_mask.shape[1])
 
     def last_hidden_states(layers: Callable, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[2B, D] after any number of new tokens [2B, L]; the cache grows by them."""
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        return layers(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        output = layers(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
 
-    newest = {"input_ids": input_ids[:, -1:].contiguous(), "position_ids": position_ids[:, -1:].contiguous()}
-    warm_up = functools.partial(last_hidden_states, **newest)
-    one_more = warmed_up_layers(models, num_tokens, args.compile, warm_up)
-    cache.reset()
-    started = time_on(models.device)
-    for _ in progress_bar(range(num_tokens), "reference", "tokens"):
-        hidden_states = last_hidden_states(one_more if codes else models.generator.model, input_ids, position_ids)
-        scores = guided_scores(*product(hidden_states, visual_head).float().chunk(2), args.cfg_scale)  # [B, C]
-        if not codes and not scores.isfinite().all():
-            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
-        codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
-        input_ids = (codes[-1] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
-        position_ids = position_ids[:, -1:] + 1
-    return torch.stack(codes, dim=1), time_on(models.device) - started
+    with quick_products_of_few_rows(models.generator):
+        one_token = input_ids[:, -1:].contiguous(), position_ids[:, -1:].contiguous()
+        layers, compiled = models.generator.model, False
+        last_hidden_states(layers, *one_token)  # a first pass, which no clock is to pay for
+        if wants_compiling(models, num_tokens, args.compile):
+            layers, compiled = compile_layers(layers, lambda layers: last_hidden_states(layers, *one_token))
+        cache.reset()
+        # A stream for each target: its picture does not depend on the others'.
+        rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
+        codes = []
+        started = time_on(models.device)
+        hidden_states = last_hidden_states(models.generator.model, input_ids, position_ids)
+        for position in progress_bar(range(num_tokens), "reference", "tokens"):
+            if position > 0:
+                newest_ids = codes[-1] + models.visual_offset
+                newest_ids = newest_ids.repeat(2)[:, None]  # both prompts are fed the same token
+                position_ids = position_ids[:, -1:] + 1
+                hidden_states = last_hidden_states(layers, newest_ids, position_ids)
+            logits = few_rows_linear(hidden_states, models.visual_head).float()  # [2B, C]
+            cond_logits, uncond_logits = logits.chunk(2)
+            scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
+            if position == 0 and not scores.isfinite().all():
+                damaged = "the generator's logits are not finite: try another --dtype; else its weights are damaged"
+                raise UserError(damaged)
+            codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
+        return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, compiled)
 
 
 def prompt_batch(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -896,186 +1017,174 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     return torch.cat([torch.multinomial(row, 1, generator=rng) for row, rng in zip(probability, rngs, strict=True)])
 
 
-def time_on(device: torch.device) -> float:
-    """Seconds on a clock, read when the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
+def wants_compiling(models: Models, num_tokens: int, choice: str) -> bool:
+    return choice == "on" or (choice == "auto" and models.device.type == "cuda" and num_tokens >= COMPILED_FROM)
 
 
-def progress_bar(iterable, label: str, unit: str, **options) -> tqdm:
-    """Lively on a terminal, a line a half-minute in a log file."""
-    lively = sys.stderr.isatty()
-    interval = 0.1 if lively else 30
-    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
+def compile_layers(layers: torch.nn.Module, decode_one: Callable) -> tuple[Callable, bool]:
+    """The layers compiled, after two passes of `decode_one` that no clock is to pay for, or as they are; and which."""
+    mode = "reduce-overhead" if layers.device.type == "cuda" else "default"
+    compiled = torch.compile(layers, dynamic=False, mode=mode)
+    try:
+        decode_one(compiled)
+        decode_one(compiled)
+    except (RuntimeError, ImportError, OSError) as error:  # of torch.compile, or of the compiler that it calls
+        if is_out_of_memory(error):
+            raise
+        print(f"note: decoding is not compiled, which fails here: {line_of(error)}")
+        return layers, False
+    return compiled, True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-# Logits held at a time: few enough to stay in a CPU's cache, many enough to keep a GPU busy (4 MB and 128 MB).
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
-POSITIONS_AT_ONCE = 1024
+LOGITS_AT_ONCE = 2**24  # that exist at a time; in float32, a few copies of 64 MB
 # Numbers that autograd keeps of a layer for each token, in units of the hidden and the MLP size (measured on a CPU).
 KEPT_PER_TOKEN = {"hidden": 6, "mlp": 3}
 
 
-@dataclass(frozen=True)
-class ProtoTokens:
-    """The learned embeddings, float32 whatever the model's precision: e_t [B, K, D], K in front of each target's N.
+# What an interrupted optimisation is stored with, beside its embeddings and AdamW's moments.
+CARRIED_OVER = ("step", "seconds", "last_row", "best_step", "best_accuracy", "best_loss")
 
-    m is [1, D] where the targets share it, [B, D] where each has its own.
+
+class ProtoTokens(torch.nn.Module):
+    """The learned embeddings, float32 whatever the generator's precision.
+
+    e_t: [B, K, D], K in front of each target's N. m: [1, D] where the targets share it, [B, D] where each has its own.
     """
 
-    e_t: Tensor
-    m: Tensor
+    def __init__(self, e_t: Tensor, m: Tensor, m_learns: bool = True):
+        super().__init__()
+        self.e_t = torch.nn.Parameter(e_t)
+        self.m = torch.nn.Parameter(m, requires_grad=m_learns)
 
-    def copy(self) -> ProtoTokens:
-        return ProtoTokens(self.e_t.detach().clone(), self.m.detach().clone())
-
-    def of(self, targets: slice) -> ProtoTokens:
-        return ProtoTokens(self.e_t[targets], self.m if len(self.m) == 1 else self.m[targets])
-
-    @property
-    def learning(self) -> list[Tensor]:
-        return [parameter for parameter in (self.e_t, self.m) if parameter.requires_grad]
+    def forward(self, num_tokens: int, targets: slice = slice(None)) -> Tensor:
+        """The generator's inputs [e_1 .. e_K, m, ..., m] for these targets: [B, N, D]."""
+        e_t = self.e_t[targets]
+        m = self.m if len(self.m) == 1 else self.m[targets]
+        filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
+        return torch.cat((e_t, filler), dim=1)
 
     @property
     def groups(self) -> int:
         """How many parts of the targets share nothing that learns: 1 where they learn one m, else B."""
         return 1 if len(self.m) == 1 and self.m.requires_grad else len(self.e_t)
 
-
-@dataclass
-class Optimisation:
-    """Where an optimisation stands: all that its next step depends on, and what it has found so far.
-
-    The best are kept for all targets together where they share m, else for each on its own.
-    """
-
-    proto_tokens: ProtoTokens  # the masters, which learn
-    optimizer: torch.optim.AdamW
-    best: ProtoTokens
-    best_step: list[int]  # [B], as the next two
-    best_accuracy: list[float]  # percent, at the best step
-    best_loss: list[float]  # nats, at the best step
-    step: int = 0  # steps behind it
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)  # its logged rows
-    frames: list[dict] = field(default_factory=list)  # for the moving picture: step, accuracy, codes [B, N]
-    trials: list[dict] = field(default_factory=list)  # that a search for the capacity has behind it
-    diverged: bool = False
-
     @property
-    def mean_best_accuracy(self) -> float:
-        return statistics.fmean(self.best_accuracy)
+    def learning(self) -> list[Tensor]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def reached(self, target_accuracy: float) -> bool:
-        return 0 < target_accuracy <= min(self.best_accuracy)
-
-    def keep_the_best(self, accuracy: list[float], loss: list[float], target_accuracy: float) -> None:
-        """Keeps the present embeddings where their accuracy is the highest yet, and among equals their loss lowest.
-
-        A group's best is final once all its targets have reached `target_accuracy`, as the run would end there alone.
-        """
-        for members in parts(len(accuracy), len(accuracy) // self.proto_tokens.groups):
-            if min(self.best_accuracy[members]) >= target_accuracy:
-                continue
-            before = (False, statistics.fmean(self.best_accuracy[members]), -statistics.fmean(self.best_loss[members]))
-            reached = min(accuracy[members]) >= target_accuracy
-            if (reached, statistics.fmean(accuracy[members]), -statistics.fmean(loss[members])) > before:
-                self.best.e_t[members] = self.proto_tokens.e_t.detach()[members]
-                if self.proto_tokens.m.requires_grad:
-                    self.best.of(members).m.copy_(self.proto_tokens.of(members).m.detach())
-                self.best_accuracy[members], self.best_loss[members] = accuracy[members], loss[members]
-                self.best_step[members] = [self.step + 1] * len(accuracy[members])
+    def learned_numbers(self, num_tokens: int) -> int:
+        m_is_used = num_tokens > self.e_t.shape[1]
+        return self.e_t.numel() + (self.m.numel() if self.m.requires_grad and m_is_used else 0)
 
 
 def initial_proto_tokens(
-    batch: int, num_e_tokens: int, hidden_size: int, scale: float, seed: int, own_m: bool = False
-) -> ProtoTokens:
-    """Normal values from a random stream of their own: each target starts as it would alone, on any device."""
-    rng = torch.Generator().manual_seed(seed)
-    m = torch.randn(1, hidden_size, generator=rng) * scale
-    e_t = torch.randn(1, num_e_tokens, hidden_size, generator=rng) * scale
-    return ProtoTokens(e_t.repeat(batch, 1, 1), m.repeat(batch if own_m else 1, 1))
-
-
-def new_optimisation(
     models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
-) -> Optimisation:
-    """An optimisation before its first step; `given_m` [1, D] stays as it is."""
-    sizes = batch, args.num_e_tokens, models.hidden_size
-    start = initial_proto_tokens(*sizes, args.initial_scale, args.seed, args.m == "own")
-    e_t, m = (each.to(models.device) for each in (start.e_t, start.m if given_m is None else given_m))
-    proto_tokens = ProtoTokens(e_t.requires_grad_(), m.requires_grad_(given_m is None))
-    optimizer = torch.optim.AdamW(proto_tokens.learning, lr=args.learning_rate, betas=args.betas, weight_decay=0.0)
-    nothing_yet = {"best_step": [0] * batch, "best_accuracy": [-1.0] * batch, "best_loss": [math.inf] * batch}
-    return Optimisation(proto_tokens, optimizer, proto_tokens.copy(), **nothing_yet)
+) -> ProtoTokens:
+    """Normal values from a random stream of their own: each target starts as it would alone, on any device.
+
+    `given_m` [1, D], where there is one, stays as it is.
+    """
+    rng = torch.Generator().manual_seed(args.seed)
+    m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
+    e_t = torch.randn(1, args.num_e_tokens, models.hidden_size, generator=rng) * args.initial_scale
+    e_t = e_t.repeat(batch, 1, 1)
+    if given_m is not None:
+        return ProtoTokens(e_t, given_m.clone(), m_learns=False).to(models.device)
+    return ProtoTokens(e_t, m.repeat(batch if args.m == "own" else 1, 1)).to(models.device)
 
 
-def one_pass_hidden_states(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int) -> Tensor:
+def one_pass(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int, targets: slice) -> Tensor:
     """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
-    batch, num_e_tokens, hidden_size = proto_tokens.e_t.shape
-    filler = proto_tokens.m[:, None].expand(batch, num_tokens - num_e_tokens, hidden_size)
-    inputs_embeds = torch.cat((proto_tokens.e_t, filler), dim=1).to(generator.dtype)  # [B, N, D]
+    inputs_embeds = proto_tokens(num_tokens, targets).to(generator.dtype)
     return generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
 
 
-def competing_head(models: Models, vocabulary: str) -> tuple[Tensor, int]:
-    """The head's rows [V, D] whose ids compete, and the row at which visual code 0 lies."""
-    weight = models.generator.lm_head.weight
-    if vocabulary == "full":
-        return weight, models.visual_offset
-    return weight[models.visual_offset : models.visual_offset + models.codebook_size], 0
+class ReadOut(NamedTuple):
+    """What the logits of each position say of its target; each [B, N], or [P] of some positions."""
+
+    losses: Tensor  # cross-entropy, in nats
+    rank: Tensor  # 0 where the target is the argmax; else how many ids are likelier, and at least 1
+    predicted_ids: Tensor  # the argmax, as a token id
+    predicted_codes: Tensor  # the likeliest visual code
+
+    @property
+    def num_correct(self) -> Tensor:
+        return (self.rank == 0).sum(-1)
+
+    @property
+    def num_in_top5(self) -> Tensor:
+        return (self.rank < 5).sum(-1)
 
 
-def chunked_cross_entropy(hidden_states: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of hidden_states [B, N, D] @ head.T [D, V] against target [B, N], never holding [B, N, V] logits.
+def read_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> ReadOut:
+    """What the logits of hidden_states [P, D] say of the targets `codes` [P]."""
+    logits = F.linear(hidden_states, models.head).float()  # [P, V]
+    target = codes + models.first_code
+    losses = F.cross_entropy(logits, target, reduction="none")
+    predicted = logits.argmax(-1)
+    likelier = (logits > logits.gather(-1, target[:, None])).sum(-1, dtype=torch.int32)
+    rank = torch.where(predicted == target, 0, likelier.clamp(min=1))  # a tie is right where argmax decides it so
+    visual_logits = logits[:, models.first_code : models.first_code + models.codebook_size]
+    return ReadOut(losses, rank, predicted - models.first_code + models.visual_offset, visual_logits.argmax(-1))
 
-    Returns the losses [B, N] in nats, the gradient [B, N, D] of each target's mean with respect to hidden_states, and
-    each token's rank [B, N]: how many other ids are at least as likely, so 0 where it alone is the likeliest.
 
-    One pass over the vocabulary, a chunk of ids at a time, with the running maximum and rescaled sums of Milakov &
-    Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867). The gradient of cross-entropy is
-    softmax(logits) @ head - head[target], so its first term is such a sum too.
+def read_out(models: Models, hidden_states: Tensor, codes: Tensor) -> ReadOut:
+    """The same of hidden_states [B, N, D] and codes [B, N], never holding [B, N, V] logits.
+
+    Where `hidden_states` wants a gradient, that of the summed losses is left in its `.grad`.
     """
-    budget = LOGITS_AT_ONCE["cuda" if head.is_cuda else "cpu"]
-    pairs = zip(
-        *(each.split(POSITIONS_AT_ONCE) for each in (hidden_states.flatten(0, 1), target.flatten())), strict=True
-    )
-    found = [cross_entropy_of_positions(some, head, ids, max(1, budget // len(some))) for some, ids in pairs]
-    losses, gradient, ranks = (torch.cat(part) for part in zip(*found, strict=True))
-    return losses.view_as(target), (gradient / target.shape[1]).view_as(hidden_states), ranks.view_as(target)
+    at_once = max(1, LOGITS_AT_ONCE // len(models.head))
+    chunks = zip(hidden_states.flatten(0, 1).split(at_once), codes.flatten().split(at_once), strict=True)
+    read = []
+    for states, targets in chunks:
+        chunk = read_positions(models, states, targets)
+        if states.requires_grad:
+            chunk.losses.sum().backward()  # now, so that its logits can go before the next chunk's come
+        read.append(chunk._replace(losses=chunk.losses.detach()))
+    return ReadOut(*(torch.cat(parts).view_as(codes) for parts in zip(*read, strict=True)))
 
 
-def cross_entropy_of_positions(
-    hidden_states: Tensor, head: Tensor, target: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [P], the gradient [P, D] of each one's own loss, and ranks [P] of hidden_states [P, D] and target [P]."""
-    # [P, 1], rounded as the chunks' logits will be, so that they compare.
-    target_logits = (hidden_states.float() * head[target].float()).sum(-1, keepdim=True).to(head.dtype).float()
-    largest, total = target_logits, torch.zeros_like(target_logits)
-    weighted_rows = torch.zeros_like(hidden_states, dtype=torch.float32)  # [P, D]
-    at_least_as_likely = torch.zeros_like(target)
-    for first in range(0, len(head), chunk):
-        rows = head[first : first + chunk]  # [chunk, D]
-        logits = product(hidden_states, rows).float()  # [P, chunk]
-        here = ((target >= first) & (target < first + len(rows)))[:, None]
-        column = (target[:, None] - first).clamp(0, len(rows) - 1)
-        logits.scatter_(1, column, torch.where(here, target_logits, logits.gather(1, column)))
-        at_least_as_likely += (logits >= target_logits).sum(-1)
-        new_largest = torch.maximum(largest, logits.amax(-1, keepdim=True))
-        rescale = (largest - new_largest).exp()
-        weights = logits.sub_(new_largest).exp_()
-        total = total * rescale + weights.sum(-1, keepdim=True)
-        weighted_rows.mul_(rescale).add_(product_back(weights.to(head.dtype), rows))
-        largest = new_largest
-    losses = (total.log() + (largest - target_logits))[:, 0]
-    return losses, weighted_rows / total - head[target], at_least_as_likely - 1
+def read_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
+    """One pass for the targets codes [B, N], `at_once` of them at a time, and what its logits say of them.
+
+    Where autograd is on, the gradient of the summed losses is left in the proto-tokens' `.grad`.
+    """
+    read = []
+    for targets in slices(len(codes), at_once):
+        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], targets)
+        leaf = hidden_states.detach().requires_grad_(hidden_states.requires_grad)
+        read.append(read_out(models, leaf, codes[targets]))
+        if hidden_states.requires_grad:
+            hidden_states.backward(leaf.grad)
+    return ReadOut(*map(torch.cat, zip(*read, strict=True)))
+
+
+def gradient_step(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
+    """Reads one pass, and leaves in `.grad` the gradient of each target's mean cross-entropy, added up.
+
+    So a target with an m of its own learns as it would alone.
+    """
+    proto_tokens.zero_grad()
+    read = read_one_pass(models, proto_tokens, codes, at_once)
+    for parameter in proto_tokens.learning:
+        parameter.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
+    return read
+
+
+@torch.no_grad()
+def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
+    """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
+    groups = proto_tokens.groups
+    gradients = [parameter.grad.view(groups, -1) for parameter in proto_tokens.learning]
+    norms = torch.cat(gradients, dim=1).norm(dim=1)
+    if limit > 0:
+        for gradient in gradients:
+            gradient *= (limit / (norms + 1e-6)).clamp(max=1)[:, None]
+    return norms
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1088,12 +1197,175 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class Optimisation:
+    """Learns the proto-tokens of codes [B, N], and keeps the best.
+
+    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
+    learn one m, else for each on its own.
+    """
+
+    def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
+        batch = len(codes)
+        self.models, self.codes, self.args = models, codes, args
+        self.recomputes, self.at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
+        self.proto_tokens = initial_proto_tokens(models, batch, args, given_m)
+        self.optimizer = torch.optim.AdamW(self.proto_tokens.learning, betas=args.betas, weight_decay=0.0)
+        self.step = 0  # steps behind it
+        self.seconds = 0.0
+        self.last_row: dict[str, float] = {}
+        self.best = copy.deepcopy(self.proto_tokens)
+        self.best_step = torch.zeros(batch, dtype=torch.long)
+        self.best_accuracy = torch.full((batch,), -1.0, dtype=torch.float64)  # percent
+        self.best_loss = torch.full((batch,), math.inf, dtype=torch.float64)  # nats, at the best step
+        self.diverged = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether the best proto-tokens have the accuracy asked for; 0 asks for never ending early."""
+        return 0 < self.args.target_accuracy <= self.best_accuracy.min().item()
+
+    @property
+    def finished(self) -> bool:
+        return self.diverged or self.reached or self.step >= self.args.num_steps
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
+
+        The numbers belong to the embeddings before the step's update. Ends at --num-steps, at --target-accuracy, or
+        where the loss or its gradient is no longer finite.
+        """
+        models, args, proto_tokens = self.models, self.args, self.proto_tokens
+        with gradient_checkpointing(models.generator, self.recomputes):
+            while not self.finished:
+                started = time.perf_counter()
+                rate = rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
+                self.optimizer.param_groups[0]["lr"] = rate
+                read = gradient_step(models, proto_tokens, self.codes, self.at_once)
+                grad_norms = clip_gradients(proto_tokens, args.grad_clip)
+                numbers = numbers_of_step(proto_tokens, read, grad_norms)
+                if not numbers.isfinite().all():
+                    self.diverged = True
+                    return
+                self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
+                self.optimizer.step()
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                self.last_row = self.row(numbers, rate)
+                yield self.last_row
+
+    @torch.no_grad()
+    def keep_the_best(self, numbers: Tensor) -> None:
+        """Keeps the present embeddings of the targets whose numbers [6, B] are the best yet.
+
+        A group's best is final once all its targets have reached the accuracy asked for, as it would end there alone.
+        """
+        loss, accuracy, *_ = numbers
+        goal = self.args.target_accuracy or math.inf
+        groups = self.proto_tokens.groups
+
+        def of_groups(values: Tensor) -> Tensor:
+            return values.view(groups, -1).mean(1)
+
+        was_reached = (self.best_accuracy >= goal).view(groups, -1).all(1)
+        is_reached = (accuracy >= goal).view(groups, -1).all(1)
+        before, now = of_groups(self.best_accuracy), of_groups(accuracy)
+        as_good = (now == before) & (of_groups(loss) < of_groups(self.best_loss))
+        better = ~was_reached & (is_reached | (now > before) | as_good)
+        better = better.repeat_interleave(len(accuracy) // groups)  # [B]
+        self.best_accuracy = torch.where(better, accuracy, self.best_accuracy)
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_step = torch.where(better, self.step + 1, self.best_step)
+        better = better.to(self.best.e_t.device, non_blocking=True)
+        self.best.e_t.copy_(torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t))
+        if self.best.m.requires_grad:
+            # Of a shared m, all targets are better or none is.
+            self.best.m.copy_(torch.where(better[: len(self.best.m), None], self.proto_tokens.m, self.best.m))
+
+    def row(self, numbers: Tensor, rate: float) -> dict[str, float]:
+        """A step's numbers [6, B] by their W&B names: means over the targets, and of several each one's own."""
+        loss, accuracy, top5, grad_norm, e_t_norm, m_norm = numbers
+        row = {
+            "step": self.step,
+            "train/loss": loss.mean().item(),
+            "train/accuracy": accuracy.mean().item(),
+            "train/top5_accuracy": top5.mean().item(),
+            "train/correct_tokens": round(accuracy.sum().item() * self.codes.shape[1] / 100),
+            "train/best_accuracy": self.best_accuracy.mean().item(),
+            "train/learning_rate": rate,
+            "embeddings/e_t_norm": e_t_norm[0].item(),
+            "embeddings/m_norm": m_norm[0].item(),
+            "gradients/grad_norm": grad_norm[0].item(),
+        }
+        if len(loss) > 1:
+            for k in range(len(loss)):
+                row[f"targets/{k}/loss"] = loss[k].item()
+                row[f"targets/{k}/accuracy"] = accuracy[k].item()
+                row[f"targets/{k}/best_accuracy"] = self.best_accuracy[k].item()
+        return row
+
+    @torch.no_grad()
+    def draw_best(self) -> Tensor:
+        """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
+        read = read_one_pass(self.models, self.best, self.codes, self.at_once)
+        return decode_codes(self.models.vq_decoder, read.predicted_codes[:SHOWN_TARGETS])
+
+    def summary(self) -> dict:
+        """What belongs to the last step, and to the whole."""
+        return {
+            "final_accuracy": self.last_row["train/accuracy"],
+            "final_top5_accuracy": self.last_row["train/top5_accuracy"],
+            "final_loss": self.last_row["train/loss"],
+            "best_step": self.best_step.max().item(),
+            "steps": self.step,
+            "optimisation_seconds": self.seconds,
+        }
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on, and what was found so far."""
+        return {name: getattr(self, name) for name in CARRIED_OVER} | {
+            "proto_tokens": self.proto_tokens.state_dict(),
+            "best": self.best.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in CARRIED_OVER:
+            setattr(self, name, state[name])
+        self.proto_tokens.load_state_dict(state["proto_tokens"])
+        self.best.load_state_dict(state["best"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def numbers_of_step(proto_tokens: ProtoTokens, read: ReadOut, grad_norms: Tensor) -> Tensor:
+    """A step's numbers [6, B] on the CPU, in one read of the device.
+
+    Rows: each target's mean loss in nats, top-1 and top-5 accuracy in percent; then, the same for all targets, the mean
+    norms of the gradient, of e_t and of m.
+    """
+    batch, num_tokens = read.losses.shape
+    of_targets = read.losses.mean(1), read.num_correct, read.num_in_top5
+    of_all = grad_norms.mean(), proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean()
+    numbers = torch.stack([*of_targets, *(norm.expand(batch) for norm in of_all)]).cpu().double()
+    numbers[1:3] = 100 * numbers[1:3] / num_tokens
+    return numbers
+
+
+def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
+    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets at once."""
+    budget = 0.8 * free_bytes(models.device)
+    recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
+    return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
+
+
 def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
     config = models.generator.config
     kept = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
-    of_all = config.num_hidden_layers * (config.hidden_size if recomputes else kept) + (kept if recomputes else 0)
-    return of_all * num_tokens * models.generator.dtype.itemsize
+    of_all_layers = config.num_hidden_layers * kept
+    if recomputes:
+        of_all_layers = config.num_hidden_layers * config.hidden_size + kept
+    return of_all_layers * num_tokens * models.generator.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> float:
@@ -1106,107 +1378,19 @@ def free_bytes(device: torch.device) -> float:
     return math.inf
 
 
-def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
-    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets at once."""
-    budget = 0.8 * free_bytes(models.device)
-    recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
-    return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
-
-
-def set_gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> None:
+@contextlib.contextmanager
+def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[None]:
     """Per layer. Transformers recomputes only in training mode, whose other effect, dropout, is off since loading."""
-    if on:
-        generator.model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
+    if not on:
+        yield
+        return
+    generator.model.activation_checkpointing_enable({"use_reentrant": False})
+    generator.model.train()
+    try:
+        yield
+    finally:
         generator.model.activation_checkpointing_disable()
-    generator.model.train(on)
-
-
-def gradient_step(
-    models: Models, proto_tokens: ProtoTokens, head: Tensor, target: Tensor, at_once: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """One pass and its gradient, left in the proto-tokens' `.grad`; returns losses and target ranks, both [B, N].
-
-    The gradient is that of the targets' mean losses, added up: a target with an m of its own learns as it would alone.
-    """
-    for parameter in proto_tokens.learning:
-        parameter.grad = None
-    found = []
-    for targets in parts(len(target), at_once or len(target)):
-        hidden_states = one_pass_hidden_states(models.generator, proto_tokens.of(targets), target.shape[1])
-        losses, gradient, target_rank = chunked_cross_entropy(hidden_states.detach(), head, target[targets])
-        hidden_states.backward(gradient.to(hidden_states.dtype))
-        found.append((losses, target_rank))
-    losses, target_rank = (torch.cat(each) for each in zip(*found, strict=True))
-    return losses, target_rank
-
-
-def parts(count: int, at_once: int) -> list[slice]:
-    return [slice(first, first + at_once) for first in range(0, count, at_once)]
-
-
-def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
-    """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
-    groups = proto_tokens.groups
-    gradients = [each.grad.view(groups, -1) for each in proto_tokens.learning]
-    norms = torch.cat(gradients, dim=1).norm(dim=1)
-    for gradient in gradients if limit else ():
-        gradient *= (limit / (norms + 1e-6)).clamp(max=1)[:, None]
-    return norms
-
-
-def optimise_proto_tokens(
-    models: Models, codes: Tensor, args: argparse.Namespace, state: Optimisation
-) -> Iterator[dict[str, float]]:
-    """Minimises the mean cross-entropy of one pass over [e_t, m, ..., m] against `codes` [B, N], from where `state` is.
-
-    Yields a row of numbers a step, by its W&B names, when `state` is that after the step. The numbers belong to the
-    embeddings before the step's update; the best are those with the highest accuracy, and among equals the lowest
-    loss. Ends early at --target-accuracy, or where the loss or its gradient is no longer finite (`state.diverged`).
-    """
-    proto_tokens, (batch, num_tokens) = state.proto_tokens, codes.shape
-    head, first_code = competing_head(models, args.vocabulary)
-    recomputes, at_once = memory_plan(models, batch, num_tokens, args.gradient_checkpointing)
-    set_gradient_checkpointing(models.generator, recomputes)
-    while state.step < args.num_steps and not state.reached(args.target_accuracy):
-        started = time.perf_counter()
-        rate = rate_at(state.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
-        state.optimizer.param_groups[0]["lr"] = rate
-        losses, target_rank = gradient_step(models, proto_tokens, head, codes + first_code, at_once)
-        with torch.no_grad():
-            grad_norm = clip_gradients(proto_tokens, args.grad_clip).mean()
-            norms = proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean(), grad_norm
-            of_targets = losses.mean(1), (target_rank == 0).sum(1), (target_rank < 5).sum(1)
-            measured = torch.cat((*of_targets, torch.stack(norms))).tolist()  # the step's one host sync
-        if not math.isfinite(sum(measured)):
-            state.diverged = True
-            return
-        loss, correct, in_top5 = (measured[each] for each in parts(3 * batch, batch))
-        accuracy = [100 * count / num_tokens for count in correct]
-        state.keep_the_best(accuracy, loss, args.target_accuracy or math.inf)
-        state.optimizer.step()
-        state.step += 1
-        state.seconds += time.perf_counter() - started
-        yield history_row(state, loss, accuracy, 100 * sum(in_top5) / codes.numel(), int(sum(correct)), measured[-3:])
-
-
-def history_row(
-    state: Optimisation, loss: list[float], accuracy: list[float], top5: float, correct: int, norms: list[float]
-) -> dict[str, float]:
-    """A step's numbers by their W&B names; loss and accuracy [B], norms of e_t, m and the gradient."""
-    row = {
-        "step": state.step,
-        "train/loss": statistics.fmean(loss),
-        "train/accuracy": statistics.fmean(accuracy),
-        "train/top5_accuracy": top5,
-        "train/correct_tokens": correct,
-        "train/best_accuracy": state.mean_best_accuracy,
-        "train/learning_rate": state.optimizer.param_groups[0]["lr"],
-    } | dict(zip(("embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"), norms, strict=True))
-    for k in range(len(loss)) if len(loss) > 1 else ():
-        own = {"loss": loss[k], "accuracy": accuracy[k], "best_accuracy": state.best_accuracy[k]}
-        row |= {f"targets/{k}/{name}": value for name, value in own.items()}
-    return row
+        generator.model.eval()
 
 
 def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
@@ -1219,7 +1403,9 @@ def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
     failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
     if failed - held <= 1 or failed <= shortest:
         return None
-    return max(shortest, min(2 * held, longest) if failed > longest else (held + failed) // 2)
+    if failed > longest:
+        return max(shortest, min(2 * held, longest))
+    return max(shortest, (held + failed) // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1230,22 +1416,15 @@ SUCCESS, PARTIAL_SUCCESS = 99.0, 80.0  # percent of tokens
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one forward pass over the best proto-tokens emits."""
+    """What one forward pass over proto-tokens emits: what it says of the targets [B, N], and what it draws."""
 
-    predicted_ids: Tensor  # [B, N], ids of the competing vocabulary's argmax, as generator token ids
-    predicted_codes: Tensor  # [B, N], the likeliest visual codes
-    target_rank: Tensor  # [B, N], how many other ids are at least as likely: 0 where the target is the prediction
-    losses: Tensor  # [B, N], in nats
+    read: ReadOut
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
     one_pass_seconds: float
 
-    @property
-    def num_errors(self) -> list[int]:
-        return (self.target_rank > 0).sum(1).tolist()  # [B]
 
-
-@torch.inference_mode()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str) -> Reconstruction:
+@torch.no_grad()
+def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> Reconstruction:
     """One forward pass, argmax, VQ decode; the pass is timed too (median of five, after one).
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
@@ -1253,36 +1432,9 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabu
     seconds = []
     for _ in range(6):
         started = time_on(models.device)
-        hidden_states, *predicted = one_pass(models, proto_tokens, codes, vocabulary)
+        read = read_one_pass(models, proto_tokens, codes, at_once)
         seconds.append(time_on(models.device) - started)
-    head, first_code = competing_head(models, vocabulary)
-    losses, *_ = chunked_cross_entropy(hidden_states, head, codes + first_code)
-    pixels = decode_codes(models.vq_decoder, predicted[1])
-    return Reconstruction(*predicted, losses, pixels, statistics.median(seconds[1:]))
-
-
-@torch.inference_mode()
-def one_pass(
-    models: Models, proto_tokens: ProtoTokens, codes: Tensor, vocabulary: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states [B, N, D] of all targets, some at a time, and what `predict` makes of them."""
-    batches = [proto_tokens.of(targets) for targets in parts(len(codes), TARGETS_AT_ONCE)]
-    found = [one_pass_hidden_states(models.generator, batch, codes.shape[1]) for batch in batches]
-    hidden_states = torch.cat(found)
-    return hidden_states, *predict(models, hidden_states, codes, vocabulary)
-
-
-def predict(models: Models, hidden_states: Tensor, codes: Tensor, vocabulary: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest token id, the likeliest visual code, and the rank of the target `codes`, all [B, N]."""
-    head, first_code = competing_head(models, vocabulary)
-    found = []
-    for states, targets in zip(hidden_states.flatten(0, 1).split(256), codes.flatten().split(256), strict=True):
-        logits = product(states, head)  # [P, V]
-        target_logits = logits.gather(-1, targets[:, None] + first_code)
-        visual_logits = logits[:, first_code : first_code + models.codebook_size]
-        ids = logits.argmax(-1) - first_code + models.visual_offset
-        found.append((ids, visual_logits.argmax(-1), (logits >= target_logits).sum(-1) - 1))
-    return tuple(torch.cat(part).view_as(codes) for part in zip(*found, strict=True))
+    return Reconstruction(read, decode_codes(models.vq_decoder, read.predicted_codes), statistics.median(seconds[1:]))
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:
@@ -1291,36 +1443,32 @@ def psnr(pixels: Tensor, reference: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-@torch.inference_mode()
-def teacher_forced_bits(models: Models, text: str, codes: Tensor, vocabulary: str) -> float:
+@torch.no_grad()
+def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> float:
     """Bits that codes [N] cost, one after another behind `text`: -sum of log2 p(code | text, codes before)."""
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    head, first_code = competing_head(models, vocabulary)
-    losses, *_ = chunked_cross_entropy(hidden_states[:, len(prompt_ids) - 1 :], head, codes[None] + first_code)
-    return losses.sum().item() / math.log(2)
+    read = read_out(models, hidden_states[:, len(prompt_ids) - 1 :], codes[None])
+    return read.losses.sum().item() / math.log(2)
 
 
-def information(
-    models: Models, reference: Reference, reconstruction: Reconstruction, vocabulary: str
-) -> dict[str, list[float]]:
+def information(models: Models, reference: Reference, read: ReadOut) -> dict[str, list[float]]:
     """What the targets cost in bits, a number each [B], after Kuratov et al. (ACL 2025, hidden_capacity).
 
     uniform: N log2(codebook size), what any codes would cost. autoregressive and unprompted: teacher-forced under the
     prompt, and under the negative one. proto: what remains under one pass over the learned embeddings. The gain,
     unprompted - proto, is what the embeddings tell the generator of its target.
     """
-
-    def bits_behind(texts: list[str]) -> list[float]:
-        pairs = zip(texts, reference.codes, strict=True)
-        return [teacher_forced_bits(models, text, codes, vocabulary) for text, codes in pairs]
-
-    unprompted = bits_behind([unconditional_prompt()] * len(reference.prompts))
-    remaining = (reconstruction.losses.sum(1) / math.log(2)).tolist()
+    batch, num_tokens = reference.codes.shape
+    prompted, unprompted = [], []
+    for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
+        prompted.append(teacher_forced_bits(models, conditional_prompt(prompt), codes))
+        unprompted.append(teacher_forced_bits(models, unconditional_prompt(), codes))
+    remaining = (read.losses.sum(1) / math.log(2)).tolist()
     return {
-        "target_bits_uniform": [reference.codes.shape[1] * math.log2(models.codebook_size)] * len(remaining),
-        "target_bits_autoregressive": bits_behind([conditional_prompt(prompt) for prompt in reference.prompts]),
+        "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
+        "target_bits_autoregressive": prompted,
         "target_bits_unprompted": unprompted,
         "proto_bits": remaining,
         "information_gain_bits": [before - after for before, after in zip(unprompted, remaining, strict=True)],
@@ -1335,49 +1483,44 @@ def status_of(best_accuracy: float) -> str:
 
 def summarise(
     reference: Reference,
-    state: Optimisation,
     reconstruction: Reconstruction,
     bits: dict[str, list[float]],
-    total_params: int,
+    proto_tokens: ProtoTokens,
 ) -> dict:
     """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds.
 
     Accuracies and bits are means over the targets, errors sums; of several targets each one's own stand under
-    targets/<k>/. What only an optimisation knows is left out where none took place.
+    targets/<k>/.
     """
     batch, num_tokens = reference.codes.shape
-    of_targets = {  # [B] each; of the embeddings as stored
-        "best_accuracy": [100 * (num_tokens - count) / num_tokens for count in reconstruction.num_errors],
-        "num_errors": reconstruction.num_errors,
+    correct = reconstruction.read.num_correct.tolist()
+    of_targets = {  # [B] each
+        "best_accuracy": [100 * count / num_tokens for count in correct],
+        "num_errors": [num_tokens - count for count in correct],
         "psnr": [psnr(*pair) for pair in zip(reconstruction.pixels, reference.pixels, strict=True)],
-    } | bits
-    summary = {name: statistics.fmean(values) for name, values in of_targets.items()} | {
-        "num_errors": sum(reconstruction.num_errors),
-        "error_rate": 100 * sum(reconstruction.num_errors) / reference.codes.numel(),
+        **bits,
+    }
+    num_errors = sum(of_targets["num_errors"])
+    total_params = proto_tokens.learned_numbers(num_tokens)
+    summary = {
+        **{name: statistics.fmean(values) for name, values in of_targets.items()},
+        "num_errors": num_errors,
+        "error_rate": 100 * num_errors / reference.codes.numel(),
         "total_params": total_params,
         "num_tokens": num_tokens,
         "num_targets": batch,
-        "num_e_tokens": state.best.e_t.shape[1],
+        "num_e_tokens": proto_tokens.e_t.shape[1],
         "one_pass_seconds": reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.pixels, reference.pixels),
     }
     summary["status"] = status_of(summary["best_accuracy"])
     summary["bits_per_parameter"] = batch * summary["information_gain_bits"] / total_params
-    if state.history:
-        last = state.history[-1]
-        summary |= {
-            "final_accuracy": last["train/accuracy"],
-            "final_top5_accuracy": last["train/top5_accuracy"],
-            "final_loss": last["train/loss"],
-            "best_step": max(state.best_step),
-            "steps": state.step,
-            "optimisation_seconds": state.seconds,
-        }
     if reference.autoregressive_seconds is not None:
         summary["autoregressive_seconds"] = reference.autoregressive_seconds
         summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
-    for k in range(batch) if batch > 1 else ():
-        summary |= {f"targets/{k}/{name}": values[k] for name, values in of_targets.items()}
+    if batch > 1:
+        for k in range(batch):
+            summary |= {f"targets/{k}/{name}": values[k] for name, values in of_targets.items()}
     return summary
 
 
@@ -1386,11 +1529,27 @@ def summarise(
 
 SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-STYLE = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
-STYLE |= {"axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 9}
-STYLE |= {"legend.frameon": False, "grid.color": FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6}
-STYLE |= {"figure.facecolor": "white", "axes.facecolor": "white", "figure.constrained_layout.h_pad": 0.08}
+STYLE = {
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.facecolor": "white",
+    "xtick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.color": INK,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.h_pad": 0.08,
+}
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -1442,29 +1601,31 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     return render(figure)
 
 
-def mark_errors(reference: Image.Image, target_rank: Tensor, size: int = 768) -> Image.Image:
+def mark_errors(reference: Image.Image, rank: Tensor, size: int = 768) -> Image.Image:
     """The latent grid over a faint reference: a wrong token is orange with its target in the top 5, else red."""
-    side = math.isqrt(target_rank.numel())
-    level = np.digitize(target_rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
-    colours = np.array([(0, 0, 0, 0), *((*ImageColor.getrgb(colour), 178) for colour in (ORANGE, RED))], dtype=np.uint8)
+    side = math.isqrt(rank.numel())
+    level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
+    clear, near, far = (0, 0, 0, 0), (*ImageColor.getrgb(ORANGE), 178), (*ImageColor.getrgb(RED), 178)
+    colours = np.array([clear, near, far], dtype=np.uint8)
     marks = Image.fromarray(colours[level]).resize((size, size), Image.Resampling.NEAREST)
     faint = Image.blend(reference, Image.new("RGB", reference.size, "white"), 0.55).resize((size, size)).convert("RGBA")
     marked = Image.alpha_composite(faint, marks).convert("RGB")
+    draw = ImageDraw.Draw(marked)
     for line in range(side + 1):
         at = line * size // side
-        ImageDraw.Draw(marked).line([(at, 0), (at, size)], "white", max(1, 32 // side))
-        ImageDraw.Draw(marked).line([(0, at), (size, at)], "white", max(1, 32 // side))
+        draw.line([(at, 0), (at, size)], "white", max(1, 32 // side))
+        draw.line([(0, at), (size, at)], "white", max(1, 32 // side))
     return marked
 
 
 @matplotlib.rc_context(STYLE)
-def draw_token_error_map(reference: Image.Image, target_rank: Tensor) -> Image.Image:
-    """The wrong tokens of one target, marked by how near the right ones came. target_rank: [N]."""
+def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
+    """The wrong tokens of one target as `mark_errors` has them, and how near the right ones came. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
-    wrong, far = int((target_rank > 0).sum()), int((target_rank >= 5).sum())
-    show(axis, mark_errors(reference, target_rank))
-    title = f"{wrong} of {target_rank.numel()} tokens wrong ({100 * wrong / target_rank.numel():.1f} %)"
+    wrong, far = int((rank > 0).sum()), int((rank >= 5).sum())
+    show(axis, marked)
+    title = f"{wrong} of {rank.numel()} tokens wrong ({100 * wrong / rank.numel():.1f} %)"
     axis.set_title(title, fontsize=13, fontweight="bold", loc="center", pad=10)
     near = f"{wrong - far} with the target among the top 5"
     for x, colour, label in ((0.06, ORANGE, near), (0.6, RED, f"{far} farther off")):
@@ -1481,14 +1642,16 @@ def draw_contact_sheet(targets: list[dict]) -> Image.Image:
     rows = figure.subplots(len(shown), 4, squeeze=False, width_ratios=(1.25, 1, 1, 1))
     if len(shown) < len(targets):
         figure.suptitle(f"the first {len(shown)} of {len(targets)} targets", fontsize=11)
-    titles = ("reference", "one forward pass", "wrong tokens")
-    for row, (axes, target) in enumerate(zip(rows, shown, strict=True)):
-        words = textwrap.fill(caption_of(target["prompt"]), 30)
-        axes[0].axis("off")
-        axes[0].text(0, 0.52, words, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
-        axes[0].text(0, 0.48, f"{target['accuracy']:.1f} %", fontsize=11, va="top")
-        for axis, name, title in zip(axes[1:], ("reference", "reconstruction", "error_map"), titles, strict=True):
-            show(axis, target[name], title if row == 0 else "")
+    for row, target in zip(rows, shown, strict=True):
+        words, *pictures = row
+        words.axis("off")
+        caption = textwrap.fill(caption_of(target["prompt"]), 30)
+        words.text(0, 0.52, caption, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
+        words.text(0, 0.48, f"{target['accuracy']:.1f} %", fontsize=11, va="top")
+        for axis, name in zip(pictures, ("reference", "reconstruction", "error_map"), strict=True):
+            show(axis, target[name])
+    for axis, title in zip(rows[0][1:], ("reference", "one forward pass", "wrong tokens"), strict=True):
+        axis.set_title(title, loc="center")
     return render(figure)
 
 
@@ -1497,12 +1660,13 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
     """Best accuracy of each trial against its number of tokens."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axis = figure.subplots()
-    dots = sorted((trial["num_tokens"], trial["best_accuracy"], trial["reached"]) for trial in trials)
-    counts = [count for count, *_ in dots]
-    axis.plot(counts, [accuracy for _, accuracy, _ in dots], color=FAINT, linewidth=1, zorder=1)
-    for outcome, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
-        x, y = [[dot[i] for dot in dots if dot[2] is outcome] for i in (0, 1)]
-        if x:
+    trials = sorted(trials, key=lambda trial: trial["num_tokens"])
+    counts = [trial["num_tokens"] for trial in trials]
+    axis.plot(counts, [trial["best_accuracy"] for trial in trials], color=FAINT, linewidth=1, zorder=1)
+    for reached, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
+        some = [trial for trial in trials if trial["reached"] is reached]
+        if some:
+            x, y = [trial["num_tokens"] for trial in some], [trial["best_accuracy"] for trial in some]
             axis.scatter(x, y, color=colour, s=34, label=label, zorder=2)
     axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
     axis.set_xscale("log", base=2)
@@ -1519,28 +1683,31 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
 def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     """Loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
     figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
-    axes = figure.subplot_mosaic("AAABBB;CCDDEE")
-    for panel, scale, title, lines in (
-        ("A", "log", "cross-entropy (nats per token)", {"train/loss": ("loss", BLUE)}),
-        ("B", "linear", "token accuracy (%)", {
-            "train/top5_accuracy": ("top-5", GREEN),
-            "train/accuracy": ("top-1", BLUE),
-            "train/best_accuracy": ("best top-1", ORANGE),
-        }),
-        ("C", "linear", "embedding norms (L2)",
-         {"embeddings/e_t_norm": ("e_t", BLUE), "embeddings/m_norm": ("m", ORANGE)}),
-        ("D", "log", "gradient norm before clipping", {"gradients/grad_norm": ("gradient", BLUE)}),
-        ("E", "linear", "learning rate", {"train/learning_rate": ("rate", BLUE)}),
-    ):  # fmt: skip
-        for key, (label, colour) in lines.items():
-            marker = "o" if len(history) == 1 else None  # a single row has no line to draw
-            points = [row["step"] for row in history], [row[key] for row in history]
-            axes[panel].plot(*points, color=colour, linewidth=1.4, label=label, marker=marker)
-        axes[panel].set(title=title, yscale=scale, xlabel="step" if panel in "CDE" else "")
-        axes[panel].grid()
-        if len(lines) > 1:
-            axes[panel].legend()
-    axes["B"].set_ylim(-2, 102)
+    panels = figure.subplot_mosaic("AAABBB;CCDDEE")
+    steps = [row["step"] for row in history]
+
+    def plot(panel: str, key: str, label: str, colour: str = BLUE) -> None:
+        marker = "o" if len(history) == 1 else None  # a single row has no line to draw
+        values = [row[key] for row in history]
+        panels[panel].plot(steps, values, color=colour, linewidth=1.4, label=label, marker=marker)
+
+    plot("A", "train/loss", "loss")
+    panels["A"].set(title="cross-entropy (nats per token)", yscale="log")
+    plot("B", "train/top5_accuracy", "top-5", GREEN)
+    plot("B", "train/accuracy", "top-1", BLUE)
+    plot("B", "train/best_accuracy", "best top-1", ORANGE)
+    panels["B"].set(title="token accuracy (%)", ylim=(-2, 102))
+    plot("C", "embeddings/e_t_norm", "e_t", BLUE)
+    plot("C", "embeddings/m_norm", "m", ORANGE)
+    panels["C"].set(title="embedding norms (L2)", xlabel="step")
+    plot("D", "gradients/grad_norm", "gradient")
+    panels["D"].set(title="gradient norm before clipping", yscale="log", xlabel="step")
+    plot("E", "train/learning_rate", "rate")
+    panels["E"].set(title="learning rate", xlabel="step")
+    for panel in panels.values():
+        panel.grid()
+    for several_lines in "BC":
+        panels[several_lines].legend()
     return render(figure)
 
 
@@ -1555,8 +1722,9 @@ def tiled(images: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def progress_frame(sheet: Image.Image, step: int, accuracy: float) -> Image.Image:
-    """The reconstructions at a step, above a line that says which."""
+def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
+    """The reconstructions [B, 3, H, W] after a step, above a line that says which."""
+    sheet = tiled([to_image(each) for each in pixels])
     width = max(256, sheet.width)
     frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
     frame.paste(sheet.resize((width, frame.height - 28), Image.Resampling.NEAREST))
@@ -1565,46 +1733,63 @@ def progress_frame(sheet: Image.Image, step: int, accuracy: float) -> Image.Imag
     return frame
 
 
+def draw_targets(reference: Reference, reconstruction: Reconstruction) -> list[dict]:
+    """A row of W&B's table for each target: prompt, pictures, accuracy."""
+    rank = reconstruction.read.rank
+    rows = []
+    for k, prompt in enumerate(reference.prompts):
+        original = to_image(reference.pixels[k])
+        rows.append(
+            {
+                "prompt": prompt,
+                "reference": original,
+                "reconstruction": to_image(reconstruction.pixels[k]),
+                "error_map": mark_errors(original, rank[k]),
+                "accuracy": 100 * (rank[k] == 0).float().mean().item(),
+            }
+        )
+    return rows
+
+
 def draw_results(
-    reference: Reference, reconstruction: Reconstruction, summary: dict, history: list[dict[str, float]]
-) -> tuple[dict[str, Image.Image], list[dict]]:
-    """Every picture of a run, by its W&B name, which with `.png` is its file's; and a row of W&B's table a target."""
-    ranks = reconstruction.target_rank
-    references, reconstructions = (list(map(to_image, each.pixels)) for each in (reference, reconstruction))
-    accuracy = (100 * (ranks == 0).float().mean(1)).tolist()
-    columns = reference.prompts, references, reconstructions, map(mark_errors, references, ranks), accuracy
-    names = "prompt", "reference", "reconstruction", "error_map", "accuracy"
-    targets = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    alone = reference.prompts[0], references[0], reconstructions[0], summary
+    targets: list[dict], reconstruction: Reconstruction, summary: dict, history: list[dict[str, float]]
+) -> dict[str, Image.Image]:
+    """Every picture of a run, by its W&B name, which with `.png` is its file's."""
+    first = targets[0]
+    maps = zip(targets[:SHOWN_TARGETS], reconstruction.read.rank)  # noqa: B905
     images = {
-        "reference_image": tiled(references),
-        "reconstructed_image": tiled(reconstructions),
-        "comparison": draw_comparison(*alone) if len(targets) == 1 else draw_contact_sheet(targets),
-        "token_error_map": tiled(list(map(draw_token_error_map, references[:SHOWN_TARGETS], ranks))),
+        "reference_image": tiled([target["reference"] for target in targets]),
+        "reconstructed_image": tiled([target["reconstruction"] for target in targets]),
+        "token_error_map": tiled([draw_token_error_map(target["error_map"], rank) for target, rank in maps]),
     }
-    return images | ({"training_curves": draw_training_curves(history)} if history else {}), targets
+    if len(targets) == 1:
+        pair = first["reference"], first["reconstruction"]
+        images["comparison"] = draw_comparison(first["prompt"], *pair, summary)
+    else:
+        images["comparison"] = draw_contact_sheet(targets)
+    if history:
+        images["training_curves"] = draw_training_curves(history)
+    return images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb")
-VERSIONED += ("numpy", "pillow", "matplotlib", "tqdm")
-STATE_FILE, PROTO_TOKENS_FILE = "interrupted_run.pt", "proto_tokens.safetensors"
-PROGRESS_FILE, TRIALS_FILE = "progress.gif", "capacity.csv"
-IMAGES = ("reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map", "capacity")
+VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
+VERSIONED += ("matplotlib", "tqdm")
+STATE_FILE = "interrupted_run.pt"
+HISTORY_FILE = "history.csv"
+PROTO_TOKENS_FILE = "proto_tokens.safetensors"
+FRAMES = "progress/step_*.png"
+FIGURES = ("reference_image", "reconstructed_image", "comparison", "token_error_map", "training_curves", "capacity")
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
-RESULTS = ("summary.json", STATE_FILE, "config.json", "history.csv", TRIALS_FILE, PROTO_TOKENS_FILE, PROGRESS_FILE)
-RESULTS += tuple(f"{name}.png" for name in IMAGES)
+RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, "capacity.csv", PROTO_TOKENS_FILE, "progress.gif"]
+RESULTS += [f"{name}.png" for name in FIGURES]
 ABANDONED_SECONDS = 3600  # no file takes so long to write
-# Of an optimisation, what an interrupted run's file holds beside tensors.
-CARRIED_OVER = ("step", "seconds", "best_step", "best_accuracy", "best_loss", "history", "frames", "trials")
-# Settings of a run that its proto-tokens mean nothing without, with their types.
-TAKEN_OVER = {"image_size": int, "vocabulary": str, "control": str | None, "seed": int, "num_e_tokens": int, "m": str}
-TAKEN_OVER |= {"m_from": str | None}
-# What may change between the two halves of an interrupted run: where it reports, and what the fingerprints stand for.
-FREE_TO_CHANGE = {"resume", "force_generate", "save_dir", "save_every", "use_wandb", "image_every", "versions"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "compile", "prompts_file", "demo", "model_path", "vq_model_ckpt", "device"}
+
+
+def cannot_write(file: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {file}: {error.strerror or line_of(error)}")
 
 
 @contextlib.contextmanager
@@ -1618,7 +1803,7 @@ def written_whole(file: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, file)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or line_of(error)}") from None
+        raise cannot_write(file, error) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -1628,11 +1813,11 @@ def written_whole(file: Path) -> Iterator[Path]:
 def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Makes <save-dir>/<run-name>, tries that it can be written, and keeps other runs out of it. Raises UserError."""
     folder, cache = args.save_dir / args.wandb_run_name, args.save_dir / CACHE_FOLDER
-    made = [each for each in (folder, cache, args.save_dir, *args.save_dir.parents) if not each.exists()]
+    made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
     try:
-        for each in (folder, cache):
-            each.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=each):
+        for path in (folder, cache):
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
                 pass
         lock = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     except OSError as error:
@@ -1647,189 +1832,293 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         raise UserError(f"another run is at work in {folder}: name this one with --wandb-run-name, or wait") from None
     finally:
         os.close(lock)
-        for each in made:
+        for path in made:
             with contextlib.suppress(OSError):
-                each.rmdir()  # only what this run made, and only what stayed empty
+                path.rmdir()  # only what this run made, and only what stayed empty
 
 
 def remove_leftovers(save_dir: Path, folder: Path) -> None:
     """Temporary files of killed runs: all in a run's own folder, elsewhere those that nobody writes any more."""
-    for file in save_dir.glob("*/*.partial"):
-        name = re.sub(r"\.\d+\.partial$", "", file.name)
+    ours = rf"({'|'.join(map(re.escape, RESULTS))}|[0-9a-f]{{32}}\.safetensors|step_\d+\.png)\.\d+\.partial"
+    for file in (*save_dir.glob("*/*.partial"), *save_dir.glob("*/progress/*.partial")):
         with contextlib.suppress(OSError):
-            abandoned = file.parent == folder or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
-            if abandoned and (name in RESULTS or re.fullmatch(r"[0-9a-f]{32}\.safetensors", name)):
+            abandoned = folder in file.parents or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
+            if abandoned and re.fullmatch(ours, file.name):
                 file.unlink()
+
+
+def remove_results(folder: Path) -> None:
+    """What an earlier run of this name left: never a mixture of two runs."""
+    for name in RESULTS:
+        (folder / name).unlink(missing_ok=True)
+    for frame in folder.glob(FRAMES):
+        frame.unlink()
+    with contextlib.suppress(OSError):
+        (folder / "progress").rmdir()
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """All settings, what they resolved to, and the versions: everything needed to run it again."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    prompts = settings.pop("prompts")
-    settings |= {"prompt": prompts[0] if len(prompts) == 1 else prompts, "images": list(map(str, args.images))}
-    if args.m_from:
-        settings["m_from_fingerprint"] = fingerprint_of(Path(args.m_from).parent, (Path(args.m_from).name,))
-    settings |= {name: getattr(models, name) for name in ("codebook_size", "visual_offset", "factor", "hidden_size")}
-    settings |= {"generator_fingerprint": models.fingerprint, "vq_fingerprint": models.vq_fingerprint}
-    settings |= {"device": str(models.device), "dtype": str(models.generator.dtype).removeprefix("torch.")}
-    settings |= {"num_tokens": models.num_tokens(args.image_size), "final_learning_rate": FINAL_RATE}
     versions = {"python": platform.python_version()}
     for package in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return settings | {"versions": versions | {"torch": torch.__version__}}  # which says the build, too
+    versions["torch"] = torch.__version__  # which says the build, too
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    prompts = settings.pop("prompts")
+    settings |= {
+        "prompt": prompts[0] if len(prompts) == 1 else prompts,
+        "images": [str(image) for image in args.images],
+        "num_tokens": models.num_tokens(args.image_size),
+        "final_learning_rate": FINAL_RATE,
+        "prompt_templates": [conditional_prompt(""), unconditional_prompt()],
+        "codebook_size": models.codebook_size,
+        "visual_offset": models.visual_offset,
+        "factor": models.factor,
+        "hidden_size": models.hidden_size,
+        "generator_fingerprint": models.generator_fingerprint,
+        "vq_fingerprint": models.vq_fingerprint,
+        "device": str(models.device),
+        "device_type": models.device.type,
+        "dtype": name_of(models.generator.dtype),
+        "torch_version": torch.__version__,
+        "versions": versions,
+    }
+    if args.m_from:
+        settings["m_from_fingerprint"] = fingerprint_of(Path(args.m_from).parent, (Path(args.m_from).name,))
+    return {name: settings[name] for name in SETTINGS if name in settings}
 
 
 def write_json(file: Path, content: dict) -> None:
     """Strict JSON: a number that JSON has no word for (an infinite PSNR) becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(file) as partial:
-        text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def write_history(file: Path, history: list[dict[str, float]]) -> None:
-    with written_whole(file) as partial, partial.open("w", encoding="utf-8", newline="") as table:
-        writer = csv.DictWriter(table, list(history[0]) if history else ["step"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
+def write_image(file: Path, image: Image.Image) -> None:
+    with written_whole(file) as partial:
+        image.save(partial, format="PNG")
 
 
-def write_images(folder: Path, images: dict[str, Image.Image]) -> None:
-    for name, image in images.items():
-        with written_whole(folder / f"{name}.png") as partial:
-            image.save(partial, format="PNG")
-
-
-def frame_sheet(models: Models, frame: dict) -> Image.Image:
-    return tiled([to_image(pixels) for pixels in decode_codes(models.vq_decoder, frame["codes"].to(models.device))])
-
-
-def write_progress(file: Path, models: Models, frames: list[dict]) -> None:
-    """The reconstruction forming, as a moving picture that rests on its last frame."""
-    pictures = (progress_frame(frame_sheet(models, each), each["step"], each["accuracy"]) for each in frames)
+def write_moving_picture(file: Path, frames: list[Path]) -> None:
+    """The reconstruction forming: rests on its last frame."""
     durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
+    pictures = map(Image.open, frames)
     with written_whole(file) as partial:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
 
 
 def write_proto_tokens(
-    file: Path, proto_tokens: ProtoTokens, target_ids: Tensor, settings: dict, predicted_ids: Tensor | None = None
+    file: Path, proto_tokens: ProtoTokens, settings: dict, target_ids: Tensor, predicted_ids: Tensor | None = None
 ) -> None:
     """e_t [B, K, D], m [1 or B, D], target and predicted token ids [B, N]; the settings as JSON in the metadata."""
-    tensors = vars(proto_tokens) | {"target_ids": target_ids, "predicted_ids": predicted_ids}
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach(), "target_ids": target_ids}
+    if predicted_ids is not None:
+        tensors["predicted_ids"] = predicted_ids
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(file) as partial:
-        partial.write_bytes(to_safetensors(stored, {"settings": json.dumps(settings)}))
+        partial.write_bytes(to_safetensors(tensors, {"settings": json.dumps(settings)}))
+
+
+class HistoryFile:
+    """history.csv, which grows by a row at a time while the run goes on."""
+
+    def __init__(self, file: Path, size: int):
+        """Opens the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
+        self.file, self.size = file, size
+        if size and not (file.exists() and file.stat().st_size >= size):
+            raise UserError(f"{file} is missing or damaged: leave out --resume to run anew")
+        try:
+            self.stream = file.open("ab" if size else "wb", buffering=0)
+            if size:
+                self.stream.truncate(size)
+        except OSError as error:
+            raise cannot_write(file, error) from None
+
+    def append(self, row: dict[str, float]) -> None:
+        lines = [row.values()] if self.size else [row.keys(), row.values()]
+        content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
+        try:
+            written = self.stream.write(content)
+            if written < len(content):
+                raise OSError("the disk is full")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.stream.truncate(self.size)  # no half a row
+            raise cannot_write(self.file, error) from None
+        self.size += written
+
+    def rows(self) -> list[dict[str, float]]:
+        with self.file.open(newline="") as stream:
+            return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+
+
+class ReferenceCache:
+    """Decoded references of one run's settings, each in a file named by all that determines its tokens."""
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder = folder
+        self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
+
+    def entry(self, prompt: str, compiled: bool) -> tuple[Path, str]:
+        """The file for a prompt, and the whole key, which stands in it."""
+        everything = self.settings | {"prompt": prompt, "compiled": compiled}
+        key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{key[:32]}.safetensors", key
+
+    def read(self, prompts: list[str], compiled: bool) -> dict[str, tuple[Tensor, float]]:
+        """Of the prompts that are there: codes [N] and the seconds that decoding them took. Warns of damaged files."""
+        decoded = {}
+        for prompt in prompts:
+            file, key = self.entry(prompt, compiled)
+            if not file.exists():
+                continue
+            try:
+                with safe_open(file, "pt") as stored:
+                    codes, metadata = stored.get_tensor("codes"), stored.metadata()
+                if metadata["key"] != key:
+                    raise ValueError("of other settings")
+                decoded[prompt] = codes[0], float(metadata["autoregressive_seconds"])
+            except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+                print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
+            else:
+                print(f"reference: {codes.shape[1]} tokens, reused from {file}")
+        return decoded
+
+    def write(self, prompt: str, compiled: bool, codes: Tensor, seconds: float) -> None:
+        file, key = self.entry(prompt, compiled)
+        with written_whole(file) as partial:
+            content = to_safetensors({"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
+            partial.write_bytes(content)
+
+
+# ---- what a run takes from files
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What an earlier run's proto_tokens.safetensors holds, checked."""
+
+    option: str  # that named the file
+    e_t: Tensor  # [B, K, D]
+    m: Tensor  # [1, D] or [B, D]
+    target_ids: Tensor  # [B, N]
+    settings: dict
+    prompts: list[str]
+
+    def proto_tokens(self, device: torch.device) -> ProtoTokens:
+        return ProtoTokens(self.e_t, self.m, m_learns=not self.settings["m_from"]).to(device)
+
+
+def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | None, Tensor | None]:
+    """The earlier run and the pictures [B, 3, H, W] that options name, read before anything slow. Raises UserError."""
+    earlier = pictures = None
+    if args.from_proto_tokens:
+        earlier = read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder)
+    if args.m_from:
+        earlier = read_earlier_run("--m-from", args.m_from, folder)
+        if len(earlier.m) > 1:
+            one_each = f"--m-from {args.m_from} holds {len(earlier.m)} m, one for each target"
+            raise UserError(f"{one_each}: name a run that shares one")
+    if args.images:
+        pictures = torch.stack([read_picture(file, args.image_size) for file in args.images])
+    return earlier, pictures
+
+
+def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
+    """Raises UserError where the file cannot serve, or lies where this run's own will."""
+    if file.resolve().parent == folder.resolve():
+        raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
+    damaged = UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run")
+    try:
+        with safe_open(file, "pt") as stored:
+            e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
+            settings = json.loads(stored.metadata()["settings"])
+        prompts = [settings["prompt"]] if isinstance(settings["prompt"], str) else settings["prompt"]
+        batch, num_e_tokens, hidden_size = e_t.shape
+        _, num_tokens = target_ids.shape
+        fitting = (
+            len(target_ids) == len(prompts) == batch
+            and m.shape in ((1, hidden_size), (batch, hidden_size))
+            and num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
+            and target_ids.dtype == torch.int64
+            and bool(e_t.isfinite().all() and m.isfinite().all())
+            and all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
+        )
+    except FileNotFoundError:
+        raise UserError(f"{option} {file}: there is no such file") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        raise damaged from None
+    if not fitting:
+        raise damaged
+    return EarlierRun(option, e_t, m, target_ids, settings, prompts)
+
+
+def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, but for what the earlier run's proto-tokens mean nothing without."""
+    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
+    del taken_over["prompt"]
+    taken_over["prompts"] = earlier.prompts
+    return argparse.Namespace(**(vars(args) | taken_over))
+
+
+def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
+    """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
+
+    def control_of(control: str | None, seed: int) -> str:
+        return f"seed {seed}" if control == "untrained" else "none"
+
+    names = ("hidden_size", "visual_offset", "codebook_size", "generator_fingerprint")
+    ours = {name: getattr(models, name) for name in names}
+    ours["untrained control"] = control_of(args.control, args.seed)
+    theirs = {name: earlier.settings.get(name) for name in names}
+    theirs["untrained control"] = control_of(earlier.settings["control"], earlier.settings["seed"])
+    other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    codes = earlier.target_ids - models.visual_offset
+    if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(codes)):
+        other = ["its tensors do not fit its own settings"]
+    if other:
+        damaged_or_foreign = "the file is damaged or was made for another model"
+        raise UserError(f"{earlier.option}: {damaged_or_foreign} ({other[0]}): name that one")
 
 
 # ---- going on with an interrupted run
 
 
-def is_finished(folder: Path, settings: dict) -> bool:
-    """Whether the run in `folder` has ended. Raises UserError where there is one with other settings."""
-    if not any((folder / name).exists() for name in ("summary.json", STATE_FILE)):
-        return False
+def is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def refuse_other_settings(folder: Path, settings: dict) -> None:
+    """Raises UserError where there is a run to go on with, but of other settings."""
+    if not (folder / STATE_FILE).exists() and not is_finished(folder):
+        return
     try:
         earlier = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew") from None
-    settings = json.loads(json.dumps(settings))  # as the earlier ones were stored
-    names = [name for name in settings if name not in FREE_TO_CHANGE and not name.startswith("wandb_")]
-    changed = [f"{n} ({earlier.get(n)}, now {settings[n]})" for n in names if earlier.get(n) != settings[n]]
+    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the earlier ones were stored
+    changed = [
+        f"{name} ({earlier.get(name)}, now {value})" for name, value in compared.items() if earlier.get(name) != value
+    ]
     if changed:
         raise UserError(
             f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
             "this run another --wandb-run-name, or leave out --resume to replace it"
         )
-    return (folder / "summary.json").exists()
-
-
-def write_state(file: Path, state: Optimisation, codes: Tensor, run_id: str | None) -> None:
-    content = {name: getattr(state, name) for name in CARRIED_OVER} | {"codes": codes, "run_id": run_id}
-    content |= {
-        "proto_tokens": {name: tensor.detach() for name, tensor in vars(state.proto_tokens).items()},
-        "best": vars(state.best),
-    }
-    buffer = io.BytesIO()
-    torch.save(content | {"optimizer": state.optimizer.state_dict()}, buffer)
-    with written_whole(file) as partial:
-        partial.write_bytes(buffer.getbuffer())
 
 
 def read_state(file: Path) -> dict | None:
-    """What `write_state` left, on the CPU; None where there is nothing. Raises UserError."""
+    """What `Recorder.save_state` left, on the CPU; None where there is nothing. Raises UserError."""
     if not file.exists():
         return None
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in (*CARRIED_OVER, "codes", "run_id", "proto_tokens", "best", "optimizer")}
+        return {name: saved[name] for name in ("learning", "codes", "trials", "history_size", "run_id")}
     except Exception:  # whatever the bytes of a damaged file suggest
-        raise UserError(f"{file} is damaged: leave out --resume to run anew") from None
-
-
-def restore_state(state: Optimisation, saved: dict) -> None:
-    """Puts a fresh optimisation where the interrupted one stood."""
-    for mine, stored in ((state.proto_tokens, saved["proto_tokens"]), (state.best, saved["best"])):
-        mine.e_t.data.copy_(stored["e_t"])
-        mine.m.data.copy_(stored["m"])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    for name in CARRIED_OVER:
-        setattr(state, name, saved[name])
-
-
-# ---- an earlier run's proto-tokens
-
-
-def read_earlier_run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """The tensors and settings behind --from-proto-tokens, whose settings then hold here too, or behind --m-from.
-
-    Raises UserError where the file cannot serve, or lies where this run's own will.
-    """
-    option = "--from-proto-tokens" if args.from_proto_tokens else "--m-from"
-    file = args.from_proto_tokens or args.m_from
-    if not file:
-        return None
-    if file.resolve().parent == folder.resolve():
-        raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
-    try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in ("e_t", "m", "target_ids")}
-            settings = json.loads(stored.metadata()["settings"])
-        prompts = [settings["prompt"]] if isinstance(settings["prompt"], str) else settings["prompt"]
-        (batch, num_e_tokens, size), (batch_of_ids, num_tokens) = tensors["e_t"].shape, tensors["target_ids"].shape
-        whole = batch == batch_of_ids == len(prompts) and tensors["m"].shape in ((1, size), (batch, size))
-        whole &= num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
-        whole &= tensors["target_ids"].dtype == torch.int64
-        whole &= all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
-        whole &= all(bool(tensors[name].isfinite().all()) for name in ("e_t", "m"))
-    except FileNotFoundError:
-        raise UserError(f"{option} {file}: there is no such file") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{option} {file} is damaged or no proto_tokens.safetensors of a run")
-    if args.from_proto_tokens:
-        vars(args).update({name: settings[name] for name in TAKEN_OVER}, prompts=prompts)
-    elif len(tensors["m"]) > 1:
-        raise UserError(f"--m-from {file} holds {len(tensors['m'])} m, one for each target: name a run that shares one")
-    return tensors, settings
-
-
-def refuse_other_models(models: Models, args: argparse.Namespace, tensors: dict[str, Tensor], settings: dict) -> None:
-    """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
-    ours = {"hidden_size": models.hidden_size, "visual_offset": models.visual_offset}
-    ours |= {"codebook_size": models.codebook_size, "generator_fingerprint": models.fingerprint}
-    theirs = {name: settings.get(name) for name in ours}
-    for known, control, seed in ((ours, args.control, args.seed), (theirs, settings["control"], settings["seed"])):
-        known["untrained control"] = f"seed {seed}" if control == "untrained" else "none"
-    other = [f"{name} {theirs[name]}, not {value}" for name, value in ours.items() if theirs[name] != value]
-    codes = tensors["target_ids"] - models.visual_offset
-    if not other and (tensors["m"].shape[1] != models.hidden_size or not models.has(codes)):
-        other = ["its tensors do not fit its own settings"]
-    if other:
-        option = "--from-proto-tokens" if args.from_proto_tokens else "--m-from"
-        raise UserError(f"{option}: the file is damaged or was made for another model ({other[0]}): name that one")
+        raise UserError(f"{file} is damaged or of another version: leave out --resume to run anew") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1839,42 +2128,31 @@ def refuse_other_models(models: Models, args: argparse.Namespace, tensors: dict[
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 
 
-@contextlib.contextmanager
-def tracked(args: argparse.Namespace, settings: dict, run_id: str | None) -> Iterator[object | None]:
-    """Yields a W&B run that ends with the block, as failed if the block raises; None where W&B is not asked for.
-
-    Trouble with the server never ends the experiment: it is said once, and the run is kept offline, to sync later.
-    """
-    if not (args.use_wandb or in_sweep()):
-        yield None
-        return
-    run, exit_code = start_wandb(args, settings, run_id), 1
-    # Not `with run`: that prints a traceback of what is only a clear line to the user.
-    try:
-        yield run
-        exit_code = 0
-    except Stopped as stopped:
-        exit_code = stopped.exit_code
-        raise
-    finally:
-        try:
-            run.finish(exit_code=exit_code)
-        except TimeoutError:
-            rest = f"send the rest with: {sync_command(run)}"
-            print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
-
-
 def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
-    """A new W&B run, or the one called `run_id` continued. Raises UserError where W&B refuses a name."""
+    """A new W&B run, or the one called `run_id` continued; offline where the server gives trouble, which is said once.
+
+    Raises UserError where W&B refuses a name.
+    """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     import wandb
 
-    timeouts = {"init_timeout": WANDB_START_SECONDS, "finish_timeout": WANDB_FINISH_SECONDS}
-    options = {"entity": args.wandb_entity, "name": args.wandb_run_name, "group": args.wandb_group}
-    options |= {"tags": args.wandb_tags, "config": settings, "id": run_id, "resume": "allow" if run_id else None}
-    options["project"] = None if in_sweep() else args.wandb_project  # a sweep's runs belong to the sweep's project
-    options["settings"] = wandb.Settings(**timeouts, finish_timeout_raises=True)
+    start = functools.partial(
+        wandb.init,
+        project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
+        entity=args.wandb_entity,
+        name=args.wandb_run_name,
+        group=args.wandb_group,
+        tags=args.wandb_tags,
+        config=settings,
+        id=run_id,
+        resume="allow" if run_id else None,
+        settings=wandb.Settings(
+            init_timeout=WANDB_START_SECONDS,
+            finish_timeout=WANDB_FINISH_SECONDS,
+            finish_timeout_raises=True,
+        ),
+    )
     mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
@@ -1883,10 +2161,10 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
             mode = keep_offline(error)
     try:
         try:
-            run = wandb.init(mode=mode, **options)
+            run = start(mode=mode)
         except wandb.errors.CommError as error:
             wandb.teardown()  # a service that failed once would fail an offline run too
-            run = wandb.init(mode=keep_offline(error), **options)
+            run = start(mode=keep_offline(error))
     except (wandb.Error, ValueError) as error:
         raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
@@ -1902,16 +2180,19 @@ def keep_offline(error: Exception) -> str:
     return "offline"
 
 
+def finish_wandb(run: object, exit_code: int) -> None:
+    # Not `with run`: that prints a traceback of what is only a clear line to the user.
+    try:
+        run.finish(exit_code=exit_code)
+    except TimeoutError:
+        rest = f"send the rest with: {sync_command(run)}"
+        print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
+
+
 def sync_command(run: object) -> str:
     """The command that sends what is only here; without the option wandb passes over runs that began online."""
     option = "" if run.offline else "--no-skip-online "
     return f"wandb sync {option}{shlex.quote(str(Path(run.settings.sync_dir)))}"
-
-
-def log(run: object | None, values: dict, step: int) -> None:
-    """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
-    if run and step >= run.starting_step:
-        run.log(values, step=step)
 
 
 def as_media(value: object) -> object:
@@ -1920,323 +2201,364 @@ def as_media(value: object) -> object:
     return wandb.Image(value) if isinstance(value, Image.Image) else value
 
 
-def log_step(run: object | None, row: dict[str, float]) -> None:
-    """A row of the history; `best_accuracy` too, so that a sweep can stop a run early."""
-    values = {name: value for name, value in row.items() if name != "step"}
-    log(run, values | {"best_accuracy": row["train/best_accuracy"], "optimisation_step": row["step"]}, row["step"])
-
-
-def log_trial(run: object | None, trial: dict, count: int) -> None:
-    log(run, {f"capacity/{name}": value for name, value in trial.items()}, count)
-
-
-def log_frame(run: object | None, models: Models, frame: dict) -> None:
-    if run and frame["step"] >= run.starting_step:
-        run.log({"progress/reconstruction": as_media(frame_sheet(models, frame))}, step=frame["step"])
-
-
-def log_missing(run: object | None, models: Models, state: Optimisation) -> None:
-    """After a resumption, the rows and pictures that the interrupted run had not sent."""
-    rows, frames = ({each["step"]: each for each in found} for found in (state.history, state.frames))
-    for step in sorted(rows.keys() | frames.keys()):
-        if step in rows:
-            log_step(run, rows[step])
-        if step in frames:
-            log_frame(run, models, frames[step])
-
-
-def log_results(
-    run: object | None, images: dict[str, Image.Image], table: tuple[str, list[dict]], summary: dict, file: Path | None
-) -> None:
-    """Pictures and a table as media of the last step, the summary, and the proto-tokens' file as an artifact."""
-    if not run:
-        return
+def as_table(rows: list[dict]) -> object:
     import wandb
 
-    name, rows = table
-    data = [list(map(as_media, row.values())) for row in rows]
-    tables = {name: wandb.Table(columns=list(rows[0]), data=data)} if rows else {}
-    media = {name: as_media(image) for name, image in images.items()} | tables
-    # A run that was stopped after its last step goes on with the next.
-    run.log(media, step=max(summary["steps"], run.starting_step) if "steps" in summary else None)
-    run.summary.update({name: value for name, value in summary.items() if value != math.inf})
-    if file:
-        artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": summary["status"]})
-        artifact.add_file(str(file))
+    return wandb.Table(columns=list(rows[0]), data=[[as_media(value) for value in row.values()] for row in rows])
+
+
+def log_proto_tokens(run: object, file: Path, status: str) -> None:
+    """The file as an artifact; as a file of the run where there is no server to ask, which an artifact needs."""
+    import wandb
+
+    artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": status})
+    artifact.add_file(str(file))
+    try:
+        run.log_artifact(artifact)
+    except wandb.Error:
+        run.save(str(file), base_path=str(file.parent), policy="now")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+class Recorder:
+    """Writes a run's files as it goes, tells W&B, shows progress, and saves the state that --resume goes on from.
+
+    A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict):
+        self.args, self.folder, self.settings = args, folder, settings
+        self.saved = read_state(folder / STATE_FILE) if args.resume else None  # what the interrupted run left
+        self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
+        self.history: HistoryFile | None = None
+        self.wandb_run: object | None = None
+        self.bar: tqdm | None = None
+        self.recorded_step = 0
+        self.stop_number: int | None = None  # of the signal that came while learning
+
+    def __enter__(self) -> Recorder:
+        if self.args.use_wandb or in_sweep():
+            self.wandb_run = start_wandb(self.args, self.settings, self.saved and self.saved["run_id"])
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if self.history:
+            self.history.stream.close()
+        if self.wandb_run:
+            exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
+            finish_wandb(self.wandb_run, exit_code)
+
+    def begin(self, reference: Reference) -> None:
+        """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
+
+        Raises UserError where the interrupted run had another target.
+        """
+        if self.saved is None:
+            remove_results(self.folder)
+        elif not torch.equal(self.saved["codes"], reference.codes[:, : self.saved["codes"].shape[1]].cpu()):
+            raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
+        write_json(self.folder / "config.json", self.settings)
+        write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
+
+    # ---- while learning
+
+    @contextlib.contextmanager
+    def following(self, learning: Optimisation) -> Iterator[None]:
+        """Around the steps of an optimisation, which goes on where the interrupted run stood.
+
+        In here a signal waits for the end of a step. Whatever ends the steps early leaves a state to go on from.
+        """
+        self.restore(learning)
+        on_stop_signals(self.stop_after_this_step)
+        self.bar = progress_bar(None, "proto-tokens", "steps", total=self.args.num_steps, initial=learning.step)
         try:
-            run.log_artifact(artifact)
-        except wandb.Error:
-            # Unlike all else this asks the server; where that is gone, the file at least is kept, to sync.
-            run.save(str(file), base_path=str(file.parent), policy="now")
+            with self.bar, enough_memory_for("a step of the optimisation"):
+                yield
+            if self.stop_number:  # it came after the last step's check
+                raise Stopped(self.stop_number)
+        except UserError:
+            if self.recorded_step == learning.step:  # else the step is not in the history: it must be done again
+                self.save_state(learning)
+            raise
+        finally:
+            if self.stop_number is None:
+                on_stop_signals(stop_at_once)
+
+    def stop_after_this_step(self, number: int) -> None:
+        self.stop_number = number
+
+    def restore(self, learning: Optimisation) -> None:
+        if not self.args.capacity:
+            self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
+        if self.saved:
+            learning.load_state_dict(self.saved["learning"])
+            print(f"resumed after step {learning.step}")
+            if self.history:
+                self.send_missing(learning.step)
+            self.saved = None  # of the trials of a search for the capacity, one was interrupted
+        self.recorded_step = learning.step
+
+    def step(self, row: dict[str, float], learning: Optimisation) -> None:
+        """Keeps a step's row and picture, as often as these are asked for, and the state. Raises Stopped."""
+        if self.history and (learning.step == 1 or learning.step % self.args.log_every == 0 or learning.finished):
+            self.history.append(row)
+            self.log_row(row)
+        every = self.args.image_every
+        if every and (learning.step % every == 0 or learning.finished):
+            self.keep_frame(learning)
+        self.recorded_step = learning.step
+        if self.stop_number or learning.finished or learning.step % self.args.save_every == 0:
+            self.save_state(learning)
+        if self.stop_number:
+            raise Stopped(self.stop_number)
+        correct = f"correct {row['train/correct_tokens']}/{learning.codes.numel()} ({row['train/accuracy']:.1f} %)"
+        best = f"best {row['train/best_accuracy']:.1f} %"
+        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
+        self.bar.update()
+
+    def keep_frame(self, learning: Optimisation) -> None:
+        """A frame of the moving picture: what the best so far reconstruct."""
+        accuracy = learning.best_accuracy.mean().item()
+        frame = draw_progress(learning.draw_best(), learning.step, accuracy)
+        file = self.folder / "progress" / f"step_{learning.step:06}.png"
+        file.parent.mkdir(exist_ok=True)
+        write_image(file, frame)
+        self.log_frame(learning.step, frame)
+
+    def frames(self) -> dict[int, Path]:
+        """The files of the moving picture, by their step, in order."""
+        files = {int(file.stem.removeprefix("step_")): file for file in self.folder.glob(FRAMES)}
+        return dict(sorted(files.items()))
+
+    def save_state(self, learning: Optimisation) -> None:
+        state = {
+            "learning": learning.state_dict(),
+            "codes": learning.codes.cpu(),
+            "trials": self.trials,
+            "history_size": self.history.size if self.history else 0,
+            "run_id": self.wandb_run.id if self.wandb_run else None,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with written_whole(self.folder / STATE_FILE) as partial:
+            partial.write_bytes(buffer.getbuffer())
+
+    def give_up(self, learning: Optimisation) -> None:
+        """Keeps the best of an optimisation that diverged. Raises UserError."""
+        why = f"the loss or its gradient is no longer finite at step {learning.step + 1}"
+        remedy = "lower --learning-rate or set --grad-clip 1"
+        if self.args.capacity:
+            raise UserError(f"with {learning.codes.shape[1]} tokens {why}: {remedy}")
+        file = self.folder / PROTO_TOKENS_FILE
+        write_proto_tokens(file, learning.best, self.settings, learning.codes + self.settings["visual_offset"])
+        raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
+
+    def trial(self, trial: dict) -> None:
+        """Keeps what a search for the capacity has tried."""
+        self.trials = [*self.trials, trial]
+        self.log_trial(trial, len(self.trials))
+
+    # ---- at the end
+
+    def finish(
+        self, reference: Reference, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict
+    ) -> None:
+        """Writes and logs the results of an optimisation."""
+        ids = reference.codes + self.settings["visual_offset"], reconstruction.read.predicted_ids
+        write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, *ids)
+        if frames := list(self.frames().values()):
+            write_moving_picture(self.folder / "progress.gif", frames)
+        targets = draw_targets(reference, reconstruction)
+        history = self.history.rows() if self.history else []
+        images = draw_results(targets, reconstruction, summary, history)
+        self.publish(images, summary, {"targets": targets} if len(targets) > 1 else {})
+        if self.wandb_run:
+            log_proto_tokens(self.wandb_run, self.folder / PROTO_TOKENS_FILE, summary["status"])
+
+    def finish_capacity(self, summary: dict) -> None:
+        """Writes and logs the results of a search for the capacity."""
+        with written_whole(self.folder / "capacity.csv") as partial, partial.open("w", newline="") as table:
+            writer = csv.DictWriter(table, list(self.trials[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.trials)
+        image = draw_capacity(self.trials, summary["capacity_tokens"], self.args.target_accuracy)
+        self.publish({"capacity": image}, summary, {"trials": self.trials})
+
+    def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
+        """Pictures and tables, as media of the last step; then the summary, which says that all else is whole."""
+        for name, image in images.items():
+            if name != "reference_image":  # there since the beginning
+                write_image(self.folder / f"{name}.png", image)
+        write_json(self.folder / "summary.json", summary)
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        if self.wandb_run:
+            media = {name: as_media(image) for name, image in images.items()}
+            media |= {name: as_table(rows) for name, rows in tables.items()}
+            # A run that was stopped after its last step goes on with the next.
+            step = max(summary["steps"], self.wandb_run.starting_step) if "steps" in summary else None
+            self.wandb_run.log(media, step=step)
+            self.wandb_run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+
+    # ---- rows of W&B's history
+
+    def log(self, values: dict, step: int) -> None:
+        """Unless a resumed run had sent them before it was interrupted."""
+        if self.wandb_run and step >= self.wandb_run.starting_step:
+            self.wandb_run.log(values, step=step)
+
+    def log_row(self, row: dict[str, float]) -> None:
+        """`best_accuracy` too, so that a sweep can stop a run early."""
+        values = {name: value for name, value in row.items() if name != "step"}
+        values["best_accuracy"] = row["train/best_accuracy"]
+        values["optimisation_step"] = row["step"]
+        self.log(values, row["step"])
+
+    def log_frame(self, step: int, frame: Image.Image) -> None:
+        if self.wandb_run:
+            self.log({"progress/reconstruction": as_media(frame)}, step)
+
+    def log_trial(self, trial: dict, count: int) -> None:
+        self.log({f"capacity/{name}": value for name, value in trial.items()}, count)
+
+    def send_missing(self, last_step: int) -> None:
+        """After a resumption, what the interrupted run had not sent; what it did after its state was saved goes."""
+        rows = {row["step"]: row for row in self.history.rows()}
+        frames = self.frames()
+        for step in sorted(rows.keys() | frames.keys()):
+            if step > last_step:
+                frames[step].unlink()
+                continue
+            if step in rows:
+                self.log_row(rows[step])
+            if step in frames:
+                self.log_frame(step, Image.open(frames[step]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
-RESULT_LINES = {
-    "status": "{status}",
-    "capacity": "{capacity_tokens} of {num_tokens} tokens, in {trials} trials",
-    "best accuracy": "{best_accuracy:.1f} %, {num_errors} of {all_tokens} tokens wrong",
-    "targets": "{num_targets}, from {lowest:.1f} to {highest:.1f} %",
-    "information": "{information_gain_bits:.0f} bits gained of {target_bits_unprompted:.0f} unprompted, "
-    "{bits_per_parameter:.2f} a parameter",
-    "likeness": "{likeness}",
-    "parameters": "{total_params} for {all_tokens} tokens",
-    "optimisation": "{steps} steps in {optimisation_seconds:.1f} s, the best after {best_step}",
-    "one pass": "{one_pass_seconds:.4f} s",
-    "one by one": "{autoregressive_seconds:.2f} s: one pass is {speedup:.0f} x faster",
-    "files": "{files}/",
-    "to W&B later": "{sync}",
-}
+
+def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> Optimisation:
+    """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
+    learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
+    with record.following(learning):
+        for row in learning.steps():
+            record.step(row, learning)
+    if learning.diverged:
+        record.give_up(learning)
+    return learning
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: what was asked for, where its results go, and what it goes on from."""
-
-    args: argparse.Namespace
-    folder: Path
-    settings: dict
-    wandb: object | None
-    saved: dict | None  # the state of the interrupted run that this one continues
-    earlier: dict[str, Tensor] | None  # the tensors of --from-proto-tokens or --m-from
-
-    @property
-    def given_m(self) -> Tensor | None:  # [1, D]
-        return self.earlier["m"] if self.earlier else None
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
-def on_stop_signals(handler: Callable) -> None:
-    """Has `handler` called with the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
-    received = []
-
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) > 1:
-            os._exit(128 + number)
-        handler(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop_at_once(number: int) -> None:
-    raise Stopped(number)
-
-
-def run_steps(models: Models, codes: Tensor, state: Optimisation, run: Run, tracker: object | None) -> None:
-    """The optimisation with everything around it: progress bar, history, W&B, saved states.
-
-    Whatever ends it early, a signal or an error, leaves a state to go on from.
-    """
-    stopped, num_steps = [], run.args.num_steps
-    on_stop_signals(stopped.append)  # from here on they wait for the end of a step
-    bar = progress_bar(None, "proto-tokens", "steps", total=num_steps, initial=state.step)
-    try:
-        with bar, enough_memory_for("a step of the optimisation"):
-            for row in optimise_proto_tokens(models, codes, run.args, state):
-                ended = state.step == num_steps or state.reached(run.args.target_accuracy)
-                keep_row(models, codes, state, run, tracker, row, ended)
-                if stopped or state.step % run.args.save_every == 0:
-                    save_state(run, state, codes)
-                if stopped:
-                    raise Stopped(stopped[0])
-                correct = f"correct {row['train/correct_tokens']}/{codes.numel()} ({row['train/accuracy']:.1f} %)"
-                best = f"best {state.mean_best_accuracy:.1f} %"
-                bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-                bar.update()
-    except UserError:
-        save_state(run, state, codes)
-        raise
-    finally:
-        if not stopped:
-            on_stop_signals(stop_at_once)
-
-
-def keep_row(
-    models: Models, codes: Tensor, state: Optimisation, run: Run, tracker: object | None, row: dict, ended: bool
-) -> None:
-    """Keeps a step's row and picture for history, W&B and moving picture, as often as these are asked for."""
-    if state.step == 1 or state.step % run.args.log_every == 0 or ended:
-        state.history.append(row)
-        log_step(tracker, row)
-    if run.args.image_every and (state.step % run.args.image_every == 0 or ended):
-        _, _, predicted, _ = one_pass(models, state.best, codes, run.args.vocabulary)
-        frame = {"step": state.step, "accuracy": state.mean_best_accuracy, "codes": predicted[:SHOWN_TARGETS].cpu()}
-        state.frames.append(frame)
-        log_frame(tracker, models, frame)
-
-
-def save_state(run: Run, state: Optimisation, codes: Tensor) -> None:
-    write_state(run.folder / STATE_FILE, state, codes, run.wandb.id if run.wandb else None)
-
-
-def begin(reference: Reference, run: Run) -> None:
-    """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
-
-    Never a mixture of two runs. Raises UserError where the interrupted run had another target.
-    """
-    if run.saved is None:
-        for name in RESULTS:
-            (run.folder / name).unlink(missing_ok=True)
-    elif not torch.equal(run.saved["codes"], reference.codes[:, : run.saved["codes"].shape[1]].cpu()):
-        raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
-    write_json(run.folder / "config.json", run.settings)
-    write_images(run.folder, {"reference_image": tiled([to_image(pixels) for pixels in reference.pixels])})
-
-
-def learn_proto_tokens(models: Models, reference: Reference, run: Run) -> Optimisation:
-    """Optimises from the start, or from where an interrupted run stood; leaves history and best embeddings.
-
-    Raises UserError where the optimisation cannot go on, and Stopped; both leave a state to go on from.
-    """
-    state = new_optimisation(models, len(reference.codes), run.args, run.given_m)
-    if run.saved:
-        restore_state(state, run.saved)
-        log_missing(run.wandb, models, state)
-        print(f"resumed after step {state.step}")
-    run_steps(models, reference.codes, state, run, run.wandb)
-    file = run.folder / PROTO_TOKENS_FILE
-    write_history(run.folder / "history.csv", state.history)
-    write_proto_tokens(file, state.best, models.visual_offset + reference.codes, run.settings)
-    if state.diverged:
-        raise UserError(f"{divergence(state)}; the best proto-tokens so far are in {file}")
-    return state
-
-
-def stored_proto_tokens(models: Models, reference: Reference, run: Run) -> Optimisation:
-    """The embeddings of --from-proto-tokens, as those of a finished optimisation."""
-    best = ProtoTokens(run.earlier["e_t"].to(models.device), run.earlier["m"].to(models.device))
-    return Optimisation(best, None, best, [], [], [])
-
-
-def divergence(state: Optimisation) -> str:
-    at = f"the loss or its gradient is no longer finite at step {state.step + 1}"
-    return f"{at}: lower --learning-rate or set --grad-clip 1"
-
-
-def find_capacity(models: Models, reference: Reference, run: Run) -> list[dict]:
-    """Tries longer and shorter beginnings of the targets until the capacity is known. Returns the trials.
-
-    Each trial is an optimisation of its own; an interrupted one goes on where it stood. Raises UserError and Stopped.
-    """
-    batch, longest = reference.codes.shape
-    saved, trials = run.saved, run.saved["trials"] if run.saved else []
-    for count, trial in enumerate(trials, 1):
-        log_trial(run.wandb, trial, count)
-    while num_tokens := next_prefix(trials, run.args.num_e_tokens, longest):
+def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
+    """Tries longer and shorter beginnings of codes [B, N] until the capacity is known. Returns the summary."""
+    batch, longest = codes.shape
+    for count, trial in enumerate(record.trials, 1):
+        record.log_trial(trial, count)
+    while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
-        codes = reference.codes[:, :num_tokens]
-        state = new_optimisation(models, batch, run.args, run.given_m)
-        state.trials = trials
-        if saved:
-            restore_state(state, saved)
-            saved = None
-        save_state(run, state, codes)  # the trials behind it
-        run_steps(models, codes, state, run, None)
-        if state.diverged:
-            raise UserError(f"with {num_tokens} tokens {divergence(state)}")
-        outcome = {"steps": state.step, "reached": state.reached(run.args.target_accuracy), "seconds": state.seconds}
-        trials = [*trials, {"num_tokens": num_tokens, "best_accuracy": min(state.best_accuracy)} | outcome]
-        log_trial(run.wandb, trials[-1], len(trials))
-    return trials
-
-
-def publish_capacity(models: Models, reference: Reference, trials: list[dict], run: Run) -> dict:
-    """Writes and logs what a search for the capacity has found. Returns the summary."""
-    reached = [trial for trial in trials if trial["reached"]]
+        learning = learn(models, codes[:, :num_tokens], earlier, record)
+        record.trial(
+            {
+                "num_tokens": num_tokens,
+                "best_accuracy": learning.best_accuracy.min().item(),
+                "steps": learning.step,
+                "reached": learning.reached,
+                "seconds": learning.seconds,
+            }
+        )
+    reached = [trial for trial in record.trials if trial["reached"]]
     capacity = max((trial["num_tokens"] for trial in reached), default=0)
-    summary = {
+    return {
         "capacity_tokens": capacity,
         "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
         "best_accuracy": max((trial["best_accuracy"] for trial in reached), default=0.0),
-        "num_tokens": reference.codes.shape[1],
-        "num_targets": reference.codes.shape[0],
-        "trials": len(trials),
-        "optimisation_seconds": sum(trial["seconds"] for trial in trials),
+        "num_tokens": longest,
+        "num_targets": batch,
+        "trials": len(record.trials),
+        "optimisation_seconds": sum(trial["seconds"] for trial in record.trials),
     }
-    write_history(run.folder / TRIALS_FILE, trials)
-    finish(run, {"capacity": draw_capacity(trials, capacity, run.args.target_accuracy)}, ("trials", trials), summary)
-    return summary
 
 
-@enough_memory_for("the reconstruction")
-def publish(models: Models, reference: Reference, state: Optimisation, run: Run) -> dict:
-    """Reconstructs from the best proto-tokens; writes and logs the results. Returns the summary."""
-    reconstruction = reconstruct(models, state.best, reference.codes, run.args.vocabulary)
-    bits = information(models, reference, reconstruction, run.args.vocabulary)
-    m_learned = not run.args.m_from and run.args.num_e_tokens < reference.codes.shape[1]
-    learned = state.best.e_t.numel() + (state.best.m.numel() if m_learned else 0)
-    summary = summarise(reference, state, reconstruction, bits, learned)
-    images, targets = draw_results(reference, reconstruction, summary, state.history)
-    file, target_ids = run.folder / PROTO_TOKENS_FILE, models.visual_offset + reference.codes
-    write_proto_tokens(file, state.best, target_ids, run.settings, reconstruction.predicted_ids)
-    if state.frames:
-        write_progress(run.folder / PROGRESS_FILE, models, state.frames)
-    finish(run, images, ("targets", targets if len(targets) > 1 else []), summary, file)
-    return summary
-
-
-def finish(
-    run: Run, images: dict[str, Image.Image], table: tuple[str, list[dict]], summary: dict, file: Path | None = None
-) -> None:
-    """Writes and logs the results; the summary comes last, and says that the others are whole."""
-    write_images(run.folder, images)
-    write_json(run.folder / "summary.json", summary)
-    (run.folder / STATE_FILE).unlink(missing_ok=True)
-    log_results(run.wandb, images, table, summary, file)
-
-
-def print_results(summary: dict, run: Run) -> None:
-    """What a reader asks first; a line about something that the run does not know is left out."""
-    known = summary | {"files": run.folder, "all_tokens": summary["num_targets"] * summary["num_tokens"]}
-    if "psnr" in summary:
-        known["likeness"] = likeness(summary["psnr"])
-    if own := [value for name, value in summary.items() if re.fullmatch(r"targets/\d+/best_accuracy", name)]:
-        known |= {"lowest": min(own), "highest": max(own)}
-    if run.wandb and run.wandb.offline:
-        known["sync"] = sync_command(run.wandb)
+def print_results(summary: dict, record: Recorder) -> None:
+    """What a reader asks first."""
+    lines = lines_of_capacity(summary) if "capacity_tokens" in summary else lines_of_results(summary)
+    lines["files"] = f"{record.folder}/"
+    if record.wandb_run and record.wandb_run.offline:
+        lines["to W&B later"] = sync_command(record.wandb_run)
     print()
-    for label, text in RESULT_LINES.items():
-        with contextlib.suppress(KeyError):
-            print(f"  {label:<14} {text.format(**known)}")
+    for label, text in lines.items():
+        print(f"  {label:<14} {text}")
+
+
+def lines_of_capacity(summary: dict) -> dict[str, str]:
+    trials = f"in {summary['trials']} trials"
+    return {"capacity": f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens, {trials}"}
+
+
+def lines_of_results(summary: dict) -> dict[str, str]:
+    s, batch = summary, summary["num_targets"]
+    total = batch * s["num_tokens"]
+    lines = {"status": s["status"]}
+    lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
+    if batch > 1:
+        own = [s[f"targets/{k}/best_accuracy"] for k in range(batch)]
+        lines["targets"] = f"{batch}, from {min(own):.1f} to {max(own):.1f} %"
+    gained = f"{s['information_gain_bits']:.0f} bits gained of {s['target_bits_unprompted']:.0f} unprompted"
+    lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
+    lines["likeness"] = likeness(s["psnr"])
+    lines["parameters"] = f"{s['total_params']} for {total} tokens"
+    if "steps" in s:
+        took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
+        lines["optimisation"] = f"{took}, the best after {s['best_step']}"
+    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s"
+    if "speedup" in s:
+        lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
+    return lines
 
 
 def run_experiment(args: argparse.Namespace) -> None:
     """The whole experiment. Raises UserError for what the user can put right, and Stopped."""
     with run_folder(args) as folder:
-        earlier = read_earlier_run(args, folder)
-        pixels = read_pictures(args.images, args.image_size)
+        earlier, pictures = read_inputs(args, folder)
+        if args.from_proto_tokens:
+            args = with_settings_of(earlier, args)
         models = load_models(args)
         if earlier:
-            refuse_other_models(models, args, *earlier)
+            refuse_other_models(models, args, earlier)
         settings = describe_run(args, models)
-        if args.resume and is_finished(folder, settings):
+        if args.resume:
+            refuse_other_settings(folder, settings)
+        if args.resume and is_finished(folder):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
-        saved = read_state(folder / STATE_FILE) if args.resume else None
         warn_if_slow(models, settings["num_tokens"], args.num_steps)
-        with tracked(args, settings, saved and saved["run_id"]) as wandb_run:
-            run = Run(args, folder, settings, wandb_run, saved, earlier and earlier[0])
-            stored_codes = earlier[0]["target_ids"] - models.visual_offset if args.from_proto_tokens else None
-            reference = make_reference(models, args, pixels, stored_codes)
+        with Recorder(args, folder, settings) as record:
+            # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
+            cache = ReferenceCache(args.save_dir / CACHE_FOLDER, settings)
+            reference = make_reference(models, args, cache, earlier, pictures)
+            record.begin(reference)
             if args.control == "untrained":
-                models = untrained(models, args.seed)
-            begin(reference, run)
+                models = with_fresh_weights(models, args.seed)
             if args.capacity:
-                summary = publish_capacity(models, reference, find_capacity(models, reference, run), run)
+                summary = find_capacity(models, reference.codes, earlier, record)
+                record.finish_capacity(summary)
             else:
-                learn = stored_proto_tokens if args.from_proto_tokens else learn_proto_tokens
-                summary = publish(models, reference, learn(models, reference, run), run)
-        print_results(summary, run)
+                # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets.
+                if args.from_proto_tokens:
+                    learned, proto_tokens, at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+                else:
+                    learning = learn(models, reference.codes, earlier, record)
+                    learned, proto_tokens, at_once = learning.summary(), learning.best, learning.at_once
+                # 3. What do they reconstruct, and what did they tell the generator?
+                with enough_memory_for("the reconstruction"):
+                    reconstruction = reconstruct(models, proto_tokens, reference.codes, at_once)
+                    bits = information(models, reference, reconstruction.read)
+                summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
+                record.finish(reference, reconstruction, proto_tokens, summary)
+        print_results(summary, record)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,16 +1,14 @@
 """The capacity: which beginnings of the target are tried, that the search can be interrupted, and what it leaves."""
 
-import csv
-import json
 import math
 
 import pytest
-import wandb_file
-from conftest import spoil_text_head
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_command_line import refused
+from support import wandb_file
+from support.results import config_in, refused, rows_of, summary_in
+from support.tiny_model import spoil_text_head
 
 import verify_proto_tokens as vpt
 
@@ -39,10 +37,8 @@ SEARCH = ("--capacity", "--num-steps", 30, "--save-dir", "out", "--wandb-run-nam
 
 
 def trials_in(folder) -> list[tuple]:
-    with (folder / "capacity.csv").open() as stream:
-        return [
-            (row["num_tokens"], row["best_accuracy"], row["steps"], row["reached"]) for row in csv.DictReader(stream)
-        ]
+    names = ("num_tokens", "best_accuracy", "steps", "reached")
+    return [tuple(row[name] for name in names) for row in rows_of(folder / "capacity.csv")]
 
 
 def test_a_search_leaves_its_trials_a_picture_and_a_summary(call_tiny, tmp_path):
@@ -52,28 +48,28 @@ def test_a_search_leaves_its_trials_a_picture_and_a_summary(call_tiny, tmp_path)
     assert {f.name for f in folder.iterdir()} == {
         "capacity.csv", "capacity.png", "config.json", "reference_image.png", "summary.json"
     }  # fmt: skip
-    summary, trials = json.loads((folder / "summary.json").read_text()), trials_in(folder)
+    summary, trials = summary_in(folder), trials_in(folder)
     reached = [int(num_tokens) for num_tokens, *_, reached in trials if reached == "True"]
     assert summary["capacity_tokens"] == max(reached) and summary["trials"] == len(trials)
     assert f"{max(reached)} of 16 tokens" in result.out
     Image.open(folder / "capacity.png").verify()
-    assert json.loads((folder / "config.json").read_text())["target_accuracy"] == 99
+    assert config_in(folder)["target_accuracy"] == 99
 
 
 @pytest.mark.parametrize("cut_at", [3, 40, 55])
 def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_path, monkeypatch, cut_at):
     assert call_tiny(*SEARCH).code == 0
     whole = trials_in(tmp_path / "out" / "run")
-    really_optimise, steps = vpt.optimise_proto_tokens, iter(range(1, 10**6))
+    really_step, steps = vpt.Optimisation.steps, iter(range(1, 10**6))
 
-    def cut(*arguments):
-        for row in really_optimise(*arguments):
+    def cut(learning):
+        for row in really_step(learning):
             yield row
             if next(steps) == cut_at:
                 raise vpt.UserError("cut on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vpt, "optimise_proto_tokens", cut)
+        patch.setattr(vpt.Optimisation, "steps", cut)
         assert call_tiny(*SEARCH).code == 2
     assert call_tiny(*SEARCH, "--resume").code == 0
     assert trials_in(tmp_path / "out" / "run") == whole
@@ -87,15 +83,15 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
     class Killed(BaseException):
         pass
 
-    def killed(models, codes, *rest):
-        trials.append(codes.shape[1])
+    def killed(learning):
+        trials.append(learning.codes.shape[1])
         if len(trials) == 4:
             raise Killed
-        yield from really_optimise(models, codes, *rest)
+        yield from really_step(learning)
 
-    really_optimise = vpt.optimise_proto_tokens
+    really_step = vpt.Optimisation.steps
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vpt, "optimise_proto_tokens", killed)
+        patch.setattr(vpt.Optimisation, "steps", killed)
         call_tiny(*SEARCH)
     assert not (tmp_path / "out" / "run" / "summary.json").exists()
     result = call_tiny(*SEARCH, "--resume")
@@ -108,8 +104,8 @@ def test_a_search_that_diverges_says_with_how_many_tokens(call_tiny, model_folde
     refused(call_tiny(*SEARCH), "with 1 tokens", "--learning-rate")
 
 
-def test_wandb_gets_a_row_for_each_trial_and_a_table(run_tiny, tmp_path):
-    result = run_tiny(*SEARCH, "--use-wandb", env={"WANDB_MODE": "offline"})
+def test_wandb_gets_a_row_for_each_trial_and_a_table(call_tiny, tmp_path):
+    result = call_tiny(*SEARCH, "--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 0, result.err
     run, trials = wandb_file.read(tmp_path), trials_in(tmp_path / "out" / "run")
     rows = [row for row in run.history if "capacity/num_tokens" in row]

@@ -1,40 +1,34 @@
 """The script as a process, on the demo model and on broken input: what a user types, sees and finds on disk."""
 
-import csv
 import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import DEMO, ended, save_tiny_generator, script_runner, spoil_text_head, start_script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_interruption import results_of
+from support.contract import COLUMNS, FILES, MEDIA, SUMMARY
+from support.processes import DEMO, ended, run_script_in, start_script
+from support.results import config_in, refused, results_of, rows_of, summary_in
+from support.tiny_model import save_tiny_generator, save_torchscript, spoil_text_head, tiny_arguments
 
 import verify_proto_tokens as vpt
-
-IMAGES = {"reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map"}
-FILES = {f"{name}.png" for name in IMAGES} | {"config.json", "history.csv", "summary.json", "proto_tokens.safetensors"}
-SUMMARY = {"final_accuracy", "best_accuracy", "final_top5_accuracy", "final_loss", "num_errors", "error_rate"}
-SUMMARY |= {"total_params", "status", "one_pass_seconds", "autoregressive_seconds", "speedup", "psnr"}
-COLUMNS = ["step", "train/loss", "train/accuracy", "train/top5_accuracy", "train/correct_tokens", "train/best_accuracy"]
-COLUMNS += ["train/learning_rate", "embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"]
 
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
     """One short demo run, shared by the tests that only look at it."""
     folder = tmp_path_factory.mktemp("demo")
-    run = script_runner(folder)
-    result = run("--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp")
+    result = run_script_in(folder, "--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp")
     assert result.code == 0, result.err
     result.folder = folder / "exp" / "proto_256px_steps40_lr02_seed42"
-    result.again = run
     return result
 
 
@@ -43,30 +37,30 @@ def test_a_demo_run_leaves_every_file_and_nothing_else(demo_run):
 
 
 def test_the_pictures_open_at_the_size_asked_for(demo_run):
-    for name in IMAGES:
+    for name in MEDIA:
         Image.open(demo_run.folder / f"{name}.png").verify()
     assert Image.open(demo_run.folder / "reference_image.png").size == (256, 256)
     assert Image.open(demo_run.folder / "reconstructed_image.png").size == (256, 256)
 
 
 def test_the_summary_holds_every_key(demo_run):
-    summary = json.loads((demo_run.folder / "summary.json").read_text())
-    assert summary.keys() >= SUMMARY
+    summary = summary_in(demo_run.folder)
+    assert summary.keys() >= SUMMARY | {"psnr"}
     assert summary["num_tokens"] == 64 and summary["total_params"] == 2 * 512
     assert summary["best_accuracy"] == pytest.approx(100 - summary["error_rate"])
     assert summary["speedup"] > 1
 
 
 def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
-    with (demo_run.folder / "history.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(demo_run.folder / "history.csv")
     assert list(rows[0]) == COLUMNS
     assert [int(row["step"]) for row in rows] == list(range(1, 41))
     assert float(rows[-1]["train/loss"]) < 0.7 * float(rows[0]["train/loss"])
 
 
 def test_the_config_holds_all_settings_and_versions(demo_run):
-    config = json.loads((demo_run.folder / "config.json").read_text())
+    config = config_in(demo_run.folder)
+    assert config.keys() == vpt.SETTINGS.keys() - {"prompts", "m_from_fingerprint"}
     assert config["num_steps"] == 40 and config["cfg_scale"] == 6.0 and config["device"] == "cpu"
     assert config["versions"]["torch"] == torch.__version__
     assert config["codebook_size"] == 625 and config["factor"] == 32
@@ -82,7 +76,7 @@ def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
     inputs = torch.cat((e_t, m[:, None].expand(1, 63, -1)), dim=1)
     with torch.no_grad():
         assert torch.equal(generator(inputs_embeds=inputs).logits.argmax(-1), predicted_ids)
-    summary = json.loads((demo_run.folder / "summary.json").read_text())
+    summary = summary_in(demo_run.folder)
     assert int((predicted_ids != target_ids).sum()) == summary["num_errors"]
     assert settings["prompt"] == "a red apple on a wooden table"
 
@@ -92,28 +86,21 @@ def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
     assert "exp/proto_256px_steps40_lr02_seed42" in demo_run.out
 
 
-def test_neither_a_reused_reference_nor_wandb_changes_tokens_or_history(demo_run):
-    first = results_of(demo_run.folder)
-    arguments = ("--demo", "--device", "cpu", "--num-steps", "40", "--save-dir", "exp", "--use-wandb")
-    result = demo_run.again(*arguments, env={"WANDB_MODE": "offline"})
+def test_neither_a_reused_reference_nor_wandb_changes_tokens_or_history(call_tiny, tmp_path):
+    arguments = ("--num-steps", 20, "--save-dir", "out", "--wandb-run-name", "run")
+    assert call_tiny(*arguments).code == 0
+    first = results_of(tmp_path / "out" / "run")
+    result = call_tiny(*arguments, "--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 0 and "reused" in result.out
-    assert results_of(demo_run.folder) == first
+    assert results_of(tmp_path / "out" / "run") == first
 
 
 def test_without_use_wandb_wandb_is_not_even_imported(run_tiny, tmp_path):
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / "wandb.py").write_text("raise SystemExit('wandb was imported')")
-    assert run_tiny(env={"PYTHONPATH": str(tmp_path / "trap")}).code == 0
-    assert run_tiny("--use-wandb", env={"PYTHONPATH": str(tmp_path / "trap")}).code == 1  # the trap works
-
-
-def refused(result, *words):
-    """One line on stderr, exit code 2, no traceback."""
-    assert result.code == 2, (result.out, result.err)
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("reference:", "proto-tokens:"))]
-    assert len(lines) == 1 and lines[0].startswith("verify_proto_tokens.py: error:"), result.err
-    for word in words:
-        assert word in lines[0]
+    trap = {"PYTHONPATH": str(tmp_path / "trap")}
+    assert run_tiny(env=trap).code == 0
+    assert subprocess.run([sys.executable, "-c", "import wandb"], env=trap, capture_output=True).returncode == 1
 
 
 def test_folders_with_spaces_and_non_ascii_letters_work(call_tiny, tmp_path):
@@ -250,7 +237,7 @@ def break_decoder_cut(generator, vq):
 
 
 def break_decoder_kind(generator, vq):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), vq / "decoder.jit")
+    save_torchscript(torch.nn.Linear(2, 2), vq / "decoder.jit")
 
 
 @pytest.mark.parametrize(
@@ -318,8 +305,20 @@ def test_a_diverged_run_saves_the_best_so_far_then_says_so(call_tiny, model_fold
     refused(call_tiny("--save-dir", "out", "--wandb-run-name", "hot"), "finite", "--learning-rate", "proto_tokens")
     with safe_open(tmp_path / "out" / "hot" / "proto_tokens.safetensors", "pt") as file:
         assert file.get_tensor("e_t").isfinite().all()
-    assert (tmp_path / "out" / "hot" / "history.csv").stat().st_size > 0
     assert not (tmp_path / "out" / "hot" / "summary.json").exists()
+
+
+def test_a_run_that_diverges_after_some_steps_keeps_their_rows(call_tiny, monkeypatch, tmp_path):
+    really_step, passes = vpt.gradient_step, iter(range(1, 100))
+
+    def step(*arguments):
+        read = really_step(*arguments)
+        return read if next(passes) < 5 else read._replace(losses=read.losses * torch.nan)
+
+    monkeypatch.setattr(vpt, "gradient_step", step)
+    arguments = ("--num-steps", 9, "--save-dir", "out", "--wandb-run-name", "hot")
+    refused(call_tiny(*arguments), "finite at step 5", "proto_tokens")
+    assert len(rows_of(tmp_path / "out" / "hot" / "history.csv")) == 4
 
 
 def test_a_prompt_of_ten_thousand_words_is_refused(call_script):
@@ -332,13 +331,13 @@ def test_any_other_prompt_works(call_tiny, prompt):
 
 
 @pytest.mark.parametrize("largest", [100, 4_000, 30_000])
-def test_a_disk_that_fills_up_costs_one_line_and_leaves_whole_files_only(tiny_arguments, tmp_path, largest):
+def test_a_disk_that_fills_up_costs_one_line_and_leaves_whole_files_only(model_folders, tmp_path, largest):
     """Writing beyond a limit fails as on a full disk, at another file for each limit."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
-    result = ended(start_script(tmp_path, *tiny_arguments, "--save-dir", "out", preexec_fn=limit))
+    result = ended(start_script(tmp_path, *tiny_arguments(tmp_path), "--save-dir", "out", preexec_fn=limit))
     # Matplotlib cannot keep its list of fonts either, and says so.
     result.err = "".join(line for line in result.err.splitlines(keepends=True) if "font_manager" not in line)
     refused(result, "cannot write", "File too large")

@@ -1,14 +1,12 @@
 """A picture of one's own as the target: how it is read, cut and encoded, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
 from PIL import Image
-from safetensors.torch import load_file
-from test_command_line import refused
+from support.processes import DEMO
+from support.results import config_in, refused, summary_in, tensors_in
+from support.tiny_model import save_torchscript
 
 import verify_proto_tokens as vpt
 
@@ -29,13 +27,13 @@ def saved(tmp_path, image, name="p.png", **options):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "CMYK"])
 def test_any_mode_gives_the_same_pixels(tmp_path, mode):
     file = saved(tmp_path, picture(mode), "p.tiff" if mode == "CMYK" else "p.png")
-    expected = torch.from_numpy(np.asarray(picture())).float() / 255
+    expected = torch.from_numpy(np.array(picture())).float() / 255
     assert (vpt.read_picture(file, 16) - expected).abs().max() < 0.01
 
 
 def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path):
     file = saved(tmp_path, Image.fromarray(np.asarray(picture()).astype(np.uint16) * 257))
-    assert (vpt.read_picture(file, 16)[0] - torch.from_numpy(np.asarray(picture())) / 255).abs().max() < 0.01
+    assert (vpt.read_picture(file, 16)[0] - torch.from_numpy(np.array(picture())) / 255).abs().max() < 0.01
 
 
 def test_a_picture_of_floating_point_is_refused_not_blackened(call_tiny, tmp_path):
@@ -77,9 +75,9 @@ def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, t
     result = call_tiny("--image", saved(tmp_path, picture(), "my_greys.png"), "--save-dir", "out")
     assert result.code == 0, result.err
     (folder,) = (tmp_path / "out").glob("*_image")
-    assert torch.equal(load_file(folder / "proto_tokens.safetensors")["target_ids"][0], CODES + 1400)
-    assert json.loads((folder / "config.json").read_text())["prompt"] == "my greys"
-    assert "speedup" not in json.loads((folder / "summary.json").read_text())  # nothing was decoded one by one
+    assert torch.equal(tensors_in(folder)["target_ids"][0], CODES + 1400)
+    assert config_in(folder)["prompt"] == "my greys"
+    assert "speedup" not in summary_in(folder)  # nothing was decoded one by one
 
 
 def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tmp_path):
@@ -90,7 +88,7 @@ def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tm
 
 def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu", "--image", str(DEMO / "samples.png")]))
-    pixels = vpt.read_pictures([DEMO / "samples.png"], 256)
+    pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
     codes = vpt.encode_pixels(models, pixels)
     again = vpt.decode_codes(models.vq_decoder, codes)
     assert codes.shape == (1, 64) and vpt.psnr(again, pixels) > 15
@@ -114,5 +112,5 @@ def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_f
     encoder = model_folders[1] / "encoder.jit"
     encoder.unlink()
     refused(call_tiny("--image", file), "encoder.jit")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), encoder)
+    save_torchscript(torch.nn.Linear(2, 2), encoder)
     refused(call_tiny("--image", file), "encoder.jit cannot run", "GPU")

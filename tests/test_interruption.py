@@ -6,51 +6,34 @@ import io
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment, ended, save_tiny_generator, start_script
 from PIL import Image
 from safetensors.torch import load_file
+from support.contract import COLUMNS, STATE
+from support.processes import ended, kill, let_go_on, start, start_pausing, start_script, wait_for
+from support.results import refused, results_of, rows_of, steps_in, summary_in
+from support.tiny_model import save_tiny_generator, tiny_arguments
 
 import verify_proto_tokens as vpt
 
-STATE, TIMES = "interrupted_run.pt", {"seconds", "speedup"}
-LONG = ("--num-steps", 2500, "--save-every", 50, "--target-accuracy", 0, "--wandb-run-name", "run")
-
-
-def wait_for(condition, process=None, seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
-def results_of(folder) -> tuple[dict, str, dict]:
-    """Tensors, history and summary, but for what a clock measured."""
-    summary = json.loads((folder / "summary.json").read_text())
-    timeless = {name: value for name, value in summary.items() if not any(word in name for word in TIMES)}
-    tensors = {name: tensor.tolist() for name, tensor in load_file(folder / "proto_tokens.safetensors").items()}
-    return tensors, (folder / "history.csv").read_text(), timeless
+TWENTY_STEPS = ("--num-steps", 20, "--save-every", 5, "--target-accuracy", 0, "--wandb-run-name", "run")
 
 
 @pytest.fixture(scope="module")
 def interrupted_once(tiny_folder, tmp_path_factory):
-    """A long run that a SIGTERM stopped: its arguments, its end, and its save directory."""
+    """A run that a SIGTERM stopped after step 7: its arguments, its end, and its save directory."""
     folder = tmp_path_factory.mktemp("interrupted")
-    tiny = ("--model-path", tiny_folder / "generator", "--vq-model-ckpt", tiny_folder / "vq", "--image-size", 16)
-    process = start_script(folder, *tiny, "--device", "cpu", *LONG, "--save-dir", "out")
-    wait_for((folder / "out" / "run" / STATE).exists, process)
+    arguments = (*tiny_arguments(tiny_folder), *TWENTY_STEPS)
+    process = start_pausing(folder, 7, *arguments, "--save-dir", "out")
     process.send_signal(signal.SIGTERM)
-    return (*tiny, "--device", "cpu", *LONG), ended(process, 10), folder / "out"
+    let_go_on(folder)
+    return arguments, ended(process, 10), folder / "out"
 
 
 @pytest.fixture
@@ -61,35 +44,57 @@ def interrupted(interrupted_once, tmp_path):
     return (*arguments, "--save-dir", tmp_path / "out"), end, tmp_path / "out" / "run"
 
 
-def test_a_state_written_and_read_back_goes_on_bit_for_bit(tiny_models, make_args, tmp_path):
-    args, codes = make_args("--num-steps", "12"), torch.arange(16)[None] % 12
-    whole = vpt.new_optimisation(tiny_models, 1, args)
-    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
+@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2"), "given m"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, options):
+    given_m = torch.full((1, 32), 0.2) if options == "given m" else None
+    args = make_args("--num-steps", "12", *(() if options == "given m" else options))
+    codes = torch.arange(16 * batch).view(batch, 16) % 12
+
+    def optimisation() -> vpt.Optimisation:
+        return vpt.Optimisation(tiny_models, codes, args, given_m)
+
+    whole = optimisation()
+    rows = list(whole.steps())
     for interruption in (1, 5, 11):
-        first, second = (vpt.new_optimisation(tiny_models, 1, args) for _ in range(2))
-        steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
-        before = [next(steps) for _ in range(interruption)]
-        vpt.write_state(tmp_path / STATE, first, codes, None)
-        vpt.restore_state(second, vpt.read_state(tmp_path / STATE))
-        assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
+        first, second = optimisation(), optimisation()
+        before = list(itertools.islice(first.steps(), interruption))
+        state = io.BytesIO()
+        torch.save(first.state_dict(), state)
+        state.seek(0)
+        second.load_state_dict(torch.load(state, weights_only=True))
+        assert before + list(second.steps()) == rows
         assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
 
 
-def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(tiny_arguments, run_script, tmp_path):
-    assert run_script(*tiny_arguments, *LONG, "--save-dir", "whole").code == 0
-    arguments, state = (*tiny_arguments, *LONG, "--save-dir", "killed", "--resume"), tmp_path / "killed" / "run" / STATE
-    moments = random.Random(3)
-    for _ in range(3):
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        process = start_script(tmp_path, *arguments)
-        wait_for(lambda then=before: state.exists() and state.stat().st_mtime_ns > then, process)
-        time.sleep(moments.uniform(0, 1))
-        process.kill()
-        process.communicate()
-    assert run_script(*arguments).code == 0
+def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_folders, call_script, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS)
+    assert call_script(*arguments, "--save-dir", "whole").code == 0
+    killed = (*arguments, "--save-dir", "killed", "--resume")
+    for last_step in (7, 12, 19):  # beyond the states saved after steps 5, 10 and 15
+        kill(start_pausing(tmp_path, last_step, *killed))
+        assert steps_in(tmp_path / "killed" / "run") == list(range(1, last_step + 1))
+    assert call_script(*killed).code == 0
     assert results_of(tmp_path / "killed" / "run") == results_of(tmp_path / "whole" / "run")
     names = {file.name for file in (tmp_path / "killed" / "run").iterdir() if not file.name.endswith(".partial")}
     assert names == {file.name for file in (tmp_path / "whole" / "run").iterdir()}
+
+
+def test_the_history_can_be_followed_while_the_run_goes_on(model_folders, tmp_path):
+    process = start_pausing(tmp_path, 3, *tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
+    rows = rows_of(tmp_path / "out" / "run" / "history.csv")
+    kill(process)
+    assert list(rows[0]) == COLUMNS and [row["step"] for row in rows] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_history_that_lost_rows_of_the_interrupted_run_is_one_line(interrupted, call_script, damage):
+    arguments, _, folder = interrupted
+    rows = (folder / "history.csv").read_text()
+    (folder / "history.csv").unlink()
+    if damage == "cut":
+        (folder / "history.csv").write_text(rows[: len(rows) // 2])
+    refused(call_script(*arguments, "--resume"), "history.csv", "leave out --resume")
 
 
 def test_sigterm_saves_the_state_and_ends_with_143_and_one_line(interrupted):
@@ -99,8 +104,8 @@ def test_sigterm_saves_the_state_and_ends_with_143_and_one_line(interrupted):
     assert (folder / STATE).exists() and not (folder / "summary.json").exists()
 
 
-def test_ctrl_c_ends_with_130_also_before_the_first_step(tiny_arguments, tmp_path):
-    process = start_script(tmp_path, *tiny_arguments, *LONG, "--save-dir", "out")
+def test_ctrl_c_ends_with_130_also_before_the_first_step(model_folders, tmp_path):
+    process = start_script(tmp_path, *tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
     wait_for((tmp_path / "out" / "run").exists, process)
     process.send_signal(signal.SIGINT)
     end = ended(process, 20)
@@ -111,8 +116,8 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_scri
     arguments, _, folder = interrupted
     result = call_script(*arguments, "--resume")
     assert result.code == 0 and "resumed after step" in result.out
-    steps = [int(line.split(",")[0]) for line in (folder / "history.csv").read_text().splitlines()[1:]]
-    assert steps == list(range(1, 2501))
+    assert "resumed after step 8" in result.out
+    assert steps_in(folder) == list(range(1, 21))
     assert not (folder / STATE).exists()
 
 
@@ -144,14 +149,12 @@ def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(c
     assert other.code == 2 and "seed (42, now 7)" in other.err
 
 
-def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_at_work(tiny_arguments, call_script, tmp_path):
-    arguments = (*tiny_arguments, *LONG, "--save-dir", "out")
-    first = start_script(tmp_path, *arguments)
-    wait_for((tmp_path / "out" / "run" / STATE).exists, first)
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_at_work(model_folders, call_script, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
+    first = start_pausing(tmp_path, 6, *arguments)
     second = call_script(*arguments)
     assert second.code == 2 and "another run is at work" in second.err
-    first.kill()
-    first.communicate()
+    kill(first)
     assert call_script(*arguments, "--resume").code == 0  # a killed run leaves no lock
 
 
@@ -176,12 +179,12 @@ def test_log_every_thins_the_history_and_changes_nothing_else(call_tiny, tmp_pat
 
 @contextlib.contextmanager
 def full_disk_at(write: int):
-    """The `write`-th temporary file that is opened lies on a device that is always full; yields a count of all."""
+    """The `write`-th file that is opened to write lies on a device that is always full; yields the names of all."""
     count, really_open = itertools.count(1), builtins.open
     opened = []
 
     def open_(file, mode="r", *rest, **options):
-        if str(file).endswith(".partial") and "r" not in mode.replace("+", ""):
+        if str(file).endswith((".partial", "history.csv")) and "r" not in mode.replace("+", ""):
             opened.append(Path(file).name)
             if next(count) == write:
                 file = "/dev/full"
@@ -214,7 +217,7 @@ def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_
     arguments = ("--num-steps", 5, "--save-every", 4, "--target-accuracy", 0, "--wandb-run-name", "run")
     with full_disk_at(0) as opened:
         assert call_tiny(*arguments, "--save-dir", "whole").code == 0
-    assert len(opened) == 13, opened  # each of them fails in turn
+    assert len(opened) == 12, opened  # each of them fails in turn
     for write in range(1, len(opened) + 1):
         folder = tmp_path / f"failed{write}"
         with full_disk_at(write):
@@ -261,22 +264,16 @@ v.main(v.parse_args(sys.argv[1:]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no such limit here")
-def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, tiny_arguments, tmp_path):
+def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, tmp_path):
     """With an MLP so wide, a step on 64 tokens needs more than the 400 MiB left; decoding, one by one, does not."""
     save_tiny_generator(model_folders[0], intermediate_size=300_000)
-    command = [sys.executable, "-c", HUNGRY, *map(str, tiny_arguments), "--save-dir", "out", "--image-size", "32"]
-    process = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=clean_environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    (line,) = [row for row in process.stderr.splitlines() if "error" in row]
-    assert process.returncode == 2 and "out of memory for a step of the optimisation" in line
+    hungry = [sys.executable, "-c", HUNGRY, *tiny_arguments(tmp_path), "--save-dir", "out", "--image-size", "32"]
+    end = ended(start(hungry, tmp_path))
+    (line,) = [row for row in end.err.splitlines() if "error" in row]
+    assert end.code == 2 and "out of memory for a step of the optimisation" in line
     assert "--gradient-checkpointing" in line and "--image-size" in line
     (folder,) = (tmp_path / "out").glob("proto_*")
-    assert vpt.read_state(folder / STATE)["proto_tokens"]["e_t"].isfinite().all()
+    assert vpt.read_state(folder / STATE)["learning"]["proto_tokens"]["e_t"].isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +294,7 @@ def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimisi
     for name in ("reconstructed_image.png", "reference_image.png", "token_error_map.png"):
         assert (folder / name).read_bytes() == (stored / name).read_bytes()
     assert not (folder / "history.csv").exists()
-    earlier, summary = (json.loads((each / "summary.json").read_text()) for each in (stored, folder))
+    earlier, summary = summary_in(stored), summary_in(folder)
     assert summary["best_accuracy"] == earlier["best_accuracy"] and "steps" not in summary
 
 
@@ -318,9 +315,8 @@ def test_proto_tokens_of_another_model_are_refused(stored, call_tiny, model_fold
     assert result.code == 2 and "another model (hidden_size 32, not 64)" in result.err
 
 
-def test_a_second_signal_ends_a_run_at_once(tiny_arguments, tmp_path):
-    process = start_script(tmp_path, *tiny_arguments, *LONG, "--num-steps", 10**6, "--save-dir", "out")
-    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
+def test_a_second_signal_ends_a_run_at_once(model_folders, tmp_path):
+    process = start_pausing(tmp_path, 6, *tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
     process.send_signal(signal.SIGSTOP)  # both signals are there before it can act on either
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)

@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import DEMO, ROOT
 from safetensors import safe_open
+from support.builders import reference_of
+from support.processes import DEMO, ROOT, SCRIPT
+from support.results import config_in
 
 import verify_proto_tokens as vpt
 
@@ -33,7 +36,7 @@ def run_shell(tmp_path):
 def test_the_shell_command_takes_settings_from_the_environment(run_shell, tmp_path):
     result = run_shell(NUM_STEPS="3", SEED="7", PROMPT="a cat on green grass", LEARNING_RATE="0.05")
     assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "out" / "proto_256px_steps3_lr005_seed7" / "config.json").read_text())
+    config = config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7")
     assert config["prompt"] == "a cat on green grass"
 
 
@@ -41,7 +44,7 @@ def test_the_shell_command_passes_arguments_on_and_they_win(run_shell, tmp_path)
     arguments = ("--num-steps", "2", "--wandb-run-name", "mine", "--prompt", "a penguin on green grass")
     result = run_shell(*arguments, NUM_STEPS="900", WANDB_MODE="offline", USE_WANDB="true")
     assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "out" / "mine" / "config.json").read_text())
+    config = config_in(tmp_path / "out" / "mine")
     assert config["num_steps"] == 2 and config["prompt"] == "a penguin on green grass"
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
@@ -92,23 +95,38 @@ def test_the_sweep_is_that_of_the_guide_and_its_parameters_are_options():
             assert getattr(vpt.parse_args([f"--{name}={value}"]), name) == value
 
 
-def test_the_readme_names_every_option_and_no_other():
-    text = re.sub("`python tests/[^`]*`", "", (ROOT / "README.md").read_text())  # the bench has options of its own
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
-    of_other_tools = {"--array", "--gres", "--count", "--root"}
-    assert named - {"--num_steps"} - of_other_tools == OPTIONS - {"-h"}
+def test_the_script_carries_the_requirements_for_uv():
+    """Inline metadata as PEP 723 has it, https://packaging.python.org/specifications/inline-script-metadata."""
+    (block,) = re.findall(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SCRIPT.read_text())
+    metadata = tomllib.loads("".join(line[2:] for line in block[0].splitlines(keepends=True)))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert metadata["dependencies"] == [line for line in lines if line and not line.startswith("#")]
+    assert metadata["requires-python"] == ">=3.11"
+
+
+def test_a_page_names_no_option_that_does_not_exist():
+    for page in (ROOT / "README.md", ROOT / "tests" / "README.md", DEMO / "README.md"):
+        text = re.sub("`python tests/[^`]*`", "", page.read_text())  # tools have options of their own
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
+        of_other_tools = {"--array", "--gres", "--count", "--root", "--num_steps"}
+        assert named - of_other_tools <= OPTIONS, page
 
 
 def test_the_readme_states_the_defaults_as_they_are():
     rows = re.findall(r"^\| `(--[a-z-]+)` \| `?([^|`]+?)`? \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     stated = {option: value for option, value in rows if re.fullmatch(r"[\d.]+", value)}
-    assert stated.keys() >= {"--image-size", "--num-steps", "--learning-rate", "--grad-clip", "--target-accuracy"}
+    assert stated.keys() >= {"--image-size", "--num-steps"}
     args = vars(vpt.parse_args([]))
     for option, value in stated.items():
         assert float(value) == args[option.strip("-").replace("-", "_")], option
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", DEMO / "README.md"])
+def test_the_readme_stays_short_and_narrow():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 245 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "tests" / "README.md", DEMO / "README.md"])
 def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -138,7 +156,9 @@ def test_the_demo_tokenizer_keeps_the_special_tokens_whole():
 
 
 def test_the_demo_encoder_and_decoder_have_the_real_shapes():
-    encoder, decoder = (torch.jit.load(DEMO / "vq" / f"{name}.jit") for name in ("encoder", "decoder"))
+    encoder, decoder = (
+        vpt.load_torchscript(DEMO / "vq" / f"{name}.jit", torch.device("cpu")) for name in ("encoder", "decoder")
+    )
     video = torch.zeros(2, 3, 1, 256, 256, dtype=torch.bfloat16)
     with torch.no_grad():
         indices, codes, _ = encoder(video)
@@ -164,7 +184,7 @@ def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
     """Its tokens are likelier under their own caption than under another's: at most half the loss."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     args = vpt.parse_args(["--demo", "--device", "cpu", "--prompt", prompt, "--save-dir", str(tmp_path)])
-    codes = vpt.make_reference(models, args).codes
+    codes = reference_of(models, args).codes
 
     def loss(caption: str) -> float:
         ids = torch.tensor(models.text_tokenizer(vpt.conditional_prompt(caption))["input_ids"])

@@ -1,24 +1,13 @@
 """The optimisation: one pass and its loss against a plain loop, metrics by hand, the schedule, the frozen generator."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from support.builders import optimise, random_codes
 
 import verify_proto_tokens as vpt
-
-
-def target(models, batch=1, num_tokens=16):
-    rng = torch.Generator().manual_seed(5)
-    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
-
-
-def optimise(models, args, codes=None):
-    """Runs the whole optimisation; gives its final state and the row of every step."""
-    codes = target(models) if codes is None else codes
-    state = vpt.new_optimisation(models, len(codes), args)
-    rows = list(vpt.optimise_proto_tokens(models, codes, args, state))
-    return state, rows
 
 
 @pytest.mark.parametrize("num_e_tokens", [1, 3])
@@ -27,7 +16,7 @@ def test_one_pass_equals_feeding_the_embeddings_one_by_one(tiny_models, num_e_to
     rng = torch.Generator().manual_seed(3)
     e_t, m = (torch.randn(2, count, tiny_models.hidden_size, generator=rng) for count in (num_e_tokens, 1))
     proto_tokens = vpt.ProtoTokens(e_t, m[:, 0] if own_m else m[0])
-    hidden_states = vpt.one_pass_hidden_states(tiny_models.generator, proto_tokens, 9)
+    hidden_states = vpt.one_pass(tiny_models.generator, proto_tokens, 9, slice(2))
     for row in range(2):
         for position in range(9):
             vectors = [*e_t[row], *[m[row if own_m else 0, 0]] * 8][: position + 1]
@@ -37,9 +26,9 @@ def test_one_pass_equals_feeding_the_embeddings_one_by_one(tiny_models, num_e_to
 
 @pytest.mark.parametrize("vocabulary", ["full", "visual"])
 def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary):
-    args, codes = make_args("--num-steps", "1", "--vocabulary", vocabulary), target(tiny_models)
-    _, rows = optimise(tiny_models, args, codes)
-    start = vpt.new_optimisation(tiny_models, 1, args).proto_tokens
+    args, codes = make_args("--num-steps", "1"), random_codes(tiny_models)
+    _, rows = optimise(dataclasses.replace(tiny_models, vocabulary=vocabulary), args, codes)
+    start = vpt.initial_proto_tokens(tiny_models, 1, args)
     inputs = torch.cat((start.e_t, start.m.repeat(1, 15, 1)), dim=1)
     logits = tiny_models.generator(inputs_embeds=inputs).logits[0]  # [N, V]
     if vocabulary == "visual":
@@ -52,39 +41,79 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary
     assert rows[0]["gradients/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+class Head:
+    """Stands for models whose visual codes are all ids of a head [V, D]."""
+
+    first_code = visual_offset = 0
+
+    def __init__(self, head: torch.Tensor):
+        self.head, self.codebook_size = head, len(head)
+
+
 def test_losses_and_ranks_match_numbers_worked_by_hand():
     logits = torch.tensor(
         [[[9.0, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [0, 0, 0, 8, 0, 0, 0]]]
     )
     # The head is the identity, so the hidden states are the logits; the target is the largest, the fifth largest, the
     # seventh largest, the largest.
-    losses, _, ranks = vpt.chunked_cross_entropy(logits, torch.eye(7), torch.tensor([[0, 3, 1, 3]]))
-    assert ranks.tolist() == [[0, 4, 6, 0]]
-    assert losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
+    read = vpt.read_out(Head(torch.eye(7)), logits, torch.tensor([[0, 3, 1, 3]]))
+    assert read.rank.tolist() == [[0, 4, 6, 0]]
+    assert read.predicted_ids.tolist() == [[0, 0, 0, 3]]
+    assert (read.num_correct.item(), read.num_in_top5.item()) == (2, 3)
+    assert read.losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
 
 
-def test_an_id_as_likely_as_the_target_counts_against_it():
-    _, _, ranks = vpt.chunked_cross_entropy(torch.full((1, 2, 2), 5.0), torch.eye(2), torch.tensor([[0, 1]]))
-    assert ranks.tolist() == [[1, 1]]
+def test_of_equally_likely_ids_the_one_that_argmax_takes_is_right_and_no_other():
+    read = vpt.read_out(Head(torch.eye(2)), torch.full((1, 2, 2), 5.0), torch.tensor([[0, 1]]))
+    assert read.rank.tolist() == [[0, 1]] and read.predicted_ids.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 60, 2**20])
-@pytest.mark.parametrize("positions_at_once", [1, 5, 1024])
 @pytest.mark.parametrize("scale", [1, 100])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch, logits_at_once, positions_at_once, scale):
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, logits_at_once, scale):
     rng = torch.Generator().manual_seed(0)
     hidden_states, head = torch.randn(2, 7, 6, generator=rng) * scale, torch.randn(20, 6, generator=rng)
     targets = torch.randint(20, (2, 7), generator=rng)
-    monkeypatch.setattr(vpt, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
-    monkeypatch.setattr(vpt, "POSITIONS_AT_ONCE", positions_at_once)
-    losses, gradient, ranks = vpt.chunked_cross_entropy(hidden_states, head, targets)
+    monkeypatch.setattr(vpt, "LOGITS_AT_ONCE", logits_at_once)
+    leaf = hidden_states.clone().requires_grad_()
+    read = vpt.read_out(Head(head), leaf, targets)
     hidden_states.requires_grad_()
     logits = hidden_states @ head.T
     plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    plain.mean(1).sum().backward()  # each target's mean, added up
-    assert torch.allclose(losses, plain, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(gradient, hidden_states.grad, rtol=1e-4, atol=1e-6)
-    assert torch.equal(ranks, (logits > logits.gather(-1, targets[..., None])).sum(-1))
+    plain.sum().backward()
+    assert torch.allclose(read.losses, plain, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(leaf.grad, hidden_states.grad, rtol=1e-4, atol=1e-6)
+    assert torch.equal(read.rank, (logits > logits.gather(-1, targets[..., None])).sum(-1))
+    assert torch.equal(read.predicted_ids, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [(), ("--m", "own")])
+def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, dtype, options):
+    """In bfloat16 too, where many logits are equal: all are read the same way while learning and at the end."""
+    args = make_args("--dtype", dtype, "--num-steps", 40, *options)
+    models = vpt.load_models(args)
+    codes = random_codes(models, batch=3)
+    learning, _ = optimise(models, args, codes)
+    reconstruction = vpt.reconstruct(models, learning.best, codes, learning.at_once)
+    read = reconstruction.read
+    assert (100 * read.num_correct / 16).tolist() == learning.best_accuracy.tolist()
+    assert torch.equal(read.rank == 0, read.predicted_ids == codes + models.visual_offset)
+    assert learning.best_accuracy.max() > 0
+
+
+def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(make_args):
+    models = vpt.load_models(make_args("--dtype", "bfloat16"))
+    # Equal rows give equal logits: every code ties with three others, and all text ids lie below them.
+    head = models.generator.lm_head.weight
+    head.zero_()
+    head[1400:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
+    proto_tokens = vpt.initial_proto_tokens(models, 1, make_args("--initial-scale", 2))
+    read = vpt.reconstruct(models, proto_tokens, random_codes(models), at_once=1).read
+    right = read.predicted_ids == random_codes(models) + models.visual_offset
+    assert torch.equal(read.rank == 0, right)
+    ties = (read.rank == 1).sum()
+    assert ties > 0 and set(read.predicted_codes.flatten().tolist()) <= {0, 4, 8}
 
 
 def test_the_rate_warms_up_then_follows_a_cosine():
@@ -129,8 +158,8 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.best_step[0] - 1]
-    reconstruction = vpt.reconstruct(tiny_models, result.best, target(tiny_models), "full")
-    assert 100 - 100 * reconstruction.num_errors[0] / 16 == pytest.approx(max(accuracies))
+    reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.at_once)
+    assert 100 * reconstruction.read.num_correct.item() / 16 == max(accuracies)
 
 
 def test_it_stops_as_soon_as_the_target_accuracy_is_reached(tiny_models, make_args):
@@ -174,19 +203,19 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_with_the_best_so_far(tiny_
     assert result.diverged and result.step == len(rows) == 9
     assert all(math.isfinite(row["train/loss"]) for row in rows)
     best = min(rows, key=lambda row: (-row["train/accuracy"], row["train/loss"]))
-    assert result.best_step == [best["step"]]
+    assert result.best_step.tolist() == [best["step"]]
     assert result.best.e_t.isfinite().all() and result.best.m.isfinite().all()
 
 
 def test_several_targets_share_m_and_have_an_e_t_each(tiny_models, make_args):
-    result, _ = optimise(tiny_models, make_args("--num-steps", "5"), target(tiny_models, batch=3))
+    result, _ = optimise(tiny_models, make_args("--num-steps", "5"), random_codes(tiny_models, batch=3))
     assert result.best.e_t.shape == (3, 1, tiny_models.hidden_size)
     assert result.best.m.shape == (1, tiny_models.hidden_size)
-    assert len(set(result.best_step)) == 1  # one m: the best of all targets belong to one step
+    assert len(set(result.best_step.tolist())) == 1  # one m: the best of all targets belong to one step
 
 
 def test_means_over_the_targets_stand_beside_each_ones_own_figures(tiny_models, make_args):
-    _, rows = optimise(tiny_models, make_args("--num-steps", "5"), target(tiny_models, batch=3))
+    _, rows = optimise(tiny_models, make_args("--num-steps", "5"), random_codes(tiny_models, batch=3))
     for row in rows:
         for name in ("loss", "accuracy", "best_accuracy"):
             own = [row[f"targets/{k}/{name}"] for k in range(3)]
@@ -196,73 +225,66 @@ def test_means_over_the_targets_stand_beside_each_ones_own_figures(tiny_models, 
 
 @pytest.mark.parametrize("clip", ["0", "0.01"])
 def test_targets_with_an_m_of_their_own_learn_together_as_each_would_alone(tiny_models, make_args, clip):
-    args, codes = make_args("--num-steps", "40", "--m", "own", "--grad-clip", clip), target(tiny_models, batch=3)
+    args, codes = make_args("--num-steps", "40", "--m", "own", "--grad-clip", clip), random_codes(tiny_models, batch=3)
     together, rows = optimise(tiny_models, args, codes)
     for k in range(3):
         alone, own_rows = optimise(tiny_models, args, codes[k : k + 1])
         assert rows[9][f"targets/{k}/loss"] == pytest.approx(own_rows[9]["train/loss"], rel=1e-3)
-        assert together.best_accuracy[k] == pytest.approx(alone.best_accuracy[0], abs=100 / 16)
+        assert together.best_accuracy[k].item() == pytest.approx(alone.best_accuracy.item(), abs=100 / 16)
 
 
 def test_a_shared_m_is_the_same_problem_as_one_target_given_twice(tiny_models, make_args):
-    args, codes = make_args("--num-steps", "10"), target(tiny_models)
+    args, codes = make_args("--num-steps", "10"), random_codes(tiny_models)
     _, once = optimise(tiny_models, args, codes)
     _, twice = optimise(tiny_models, args, codes.repeat(2, 1))
     assert [row["train/loss"] for row in twice] == pytest.approx([row["train/loss"] for row in once], rel=1e-3)
 
 
 def test_targets_that_do_not_fit_at_once_are_worked_through_in_parts(tiny_models, make_args, monkeypatch):
-    args, codes = make_args("--num-steps", "8", "--gradient-checkpointing", "off"), target(tiny_models, batch=5)
+    args, codes = make_args("--num-steps", "8", "--gradient-checkpointing", "off"), random_codes(tiny_models, batch=5)
     _, at_once = optimise(tiny_models, args, codes)
     monkeypatch.setattr(vpt, "free_bytes", lambda device: 2.5 / 0.8 * vpt.step_bytes(tiny_models, 16, False))
     assert vpt.memory_plan(tiny_models, 5, 16, "off") == (False, 2)
-    _, in_parts = optimise(tiny_models, args, codes)
+    learning, in_parts = optimise(tiny_models, args, codes)
+    assert learning.at_once == 2
     assert [row["train/loss"] for row in in_parts] == pytest.approx([row["train/loss"] for row in at_once], rel=1e-4)
 
 
 def test_a_given_m_stays_as_it_is_while_e_t_learns(tiny_models, make_args):
-    args, codes, m = make_args("--num-steps", "5"), target(tiny_models), torch.full((1, tiny_models.hidden_size), 0.3)
-    state = vpt.new_optimisation(tiny_models, 1, args, m.clone())
-    start = state.proto_tokens.copy()
-    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, state))
-    assert torch.equal(state.proto_tokens.m, m) and not torch.equal(state.proto_tokens.e_t, start.e_t)
+    args, m = make_args("--num-steps", "5"), torch.full((1, tiny_models.hidden_size), 0.3)
+    start = vpt.initial_proto_tokens(tiny_models, 1, args, m)
+    learning, rows = optimise(tiny_models, args, given_m=m)
+    assert torch.equal(learning.proto_tokens.m, m) and not torch.equal(learning.proto_tokens.e_t, start.e_t)
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
 def test_targets_under_one_given_m_learn_together_as_each_would_alone(tiny_models, make_args):
-    args, codes, m = make_args("--num-steps", "40"), target(tiny_models, batch=3), torch.full((1, 32), 0.3)
-
-    def best_accuracy(codes) -> list[float]:
-        state = vpt.new_optimisation(tiny_models, len(codes), args, m)
-        list(vpt.optimise_proto_tokens(tiny_models, codes, args, state))
-        return state.best_accuracy
-
-    alone = [best_accuracy(row)[0] for row in codes.split(1)]
-    assert best_accuracy(codes) == pytest.approx(alone, abs=100 / 16)
+    args, codes, m = make_args("--num-steps", "40"), random_codes(tiny_models, batch=3), torch.full((1, 32), 0.3)
+    alone = [optimise(tiny_models, args, row, m)[0].best_accuracy.item() for row in codes.split(1)]
+    together, _ = optimise(tiny_models, args, codes, m)
+    assert together.best_accuracy.tolist() == pytest.approx(alone, abs=100 / 16)
 
 
 def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(tiny_models, make_args):
     args = make_args("--num-steps", "60", "--m", "own", "--target-accuracy", "90")
-    codes = torch.cat((torch.zeros(1, 16, dtype=torch.long), target(tiny_models)))  # an easy one, a hard one
+    codes = torch.cat((torch.zeros(1, 16, dtype=torch.long), random_codes(tiny_models)))  # an easy one, a hard one
     together, rows = optimise(tiny_models, args, codes)
     first = next(row["step"] for row in rows if row["targets/0/accuracy"] >= 90)
     assert together.best_step[0] == first < together.step
 
 
-def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy():
-    start = vpt.initial_proto_tokens(2, 1, 4, 1.0, 0)
-    masters = vpt.ProtoTokens(start.e_t.requires_grad_(), start.m.requires_grad_())
-    state = vpt.Optimisation(masters, None, masters.copy(), [0, 0], [-1.0] * 2, [math.inf] * 2)
+def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy(tiny_models, make_args):
+    learning = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=2), make_args("--target-accuracy", 99))
     for accuracy in ([100.0, 98.8], [99.2, 99.2], [100.0, 98.0], [100.0, 100.0]):
-        state.keep_the_best(accuracy, [1.0, 1.0], target_accuracy=99)
-        state.step += 1
-    assert state.best_accuracy == [99.2, 99.2] and state.best_step == [2, 2]
+        learning.keep_the_best(torch.tensor([[1.0, 1.0], accuracy], dtype=torch.float64))
+        learning.step += 1
+    assert learning.best_accuracy.tolist() == [99.2, 99.2] and learning.best_step.tolist() == [2, 2]
 
 
 def test_more_e_tokens_hold_more(tiny_models, make_args):
     """Sixteen embeddings for sixteen tokens leave no m, and can say each token on its own."""
     best = [
-        optimise(tiny_models, make_args("--num-steps", "300", "--num-e-tokens", str(count)))[0].best_accuracy[0]
+        optimise(tiny_models, make_args("--num-steps", "300", "--num-e-tokens", str(count)))[0].best_accuracy.item()
         for count in (1, 16)
     ]
     assert best[0] < best[1] == 100

@@ -1,6 +1,6 @@
 """Reconstruction, its measures, the figures and the files."""
 
-import csv
+import dataclasses
 import json
 import math
 import stat
@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.builders import random_codes
+from support.contract import HISTORY
 
 import verify_proto_tokens as vpt
 
 
 def history(steps=3):
-    keys = ("train/loss", "train/accuracy", "train/top5_accuracy", "train/correct_tokens", "train/best_accuracy")
-    keys += ("train/learning_rate", "embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm")
-    return [{"step": step} | dict.fromkeys(keys, 1.0 / step) for step in range(1, steps + 1)]
+    return [{"step": step} | dict.fromkeys(HISTORY, 1.0 / step) for step in range(1, steps + 1)]
+
+
+@pytest.fixture
+def proto_tokens(tiny_models, make_args):
+    return vpt.initial_proto_tokens(tiny_models, 1, make_args("--initial-scale", 0.5, "--seed", 1))
 
 
 def test_psnr_matches_a_number_worked_by_hand():
@@ -34,37 +39,34 @@ def test_codes_decode_in_raster_order(tiny_models):
     assert pixels[0, 0, ::4, ::4].flatten().tolist() == pytest.approx([0, 0.25, 0.5, 0.75])
 
 
-def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, 1, tiny_models.hidden_size, 0.5, 1)
-    codes = torch.randint(12, (1, 16), generator=torch.Generator().manual_seed(2))
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
-    hidden_states = vpt.one_pass_hidden_states(tiny_models.generator, proto_tokens, 16)
-    logits = tiny_models.generator.lm_head(hidden_states)
-    assert torch.equal(reconstruction.predicted_ids, logits.argmax(-1))
-    assert torch.equal(reconstruction.target_rank > 0, logits.argmax(-1) != codes + 1400)
+def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens):
+    codes = random_codes(tiny_models)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, at_once=1)
+    logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
+    assert torch.equal(reconstruction.read.predicted_ids, logits.argmax(-1))
+    assert torch.equal(reconstruction.read.rank > 0, logits.argmax(-1) != codes + 1400)
     assert reconstruction.one_pass_seconds > 0
 
 
-def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_models, monkeypatch):
-    proto_tokens = vpt.initial_proto_tokens(5, 4, tiny_models.hidden_size, 0.5, 1)
-    proto_tokens.e_t.normal_(generator=torch.Generator().manual_seed(3))
-    codes = torch.randint(12, (5, 16), generator=torch.Generator().manual_seed(2))
-    whole = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
-    monkeypatch.setattr(vpt, "TARGETS_AT_ONCE", 2)
-    in_parts = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
+def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_models, make_args):
+    proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
+    proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
+    codes = random_codes(tiny_models, batch=5)
+    whole, in_parts = (vpt.reconstruct(tiny_models, proto_tokens, codes, at_once).read for at_once in (5, 2))
     assert torch.equal(whole.predicted_ids, in_parts.predicted_ids) and len(whole.predicted_ids.unique(dim=0)) == 5
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 
 
-def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models):
-    proto_tokens = vpt.initial_proto_tokens(1, 1, tiny_models.hidden_size, 0.5, 1)
+def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models, proto_tokens):
     codes = torch.zeros(1, 16, dtype=torch.long)
-    full = vpt.reconstruct(tiny_models, proto_tokens, codes, "full")
-    visual = vpt.reconstruct(tiny_models, proto_tokens, codes, "visual")
-    text = full.predicted_ids < 1400  # a random model prefers a text id nearly everywhere
-    assert text.any() and (full.target_rank[text] > 0).all()
+    full, visual = (
+        vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, at_once=1)
+        for vocabulary in ("full", "visual")
+    )
+    text = full.read.predicted_ids < 1400  # a random model prefers a text id nearly everywhere
+    assert text.any() and (full.read.rank[text] > 0).all()
     assert torch.equal(full.pixels, visual.pixels)
-    assert (visual.predicted_ids >= 1400).all()
+    assert (visual.read.predicted_ids >= 1400).all()
 
 
 @pytest.mark.parametrize(
@@ -75,21 +77,24 @@ def test_status_follows_the_best_accuracy(accuracy, status):
     assert vpt.status_of(accuracy) == status
 
 
-def summary_of(models, codes, prompts):
-    proto_tokens = vpt.initial_proto_tokens(len(codes), 1, models.hidden_size, 0.5, 1)
-    reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
-    reconstruction = vpt.reconstruct(models, proto_tokens, codes, "visual")
-    batch = len(codes)
-    result = vpt.Optimisation(
-        proto_tokens, None, proto_tokens, [3] * batch, [50.0] * batch, [1.0] * batch, history=history()
-    )
-    bits = vpt.information(models, reference, reconstruction, "visual")
-    return vpt.summarise(reference, result, reconstruction, bits, 64), reconstruction
+@pytest.fixture
+def summary_of(tiny_models, make_args):
+    """The summary of proto-tokens that learned nothing yet, and what they reconstruct."""
+    models = dataclasses.replace(tiny_models, vocabulary="visual")
+
+    def summary_of(codes, prompts):
+        proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
+        reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
+        reconstruction = vpt.reconstruct(models, proto_tokens, codes, at_once=16)
+        bits = vpt.information(models, reference, reconstruction.read)
+        return vpt.summarise(reference, reconstruction, bits, proto_tokens), reconstruction
+
+    return summary_of
 
 
-def test_the_summary_counts_the_errors_of_the_stored_embeddings(tiny_models):
-    summary, reconstruction = summary_of(tiny_models, torch.zeros(1, 16, dtype=torch.long), ["a"])
-    assert summary["num_errors"] == int((reconstruction.target_rank > 0).sum())
+def test_the_summary_counts_the_errors_of_the_stored_embeddings(summary_of):
+    summary, reconstruction = summary_of(torch.zeros(1, 16, dtype=torch.long), ["a"])
+    assert summary["num_errors"] == int((reconstruction.read.rank > 0).sum())
     assert summary["error_rate"] == 100 * summary["num_errors"] / 16
     assert summary["best_accuracy"] == pytest.approx(100 - summary["error_rate"])
     assert summary["total_params"] == 64
@@ -97,13 +102,12 @@ def test_the_summary_counts_the_errors_of_the_stored_embeddings(tiny_models):
     assert not any(name.startswith("targets/") for name in summary)
 
 
-def test_the_summary_of_several_targets_holds_means_sums_and_each_ones_own(tiny_models):
-    codes = torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(2))
-    summary, _ = summary_of(tiny_models, codes, ["a", "b", "c"])
+def test_the_summary_of_several_targets_holds_means_sums_and_each_ones_own(tiny_models, summary_of):
+    summary, _ = summary_of(random_codes(tiny_models, batch=3), ["a", "b", "c"])
     for name in ("best_accuracy", "proto_bits", "target_bits_unprompted", "information_gain_bits"):
         assert summary[name] == pytest.approx(sum(summary[f"targets/{k}/{name}"] for k in range(3)) / 3)
     assert summary["num_errors"] == sum(summary[f"targets/{k}/num_errors"] for k in range(3))
-    assert summary["bits_per_parameter"] == pytest.approx(3 * summary["information_gain_bits"] / 64)
+    assert summary["bits_per_parameter"] == pytest.approx(3 * summary["information_gain_bits"] / (4 * 32))
 
 
 def test_bits_equal_those_added_up_token_by_token(tiny_models):
@@ -114,13 +118,13 @@ def test_bits_equal_those_added_up_token_by_token(tiny_models):
         ids = torch.tensor([[*prompt_ids, *(codes[:place] + 1400)]])
         probability = tiny_models.generator(input_ids=ids).logits[0, -1].softmax(-1)
         bits -= math.log2(probability[1400 + codes[place]])
-    assert vpt.teacher_forced_bits(tiny_models, "hello", codes, "full") == pytest.approx(bits, rel=1e-5)
+    assert vpt.teacher_forced_bits(tiny_models, "hello", codes) == pytest.approx(bits, rel=1e-5)
 
 
-def test_bits_match_numbers_worked_by_hand(tiny_models):
+def test_bits_match_numbers_worked_by_hand(tiny_models, summary_of):
     """A head of zeros finds all 12 codes equally likely: log2 12 bits a token, whatever the prompt, and no gain."""
     tiny_models.generator.lm_head.weight.zero_()
-    summary, _ = summary_of(tiny_models, torch.zeros(1, 16, dtype=torch.long), ["a"])
+    summary, _ = summary_of(torch.zeros(1, 16, dtype=torch.long), ["a"])
     names = ("target_bits_uniform", "target_bits_autoregressive", "target_bits_unprompted", "proto_bits")
     assert [summary[name] for name in names] == pytest.approx([16 * math.log2(12)] * 4, rel=1e-6)
     assert summary["information_gain_bits"] == pytest.approx(0, abs=1e-3)
@@ -151,10 +155,14 @@ def test_tiles_fill_a_square_row_by_row():
 
 def test_wrong_tokens_are_marked_where_they_are():
     white = Image.new("RGB", (64, 64), "white")
-    clean = np.asarray(vpt.draw_token_error_map(white, torch.zeros(16, dtype=torch.long)), dtype=int)
+
+    def error_map(rank):
+        return np.asarray(vpt.draw_token_error_map(vpt.mark_errors(white, rank), rank), dtype=int)
+
+    clean = error_map(torch.zeros(16, dtype=torch.long))
     rank = torch.zeros(16, dtype=torch.long)
     rank[3], rank[12] = 2, 900  # top right: nearly; bottom left: far off
-    marked = np.asarray(vpt.draw_token_error_map(white, rank), dtype=int)
+    marked = error_map(rank)
     rows, columns = np.nonzero(np.abs(marked - clean)[100:780].sum(-1) > 60)
     height, width = clean.shape[:2]
     corner = {(r > height / 2, c > width / 2) for r, c in zip(rows, columns, strict=True)}
@@ -189,16 +197,16 @@ def test_json_is_strict_even_where_a_number_is_infinite(tmp_path):
 
 
 def test_the_history_reads_back(tmp_path):
-    vpt.write_history(tmp_path / "h.csv", history())
-    with (tmp_path / "h.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert [int(row["step"]) for row in rows] == [1, 2, 3]
-    assert float(rows[2]["train/loss"]) == 1 / 3
+    file = vpt.HistoryFile(tmp_path / "history.csv", size=0)
+    for row in history():
+        file.append(row)
+    assert file.rows() == history()
+    assert file.size == (tmp_path / "history.csv").stat().st_size
 
 
-def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
-    proto_tokens = vpt.initial_proto_tokens(1, 1, 8, 0.5, 0)
-    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, torch.zeros(1, 4), {})
+def test_files_can_be_read_by_others_as_the_umask_says(tmp_path, proto_tokens):
+    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {}, torch.zeros(1, 4))
+    vpt.HistoryFile(tmp_path / "history.csv", size=0).append(history()[0])
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert len(modes) == 1

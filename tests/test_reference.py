@@ -1,10 +1,12 @@
 """Decoding the reference: guidance, sampling, agreement with transformers' own generate, and the cache."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.builders import reference_of
 from transformers import LogitsProcessor
 
 import verify_proto_tokens as vpt
@@ -82,7 +84,7 @@ class VisualOnly(LogitsProcessor):
 @pytest.mark.parametrize("cfg_scale", [1.5, 6.0])
 def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tiny_models, make_args, prompt, cfg_scale):
     args = make_args("--top-k", "1", "--cfg-scale", str(cfg_scale))
-    codes, _ = vpt.generate_visual_codes(tiny_models, [prompt], 40, args)
+    codes = vpt.generate_visual_codes(tiny_models, [prompt], 40, args).codes
 
     def ids(text):
         return torch.tensor([tiny_models.text_tokenizer(text)["input_ids"]])
@@ -103,11 +105,12 @@ def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tin
     assert (codes + tiny_models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its compiler's modules
 def test_compiled_decoding_gives_the_same_tokens(tiny_models, make_args):
     plain, compiled = (
         vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", choice)) for choice in ("off", "on")
     )
-    assert torch.equal(plain[0], compiled[0])
+    assert torch.equal(plain.codes, compiled.codes) and compiled.compiled and not plain.compiled
 
 
 def test_where_compiling_fails_decoding_goes_on_without(tiny_models, make_args, monkeypatch, capsys):
@@ -117,14 +120,36 @@ def test_where_compiling_fails_decoding_goes_on_without(tiny_models, make_args, 
 
         return fail
 
-    plain, _ = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "off"))
+    plain = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "off"))
     monkeypatch.setattr(torch, "compile", without_a_compiler)
-    codes, _ = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "on"))
-    assert torch.equal(codes, plain) and "no C++ compiler" in capsys.readouterr().out
+    decoded = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "on"))
+    assert torch.equal(decoded.codes, plain.codes) and "no C++ compiler" in capsys.readouterr().out
+    assert not decoded.compiled
+    reference_of(tiny_models, make_args("--compile", "on"))
+    reference_of(tiny_models, make_args("--compile", "off"))
+    assert "reused" in capsys.readouterr().out  # it was kept as what it is
+    reference_of(tiny_models, make_args("--compile", "on"))
+    assert "reused" in capsys.readouterr().out  # and is found where compiling would fail again
+
+
+def test_running_out_of_memory_while_compiling_is_not_taken_for_a_failure_to_compile(
+    tiny_models, make_args, monkeypatch
+):
+    def fail(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda layers, **options: fail)
+    with pytest.raises(vpt.UserError, match="out of memory for the reference"):
+        reference_of(tiny_models, make_args("--compile", "on"))
+
+
+def test_decoding_leaves_the_generator_as_transformers_made_it(tiny_models, make_args):
+    vpt.generate_visual_codes(tiny_models, ["a"], 4, make_args())
+    assert not any("forward" in vars(module) for module in tiny_models.generator.modules())
 
 
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
-    codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
+    codes, seconds, _ = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
     assert codes.min() >= 0 and codes.max() < tiny_models.codebook_size
     assert codes.unique().numel() > 6  # hot enough to stray, had text ids been open to it
@@ -133,14 +158,14 @@ def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
 @pytest.mark.parametrize("top_k", ["1", "12"])
 def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args, top_k):
     prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", top_k)
-    together, _ = vpt.generate_visual_codes(tiny_models, prompts, 24, args)
-    alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args)[0] for prompt in prompts]
+    together = vpt.generate_visual_codes(tiny_models, prompts, 24, args).codes
+    alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args).codes for prompt in prompts]
     assert together.tolist() == torch.cat(alone).tolist()
 
 
 def test_the_seed_decides_the_picture(tiny_models, make_args):
     def codes(seed):
-        return vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--seed", str(seed)))[0].tolist()
+        return vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--seed", str(seed))).codes.tolist()
 
     assert codes(1) == codes(1) != codes(2)
 
@@ -150,16 +175,16 @@ def cache_files(args):
 
 
 def test_the_same_settings_reuse_the_reference(tiny_models, make_args, capsys):
-    first = vpt.make_reference(tiny_models, make_args())
-    second = vpt.make_reference(tiny_models, make_args("--num-steps", "7", "--learning-rate", "0.3"))
+    first = reference_of(tiny_models, make_args())
+    second = reference_of(tiny_models, make_args("--num-steps", "7", "--learning-rate", "0.3"))
     assert "reused" in capsys.readouterr().out
     assert torch.equal(first.codes, second.codes)
     assert first.autoregressive_seconds == second.autoregressive_seconds
 
 
 def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, make_args, capsys):
-    first = vpt.make_reference(tiny_models, make_args("--prompt", "a cat"))
-    both = vpt.make_reference(tiny_models, make_args("--prompt", "a dog", "--prompt", "a cat", "--prompt", "a dog"))
+    first = reference_of(tiny_models, make_args("--prompt", "a cat"))
+    both = reference_of(tiny_models, make_args("--prompt", "a dog", "--prompt", "a cat", "--prompt", "a dog"))
     assert "reused" in capsys.readouterr().out
     assert torch.equal(both.codes[1], first.codes[0]) and torch.equal(both.codes[0], both.codes[2])
     assert both.codes.shape == (3, 16) and both.pixels.shape[0] == 3
@@ -167,21 +192,20 @@ def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, m
 
 def test_a_control_of_random_codes_uses_the_whole_codebook_and_decodes_no_picture_first(tiny_models, make_args):
     args = make_args("--control", "random", "--image-size", 40)
-    codes, seconds = vpt.target_codes(tiny_models, args, None)
-    assert codes.shape == (1, 100) and codes.unique().numel() == 12 and seconds is None
-    assert torch.equal(vpt.target_codes(tiny_models, args, None)[0], codes)
+    reference = reference_of(tiny_models, args)
+    assert reference.codes.shape == (1, 100) and reference.codes.unique().numel() == 12
+    assert reference.autoregressive_seconds is None
+    assert torch.equal(reference_of(tiny_models, args).codes, reference.codes)
     assert not cache_files(args)
 
 
 def test_a_control_of_shuffled_codes_has_the_references_own_in_other_places(tiny_models, make_args):
-    plain, shuffled = (
-        vpt.target_codes(tiny_models, make_args(*option), None)[0] for option in ([], ["--control=shuffled"])
-    )
+    plain, shuffled = (reference_of(tiny_models, make_args(*option)).codes for option in ([], ["--control=shuffled"]))
     assert torch.equal(shuffled.sort().values, plain.sort().values) and not torch.equal(shuffled, plain)
 
 
 def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_again_for_the_seed(tiny_models):
-    first, again, other = (vpt.untrained(tiny_models, seed).generator for seed in (1, 1, 2))
+    first, again, other = (vpt.with_fresh_weights(tiny_models, seed).generator for seed in (1, 1, 2))
     weights = [dict(each.named_parameters()) for each in (tiny_models.generator, first, again, other)]
     name = "model.layers.0.mlp.down_proj.weight"
     trained, fresh, same, different = (each[name] for each in weights)
@@ -195,15 +219,15 @@ def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_
     ["--prompt=a cat", "--seed=1", "--image-size=20", "--cfg-scale=2", "--temperature=2", "--top-k=3", "--top-p=0.5"],
 )
 def test_any_other_setting_makes_a_reference_of_its_own(tiny_models, make_args, change):
-    vpt.make_reference(tiny_models, make_args())
-    vpt.make_reference(tiny_models, make_args(change))
+    reference_of(tiny_models, make_args())
+    reference_of(tiny_models, make_args(change))
     assert len(cache_files(make_args())) == 2
 
 
 def test_another_model_makes_a_reference_of_its_own(tiny_models, make_args):
-    other = vpt.Models(**(vars(tiny_models) | {"fingerprint": "other weights"}))
-    vpt.make_reference(tiny_models, make_args())
-    vpt.make_reference(other, make_args())
+    other = dataclasses.replace(tiny_models, generator_fingerprint="other weights")
+    reference_of(tiny_models, make_args())
+    reference_of(other, make_args())
     assert len(cache_files(make_args())) == 2
 
 
@@ -227,16 +251,16 @@ def test_only_a_hub_snapshot_is_identified_by_its_folders_name(tmp_path):
 
 def test_the_picture_and_the_initial_embeddings_draw_from_streams_of_their_own(tiny_models, make_args):
     few, many = make_args("--num-steps", "3"), make_args("--num-steps", "9", "--force-generate")
-    before = vpt.new_optimisation(tiny_models, 1, few).proto_tokens
-    codes = vpt.make_reference(tiny_models, few).codes
-    after = vpt.new_optimisation(tiny_models, 1, few).proto_tokens
+    before = vpt.initial_proto_tokens(tiny_models, 1, few)
+    codes = reference_of(tiny_models, few).codes
+    after = vpt.initial_proto_tokens(tiny_models, 1, few)
     assert torch.equal(before.e_t, after.e_t) and torch.equal(before.m, after.m)
-    assert torch.equal(vpt.make_reference(tiny_models, many).codes, codes)
+    assert torch.equal(reference_of(tiny_models, many).codes, codes)
 
 
 def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):
-    vpt.make_reference(tiny_models, make_args())
-    vpt.make_reference(tiny_models, make_args("--force-generate"))
+    reference_of(tiny_models, make_args())
+    reference_of(tiny_models, make_args("--force-generate"))
     assert "reused" not in capsys.readouterr().out
 
 
@@ -262,10 +286,10 @@ def damage_key(file):
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_text, damage_range, damage_key])
 def test_a_damaged_or_foreign_cache_file_is_replaced_with_a_warning(tiny_models, make_args, capsys, damage):
-    reference = vpt.make_reference(tiny_models, make_args())
+    reference = reference_of(tiny_models, make_args())
     (file,) = cache_files(make_args())
     damage(file)
-    again = vpt.make_reference(tiny_models, make_args())
+    again = reference_of(tiny_models, make_args())
     assert "generating the reference anew" in capsys.readouterr().err
     assert torch.equal(again.codes, reference.codes)
     assert torch.equal(load_file(file)["codes"], reference.codes)

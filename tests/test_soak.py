@@ -1,9 +1,9 @@
-"""The soak's short form: a sweep, two agents, one of them killed with its run. `tests/soak.py` is the long one."""
+"""The soak's short form: a sweep and two agents, one of them killed with its run. `tools/soak.py` is the long one."""
 
 import sys
 
 import pytest
-from soak import soak
+from tools.soak import soak
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

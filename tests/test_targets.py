@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-import wandb_file
-from conftest import save_tiny_generator
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_command_line import FILES, refused
-from test_interruption import STATE, results_of
+from safetensors.torch import save_file
+from support import wandb_file
+from support.contract import FILES
+from support.results import config_in, refused, results_of, summary_in
+from support.results import tensors_in as stored
+from support.tiny_model import save_tiny_generator
 
 import verify_proto_tokens as vpt
 
@@ -29,14 +30,6 @@ def run_into(call_tiny, tmp_path):
     return run
 
 
-def stored(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "proto_tokens.safetensors")
-
-
-def summary_in(folder) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
 def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
     folder = run_into("two", *TWO)
     assert {file.name for file in folder.iterdir()} == FILES
@@ -46,7 +39,7 @@ def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
     summary = summary_in(folder)
     assert summary["total_params"] == 3 * 32 and summary["num_targets"] == 2
     assert summary["num_errors"] == int((tensors["target_ids"] != tensors["predicted_ids"]).sum())
-    assert json.loads((folder / "config.json").read_text())["prompt"] == ["a cat", "a dog"]
+    assert config_in(folder)["prompt"] == ["a cat", "a dog"]
     assert Image.open(folder / "reference_image.png").size == (32, 16)  # side by side
 
 
@@ -54,21 +47,6 @@ def test_targets_of_their_own_m_have_one_each(run_into):
     folder = run_into("own", *TWO, "--m", "own", "--num-e-tokens", 3)
     assert stored(folder)["m"].shape == (2, 32) and stored(folder)["e_t"].shape == (2, 3, 32)
     assert summary_in(folder)["total_params"] == 2 * (3 + 1) * 32
-
-
-@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2"), "given m"])
-def test_several_targets_that_were_interrupted_go_on_bit_for_bit(tiny_models, make_args, tmp_path, options):
-    m = torch.full((1, 32), 0.2) if options == "given m" else None
-    args = make_args("--num-steps", "12", *TWO, *(() if options == "given m" else options))
-    codes = torch.arange(32).view(2, 16) % 12
-    whole, first, second = (vpt.new_optimisation(tiny_models, 2, args, m) for _ in range(3))
-    rows = list(vpt.optimise_proto_tokens(tiny_models, codes, args, whole))
-    steps = vpt.optimise_proto_tokens(tiny_models, codes, args, first)
-    before = [next(steps) for _ in range(5)]
-    vpt.write_state(tmp_path / STATE, first, codes, None)
-    vpt.restore_state(second, vpt.read_state(tmp_path / STATE))
-    assert before + list(vpt.optimise_proto_tokens(tiny_models, codes, args, second)) == rows
-    assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
 
 
 def test_an_m_from_an_earlier_run_is_kept_and_not_counted_as_learned(run_into):
@@ -162,6 +140,13 @@ def test_a_control_keeps_everything_but_its_target(run_into):
     assert not torch.equal(ids[0].sort().values, ids[1].sort().values)
 
 
+def test_stored_proto_tokens_of_shuffled_codes_are_judged_by_the_codes_they_learned(run_into):
+    control = run_into("control", "--control", "shuffled", "--num-steps", 20)
+    again = run_into("again", "--from-proto-tokens", control / "proto_tokens.safetensors")
+    assert torch.equal(stored(again)["target_ids"], stored(control)["target_ids"])
+    assert summary_in(again)["num_errors"] == summary_in(control)["num_errors"]
+
+
 def test_the_untrained_control_keeps_the_target_and_can_be_reconstructed(run_into):
     plain, control = run_into("plain"), run_into("control", "--control", "untrained")
     assert torch.equal(stored(plain)["target_ids"], stored(control)["target_ids"])
@@ -174,20 +159,26 @@ def test_the_moving_picture_has_a_frame_every_so_many_steps_also_after_an_interr
     arguments = ("--num-steps", 12, "--target-accuracy", 0, "--image-every", 3)
     whole = run_into("whole", *arguments)
     assert Image.open(whole / "progress.gif").n_frames == 4
+    assert [file.name for file in sorted((whole / "progress").iterdir())] == [
+        f"step_{step:06}.png" for step in (3, 6, 9, 12)
+    ]
     with pytest.MonkeyPatch.context() as patch:
 
-        def fail(*_):
-            raise vpt.UserError("stopped on purpose")
+        def fail(recorder, learning):
+            really_keep(recorder, learning)
+            if learning.step == 9:
+                raise vpt.UserError("stopped on purpose")
 
-        patch.setattr(vpt, "write_history", fail)
+        really_keep = vpt.Recorder.keep_frame
+        patch.setattr(vpt.Recorder, "keep_frame", fail)
         assert call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments, "--save-every", 7).code == 2
     cut = run_into("cut", *arguments, "--resume")
     assert (cut / "progress.gif").read_bytes() == (whole / "progress.gif").read_bytes()
     assert results_of(cut) == results_of(whole)
 
 
-def test_wandb_gets_each_targets_own_figures_and_a_table(run_tiny, tmp_path):
-    result = run_tiny(*TWO, "--use-wandb", env={"WANDB_MODE": "offline"})
+def test_wandb_gets_each_targets_own_figures_and_a_table(call_tiny, tmp_path):
+    result = call_tiny(*TWO, "--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 0, result.err
     run = wandb_file.read(tmp_path)
     assert run.summary.keys() >= {"targets/0/best_accuracy", "targets/1/best_accuracy", "information_gain_bits"}

@@ -3,15 +3,11 @@
 import json
 
 import pytest
-import wandb_file
-from conftest import script_runner, spoil_text_head
 from PIL import Image
-
-HISTORY = {"train/loss", "train/accuracy", "train/top5_accuracy", "train/correct_tokens", "train/best_accuracy"}
-HISTORY |= {"train/learning_rate", "embeddings/e_t_norm", "embeddings/m_norm", "gradients/grad_norm"}
-MEDIA = {"reference_image", "reconstructed_image", "comparison", "training_curves", "token_error_map"}
-SUMMARY = {"final_accuracy", "best_accuracy", "final_top5_accuracy", "final_loss", "num_errors", "error_rate"}
-SUMMARY |= {"total_params", "status", "one_pass_seconds", "autoregressive_seconds", "speedup"}
+from support import wandb_file
+from support.contract import HISTORY, MEDIA, SUMMARY
+from support.processes import run_script_in
+from support.tiny_model import spoil_text_head
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +15,7 @@ def offline_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wandb")
     arguments = ["--demo", "--device", "cpu", "--num-steps", "12", "--use-wandb", "--wandb-tags", "one,two"]
     arguments += ["--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-group", "mine"]
-    result = script_runner(folder)(*arguments, env={"WANDB_MODE": "offline"})
+    result = run_script_in(folder, *arguments, env={"WANDB_MODE": "offline"})
     assert result.code == 0, result.err
     return wandb_file.read(folder)
 
@@ -27,7 +23,7 @@ def offline_run(tmp_path_factory):
 def test_every_metric_of_the_contract_is_logged_at_every_step(offline_run):
     rows = [row for row in offline_run.history if "train/loss" in row]
     assert [row["_step"] for row in rows] == list(range(1, 13))
-    assert all(row.keys() >= HISTORY for row in rows)
+    assert all(row.keys() >= set(HISTORY) for row in rows)
 
 
 def test_every_medium_of_the_contract_is_logged_as_an_image_that_opens(offline_run):
@@ -58,22 +54,21 @@ def test_the_run_ends_as_a_success(offline_run):
     assert offline_run.exit_code == 0
 
 
-def test_the_flag_wins_over_the_environments_mode(run_script, tmp_path):
-    arguments = ["--demo", "--device", "cpu", "--num-steps", "2", "--use-wandb", "--wandb-mode", "disabled"]
-    assert run_script(*arguments, env={"WANDB_MODE": "offline"}).code == 0
+def test_the_flag_wins_over_the_environments_mode(call_tiny, tmp_path):
+    assert call_tiny("--use-wandb", "--wandb-mode", "disabled", env={"WANDB_MODE": "offline"}).code == 0
     assert not list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_a_run_under_a_sweep_agent_logs_without_the_flag(run_script, tmp_path):
+def test_a_run_under_a_sweep_agent_logs_without_the_flag(call_tiny, tmp_path):
     env = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
-    result = run_script("--demo", "--device", "cpu", "--num_steps=2", "--save_dir=out", env=env)
+    result = call_tiny("--num_steps=2", "--save_dir=out", env=env)
     assert result.code == 0, result.err
     assert "best_accuracy" in wandb_file.read(tmp_path).summary
     assert len(list((tmp_path / "out").glob("*_run1"))) == 1
 
 
-def test_a_diverged_run_ends_as_failed_with_one_line_and_no_traceback(run_tiny, model_folders, tmp_path):
+def test_a_diverged_run_ends_as_failed_with_one_line_and_no_traceback(call_tiny, model_folders, tmp_path):
     spoil_text_head(model_folders[0])
-    result = run_tiny("--use-wandb", env={"WANDB_MODE": "offline"})
+    result = call_tiny("--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 2 and "Traceback" not in result.err and "finite" in result.err
     assert wandb_file.read(tmp_path).exit_code == 1

@@ -1,27 +1,34 @@
 """Weights & Biases with the real client and its command-line tools, against a server of its protocol on 127.0.0.1."""
 
 import json
-import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environment, ended, save_tiny_generator, save_tiny_vq, script_runner, start_script
 from PIL import Image
-from test_interruption import LONG, STATE, wait_for
-from test_wandb import HISTORY, MEDIA, SUMMARY
-from wandb_server import API_KEY, WandbServer
+from support.contract import HISTORY, MEDIA, STATE, SUMMARY
+from support.processes import (
+    ROOT,
+    ended,
+    kill,
+    let_go_on,
+    run_script_in,
+    start,
+    start_pausing,
+    wait_for,
+    wandb_tool,
+)
+from support.results import config_in, summary_in
+from support.tiny_model import save_tiny_generator, save_tiny_vq, tiny_arguments
+from support.wandb_server import API_KEY, WandbServer
 
-# Processes at once, each with a thread for every core, would mostly wait for one another.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+import verify_proto_tokens as vpt
 
-
-def tiny(folder: Path) -> tuple:
-    return ("--model-path", folder / "generator", "--vq-model-ckpt", folder / "vq", "--device=cpu", "--image-size=16")
+TWENTY_STEPS = ("--num-steps", 20, "--save-every", 5, "--target-accuracy", 0, "--wandb-run-name", "run", "--use-wandb")
 
 
 @pytest.fixture
@@ -31,23 +38,13 @@ def server(tmp_path):
 
 
 @pytest.fixture
-def tracked_run(run_tiny, server):
+def tracked_run(call_tiny, server):
     """Runs the script on the tiny model, tracked on the server."""
 
     def run(*arguments, **env):
-        return run_tiny("--use-wandb", "--save-dir", "out", *arguments, env=server.environment | env)
+        return call_tiny("--use-wandb", "--save-dir", "out", *arguments, env=server.environment | env)
 
     return run
-
-
-def wandb_tool(folder: Path, *arguments, **env) -> subprocess.Popen:
-    """Starts wandb's own command line; `python` is this one."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = [sys.executable, "-m", "wandb", *map(str, arguments)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(
-        command, cwd=folder, env=clean_environment(folder) | {"PATH": path} | env, text=True, **pipes
-    )
 
 
 def logged_keys(run) -> set[str]:
@@ -63,9 +60,13 @@ def online(tiny_folder, tmp_path_factory):
     """One run with everything switched on, shared by the tests that only look at what arrived."""
     folder = tmp_path_factory.mktemp("online")
     with WandbServer(folder / "server") as server:
-        arguments = [*tiny(tiny_folder), "--num-steps", 12, "--target-accuracy", 0, "--image-every", 5, "--use-wandb"]
-        arguments += ["--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-tags", "one,two"]
-        result = script_runner(folder)(*arguments, "--wandb-group", "mine", env=server.environment)
+        arguments = (
+            *tiny_arguments(tiny_folder),
+            *("--num-steps", 12, "--target-accuracy", 0, "--image-every", 5, "--use-wandb"),
+            *("--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-tags", "one,two"),
+            *("--wandb-group", "mine"),
+        )
+        result = run_script_in(folder, *arguments, env=server.environment)
         assert result.code == 0, result.err
         (run,) = server.runs.values()
         yield run, server, folder
@@ -75,7 +76,7 @@ def test_every_metric_arrives_at_every_step(online):
     run, *_ = online
     rows = [row for row in run.history if "train/loss" in row]
     assert [row["_step"] for row in rows] == [row["optimisation_step"] for row in rows] == list(range(1, 13))
-    assert all(row.keys() >= HISTORY | {"best_accuracy"} for row in rows)
+    assert all(row.keys() >= {*HISTORY} | {"best_accuracy"} for row in rows)
 
 
 def test_the_summary_arrives_with_the_sweeps_metric_as_a_plain_number(online):
@@ -178,13 +179,15 @@ def test_disabled_by_the_flag_nothing_is_sent_or_kept(tracked_run, server, tmp_p
     assert not server.runs and not offline_runs(tmp_path)
 
 
-def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(run_tiny, tmp_path):
-    assert_whole(run_tiny("--use-wandb", "--save-dir", "out"), tmp_path)
+def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(call_tiny, tmp_path):
+    assert_whole(call_tiny("--use-wandb", "--save-dir", "out"), tmp_path)
     assert offline_runs(tmp_path)
 
 
 @pytest.mark.parametrize("trouble", ["unreachable", "answers 500"])
-def test_a_server_that_fails_at_the_start_costs_nothing_but_a_wait(tracked_run, server, tmp_path, trouble):
+def test_a_server_that_fails_at_the_start_costs_nothing_but_a_wait(tracked_run, server, tmp_path, trouble, monkeypatch):
+    monkeypatch.setattr(vpt, "WANDB_ANSWER_SECONDS", 3)
+    monkeypatch.setattr(vpt, "WANDB_START_SECONDS", 6)
     if trouble == "unreachable":
         server.stop()
     server.failing = 500
@@ -201,13 +204,13 @@ def troubled(tiny_folder, tmp_path_factory):
     for trouble in ("dies", "answers 500"):
         folder = tmp_path_factory.mktemp("troubled")
         server = WandbServer(folder / "server").__enter__()
-        arguments = (*tiny(tiny_folder), *LONG, "--use-wandb", "--save-dir", "out")
-        runs[trouble] = folder, server, start_script(folder, *arguments, env=server.environment | ONE_THREAD)
-    for trouble, (folder, server, process) in runs.items():
-        wait_for((folder / "out" / "run" / STATE).exists, process)
+        arguments = (*tiny_arguments(tiny_folder), *TWENTY_STEPS, "--save-dir", "out")
+        runs[trouble] = folder, server, start_pausing(folder, 7, *arguments, env=server.environment)
+    for trouble, (folder, server, _) in runs.items():
         if trouble == "dies":
             server.stop()
         server.failing = 500
+        let_go_on(folder)
     yield {trouble: (folder, ended(process, 120)) for trouble, (folder, _, process) in runs.items()}
     runs["answers 500"][1].stop()
 
@@ -217,11 +220,11 @@ def test_a_server_that_fails_in_the_middle_loses_nothing(troubled, trouble):
     folder, result = troubled[trouble]
     assert_whole(result, folder)
     (line,) = [line for line in result.err.splitlines() if line.startswith("W&B: ")]
-    command = line.split("wandb ")[1].split()
+    command = shlex.split(line.split("wandb ")[1])
     with WandbServer(folder / "later") as later:
         assert ended(wandb_tool(folder, *command, **later.environment), 60).code == 0
         (run,) = later.runs.values()
-        assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 2501))
+        assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 21))
         assert run.summary.keys() >= SUMMARY and run.exit_code == 0
         # A file instead of an artifact, which wandb does not write down without asking the server.
         assert "proto_tokens.safetensors" in run.files
@@ -232,18 +235,15 @@ def test_a_server_that_fails_in_the_middle_loses_nothing(troubled, trouble):
 
 
 def test_a_killed_run_resumed_is_one_run_without_repeated_or_missing_steps(
-    tiny_arguments, server, run_script, tmp_path
+    model_folders, server, call_script, tmp_path
 ):
-    arguments = (*tiny_arguments, *LONG, "--use-wandb", "--save-dir", "out", "--resume")
-    process = start_script(tmp_path, *arguments, env=server.environment)
-    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
-    process.kill()
-    process.communicate()
-    result = run_script(*arguments, env=server.environment)
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out", "--resume")
+    kill(start_pausing(tmp_path, 8, *arguments, env=server.environment))
+    result = call_script(*arguments, env=server.environment)
     assert result.code == 0, result.err
     (run,) = server.runs.values()
     assert run.starts == 2 and run.exit_code == 0
-    assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 2501))
+    assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 21))
 
 
 STOPPED_WHILE_PUBLISHING = """
@@ -257,13 +257,12 @@ v.main(v.parse_args(sys.argv[1:]))
 
 
 def test_a_run_stopped_after_its_last_step_sends_its_pictures_when_resumed(
-    tiny_arguments, server, run_script, tmp_path
+    model_folders, server, call_script, tmp_path
 ):
-    arguments = (*tiny_arguments, "--num-steps", 4, "--save-every", 2, "--target-accuracy", 0, "--use-wandb")
-    command = [sys.executable, "-c", STOPPED_WHILE_PUBLISHING, *map(str, arguments)]
-    env = clean_environment(tmp_path) | server.environment | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True).returncode == 143
-    result = run_script(*arguments, "--resume", env=server.environment)
+    arguments = (*tiny_arguments(tmp_path), "--num-steps", 4, "--target-accuracy", 0, "--use-wandb")
+    process = start([sys.executable, "-c", STOPPED_WHILE_PUBLISHING, *arguments], tmp_path, server.environment)
+    assert ended(process).code == 143
+    result = call_script(*arguments, "--resume", env=server.environment)
     assert result.code == 0, result.err
     (run,) = server.runs.values()
     assert [row["_step"] for row in run.history if "train/loss" in row] == [1, 2, 3, 4]
@@ -302,18 +301,18 @@ def make_sweep(folder: Path, server: WandbServer, file: Path) -> str:
 def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, server):
     sweep = make_sweep(workplace, server, Path("sweep_config.yaml"))
     server.sweeps[sweep.split("/")[-1]].max_runs = 2
-    agents = [wandb_tool(workplace, "agent", sweep, **server.environment, **ONE_THREAD) for _ in range(2)]
+    agents = [wandb_tool(workplace, "agent", sweep, **server.environment) for _ in range(2)]
     output = [ended(agent, 200).out for agent in agents]
     assert len(server.runs) == 2, output
     for run in server.runs.values():
         assert run.exit_code == 0 and run.sweep and run.project == "p"
         assert isinstance(run.summary["best_accuracy"], (int, float)) and run.summary.keys() >= SUMMARY
         (folder,) = (workplace / "proto_tokens_exp").glob(f"*_{run.id}")
-        used = json.loads((folder / "config.json").read_text())
+        used = config_in(folder)
         for name in ("num_steps", "learning_rate", "image_size"):
             assert used[name] == run.config[name]
         assert used["num_steps"] in (500, 1000, 2000) and 0.001 <= used["learning_rate"] <= 0.1
-        assert json.loads((folder / "summary.json").read_text())["best_accuracy"] == run.summary["best_accuracy"]
+        assert summary_in(folder)["best_accuracy"] == run.summary["best_accuracy"]
     sizes = {run.config["image_size"] for run in server.runs.values()}
     references = list((workplace / "proto_tokens_exp" / "reference_cache").iterdir())
     assert len(references) == len(sizes)  # one picture for each size, shared by its runs
@@ -333,20 +332,21 @@ def test_a_run_that_its_agent_stops_saves_its_state_and_ends_within_ten_seconds(
     ended(agent, 60)
 
 
-def test_sigterm_ends_a_tracked_run_within_ten_seconds_and_closes_it(tiny_arguments, server, tmp_path):
-    process = start_script(tmp_path, *tiny_arguments, *LONG, "--use-wandb", "--save-dir", "out", env=server.environment)
-    wait_for((tmp_path / "out" / "run" / STATE).exists, process)
+def test_sigterm_ends_a_tracked_run_within_ten_seconds_and_closes_it(model_folders, server, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
+    process = start_pausing(tmp_path, 6, *arguments, env=server.environment)
     process.send_signal(signal.SIGTERM)
+    let_go_on(tmp_path)
     assert ended(process, 10).code == 143
     (run,) = server.runs.values()
     assert run.exit_code == 143
 
 
-def test_an_artifact_fetched_from_wandb_reconstructs_its_picture(online, run_script, tiny_folder, tmp_path):
+def test_an_artifact_fetched_from_wandb_reconstructs_its_picture(online, call_script, tiny_folder, tmp_path):
     run, *_ = online
     (artifact,) = [artifact for artifact in run.artifacts if artifact["type"] == "proto-tokens"]
     shutil.copy(artifact["files"]["proto_tokens.safetensors"], tmp_path / "fetched.safetensors")
-    assert run_script("--from-proto-tokens", "fetched.safetensors", *tiny(tiny_folder)).code == 0
+    assert call_script("--from-proto-tokens", "fetched.safetensors", *tiny_arguments(tiny_folder)).code == 0
     (logged,) = [row for row in run.history if "reconstructed_image" in row]
     local = next(tmp_path.glob("proto_tokens_exp/reconstructed*/reconstructed_image.png"))
     assert Image.open(local).tobytes() == Image.open(run.files[logged["reconstructed_image"]["path"]]).tobytes()

@@ -1,6 +1,6 @@
 """Makes a second small generator, unlike the demo model in width, depth and heads, so that no setting is tuned to one.
 
-    python tests/second_model.py FOLDER         # 23 minutes beside other work; then --model-path FOLDER
+    python tests/tools/second_model.py FOLDER         # 23 minutes beside other work; then --model-path FOLDER
 
 The demo model teaches it: it draws the pictures whose tokens the second one learns. The tokenizers are the demo's.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import verify_proto_tokens as vpt  # noqa: E402
 
@@ -26,12 +26,12 @@ UNCONDITIONAL_SHARE, INPUT_NOISE = 0.1, 0.1
 
 def taught_pictures(models: vpt.Models, count: int, batch: int = 64) -> tuple[list[str], Tensor]:
     """`count` prompts and the visual codes [count, N] that the demo model draws for them."""
-    things = [thing.replace("_", " ") for thing in (vpt.DEMO_FOLDER / "things.txt").read_text().split()]
+    things = [thing.replace("_", " ") for thing in (vpt.DEMO_FOLDER / "training" / "things.txt").read_text().split()]
     everything = [f"a {thing} {place}" for thing in things for place in BACKGROUNDS.split(", ")]
     prompts, codes = random.Random(0).sample(everything, count), []
     for start in range(0, count, batch):
         options = vpt.parse_args(["--demo", "--cfg-scale", "3", "--seed", str(start)])
-        codes.append(vpt.generate_visual_codes(models, prompts[start : start + batch], 64, options)[0])
+        codes.append(vpt.generate_visual_codes(models, prompts[start : start + batch], 64, options).codes)
     return prompts, torch.cat(codes)
 
 

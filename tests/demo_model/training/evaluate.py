@@ -1,7 +1,7 @@
 """Measures the demo model at the script's default settings, on the CPU.
 
-    python tests/demo_model/evaluate.py pictures       # does a caption's picture come out? also draws samples.png
-    python tests/demo_model/evaluate.py proto-tokens   # how many tokens come back in one pass, and how long it takes
+    python tests/demo_model/training/evaluate.py pictures      # does a caption's picture come out? draws samples.png
+    python tests/demo_model/training/evaluate.py proto-tokens  # how many tokens come back in one pass, how fast
 
 Needs the drawn pictures (as train.py makes them, in the same --work-dir) and the package `emoji`.
 """
@@ -18,9 +18,11 @@ import numpy as np
 import pictures
 import torch
 from PIL import Image
-from train import HERE, load_pictures
+from train import DEMO, load_pictures
 
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(DEMO.parent))
+from support.builders import reference_of
+
 import verify_proto_tokens as vpt
 
 SHEET_COLUMNS = 6
@@ -29,7 +31,7 @@ SHEET_COLUMNS = 6
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pictures", "proto-tokens"))
-    parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="where train.py keeps the drawn pictures")
+    parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="where train.py keeps the drawn pictures")
     parser.add_argument("--captions", type=int, help="how many, half of them held out (default: 100 and 10)")
     return parser.parse_args()
 
@@ -62,7 +64,7 @@ def evaluate_pictures(chosen: list[str], captions: list[str], images: np.ndarray
     with tempfile.TemporaryDirectory() as folder:
         models = vpt.load_models(settings_for(chosen[0], folder))
         for caption in chosen:
-            reference = vpt.make_reference(models, settings_for(caption, folder))
+            reference = reference_of(models, settings_for(caption, folder))
             generated.append(np.asarray(vpt.to_image(reference.pixels[0])))
             distances = torch.cdist(thumbnails(generated[-1:]), drawn)[0]
             nearest = captions[int(distances.argmin())]
@@ -73,7 +75,7 @@ def evaluate_pictures(chosen: list[str], captions: list[str], images: np.ndarray
     sheet = np.concatenate(
         [np.concatenate(generated[row : row + SHEET_COLUMNS], 1) for row in range(0, 2 * SHEET_COLUMNS, SHEET_COLUMNS)]
     )
-    Image.fromarray(sheet).resize((SHEET_COLUMNS * 160, 320), Image.LANCZOS).save(HERE / "samples.png")
+    Image.fromarray(sheet).resize((SHEET_COLUMNS * 160, 320), Image.LANCZOS).save(DEMO / "samples.png")
     print("first twelve, row by row: " + "; ".join(chosen[: 2 * SHEET_COLUMNS]))
 
 
@@ -83,17 +85,17 @@ def evaluate_proto_tokens(chosen: list[str]) -> None:
         models = vpt.load_models(settings_for(chosen[0], folder))
         for caption in chosen:
             args = settings_for(caption, folder)
-            reference = vpt.make_reference(models, args)
+            reference = reference_of(models, args)
             started = time.perf_counter()
-            state = vpt.new_optimisation(models, len(reference.codes), args)
-            for _ in vpt.optimise_proto_tokens(models, reference.codes, args, state):
+            learning = vpt.Optimisation(models, reference.codes, args)
+            for _ in learning.steps():
                 pass
             seconds.append(time.perf_counter() - started)
-            reconstruction = vpt.reconstruct(models, state.best, reference.codes, args.vocabulary)
-            accuracies.append(100 - 100 * reconstruction.num_errors[0] / reference.codes.numel())
+            reconstruction = vpt.reconstruct(models, learning.best, reference.codes, learning.at_once)
+            accuracies.append(100 * reconstruction.read.num_correct.item() / reference.codes.numel())
             distinct = reference.codes.unique().numel()
             print(
-                f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {state.step} steps, PSNR "
+                f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {learning.step} steps, PSNR "
                 f"{vpt.psnr(reconstruction.pixels, reference.pixels):.1f} dB, {distinct} distinct tokens: {caption}"
             )
     print(f"accuracy: median {statistics.median(accuracies):.1f} %, lowest {min(accuracies):.1f} %")

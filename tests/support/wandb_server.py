@@ -3,7 +3,7 @@
 It speaks only as much of W&B's protocol as they need: GraphQL for runs, files, artifacts and sweeps, the file stream
 for metrics, PUT for files. What arrived lies in plain attributes, and it can fail, stop a run, or die on order.
 
-By hand: `python tests/wandb_server.py` prints the environment that points W&B at it, and serves until Ctrl-C.
+By hand: `python tests/support/wandb_server.py` prints the environment that points W&B at it, and serves until Ctrl-C.
 """
 
 import argparse

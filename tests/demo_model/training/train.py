@@ -1,8 +1,8 @@
 """Makes the demo model from nothing: pictures -> visual tokenizer -> visual tokens -> generator -> files.
 
-    python tests/demo_model/train.py            # everything; goes on where it was interrupted
+    python tests/demo_model/training/train.py            # everything; goes on where it was interrupted
 
-Intermediate results live in `--work-dir` (about 1.5 GB); the finished model is written beside this file. Packages
+Intermediate results live in `--work-dir` (about 1.5 GB); the finished model is written to the folder above. Packages
 beyond the script's own: `emoji`, and `npm` for the pictures (fetched once).
 """
 
@@ -20,10 +20,10 @@ import vq
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from verify_proto_tokens import conditional_prompt, unconditional_prompt
 
-HERE = Path(__file__).resolve().parent
+DEMO = Path(__file__).resolve().parents[1]
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
 # Guidance multiplies differences of log-probabilities, also of tokens that neither prompt expects. Much smoothing of
 # the unconditional side keeps its floor above the conditional one's: what neither expects is pushed down, not drawn up.
@@ -32,8 +32,8 @@ LABEL_SMOOTHING, UNCONDITIONAL_SMOOTHING = 0.2, 0.8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=HERE / ".work", help="intermediate results and checkpoints")
-    parser.add_argument("--output", type=Path, default=HERE, help="where the finished model goes")
+    parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="intermediate results and checkpoints")
+    parser.add_argument("--output", type=Path, default=DEMO, help="where the finished model goes")
     parser.add_argument("--vq-steps", type=int, default=3400, help="training steps of the visual tokenizer (batch 16)")
     parser.add_argument("--decoder-steps", type=int, default=2400, help="further steps of its decoder alone (batch 16)")
     parser.add_argument("--generator-steps", type=int, default=3300, help="training steps of the generator (batch 64)")

@@ -1,4 +1,4 @@
-"""Measures the script against its peers, side by side in one process: `python tests/bench.py step --shape 0.5B`.
+"""Measures the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
 
     step      one optimisation step, against the usual recipe and against its bare matrix products
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
@@ -13,6 +13,7 @@ are noisy, so only the ratios of one run mean something. Peers are written plain
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -33,8 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from support.builders import reference_of  # noqa: E402
+from support.contract import CAPTIONS, SEEDS  # noqa: E402
+
 import verify_proto_tokens as vpt  # noqa: E402
 
 TEXT_IDS, CODES = 151_672, 64_000
@@ -48,7 +52,7 @@ SHAPES = {
 # Models of random weights
 
 
-def build_models(shape: str, dtype: torch.dtype = torch.float32) -> vpt.Models:
+def build_models(shape: str, vocabulary: str = "full", dtype: torch.dtype = torch.float32) -> vpt.Models:
     """A generator of the real shape and vocabulary with random weights; the demo shape is the demo model's."""
     if shape == "demo":
         config = Qwen2Config.from_pretrained(vpt.DEMO_FOLDER / "generator")
@@ -70,16 +74,29 @@ def build_models(shape: str, dtype: torch.dtype = torch.float32) -> vpt.Models:
             parameter.data.fill_(1)
     # Buffers (the rotary frequencies) have no values on the meta device.
     generator.model.rotary_emb = type(generator.model.rotary_emb)(config)
-    return vpt.Models(vpt.frozen(generator), None, None, None, text_ids, codes, 16, "", "")
+    return vpt.Models(
+        generator=vpt.freeze(generator),
+        text_tokenizer=NumberTokenizer(),
+        vq_decoder=None,
+        vq_encoder=None,
+        vocabulary=vocabulary,
+        visual_offset=text_ids,
+        codebook_size=codes,
+        factor=16,
+        generator_fingerprint="",
+        vq_fingerprint="",
+    )
 
 
-def as_loaded(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """The same weights in a model as transformers makes it, without anything of the script's: the peers' model."""
-    with torch.device("meta"):
-        plain = Qwen2ForCausalLM(generator.config)
-    plain.load_state_dict(generator.state_dict(), assign=True)
-    plain.model.rotary_emb = type(plain.model.rotary_emb)(generator.config)
-    return plain.eval().requires_grad_(False)
+class NumberTokenizer:
+    """Stands in for a text tokenizer where weights are random: a prompt's words become arbitrary text ids."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [hash_of(word) % 1000 for word in text.split()]}
+
+
+def hash_of(word: str) -> int:
+    return sum(ord(letter) * 31**place for place, letter in enumerate(word))
 
 
 def script_arguments(*extra: object) -> argparse.Namespace:
@@ -189,18 +206,16 @@ def matrix_products(generator: Qwen2ForCausalLM, head: Tensor, num_tokens: int) 
 
 
 def bench_step(args: argparse.Namespace) -> dict:
-    models, num_tokens = build_models(args.shape), args.num_tokens or 256
+    models, num_tokens = build_models(args.shape, args.vocabulary), args.num_tokens or 256
     codes = random_codes(models, num_tokens)
-    steps = endless_steps(models, codes, args)
+    steps = endless_steps(models, codes)
     parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]  # e_t, m
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    head, _ = vpt.competing_head(models, args.vocabulary)
-    peer = as_loaded(models.generator)
-    agreement = compare_gradients(models, peer, codes)
+    agreement = compare_gradients(dataclasses.replace(models, vocabulary="full"), codes)
     candidates = {
         "ours": lambda: next(steps),
-        "peer": lambda: reference_step(peer, parameters, optimizer, codes + models.visual_offset),
-        "limit": lambda: matrix_products(models.generator, head, num_tokens),
+        "peer": lambda: reference_step(models.generator, parameters, optimizer, codes + models.visual_offset),
+        "limit": lambda: matrix_products(models.generator, models.head, num_tokens),
     }
     seconds = interleaved(candidates, args.repeats)
     title = f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, float32"
@@ -212,20 +227,18 @@ def random_codes(models: vpt.Models, num_tokens: int, batch: int = 1) -> Tensor:
     return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
 
 
-def endless_steps(models: vpt.Models, codes: Tensor, args: argparse.Namespace):
+def endless_steps(models: vpt.Models, codes: Tensor):
     """The script's own optimisation, a step at each `next`."""
-    options = script_arguments("--vocabulary", args.vocabulary, "--num-steps", 10**6, "--target-accuracy", 0)
-    return vpt.optimise_proto_tokens(models, codes, options, vpt.new_optimisation(models, len(codes), options))
+    return vpt.Optimisation(models, codes, script_arguments("--num-steps", 10**6, "--target-accuracy", 0)).steps()
 
 
-def compare_gradients(models: vpt.Models, peer: Qwen2ForCausalLM, codes: Tensor) -> dict[str, float]:
+def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
-    ours = vpt.new_optimisation(models, 1, script_arguments("--seed", 7)).proto_tokens
+    ours = vpt.initial_proto_tokens(models, 1, script_arguments("--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
-    head, first_code = vpt.competing_head(models, "full")
-    losses, _ = vpt.gradient_step(models, ours, head, codes + first_code)
-    loss, _ = reference_loss(peer, plain, codes + models.visual_offset)
-    of_loss = abs(losses.mean().item() / loss.item() - 1)
+    read = vpt.gradient_step(models, ours, codes, at_once=1)
+    loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
+    of_loss = abs(read.losses.mean().item() / loss.item() - 1)
     a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.learning, plain))
     of_gradient = ((a - b).norm() / b.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
@@ -234,17 +247,6 @@ def compare_gradients(models: vpt.Models, peer: Qwen2ForCausalLM, codes: Tensor)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding the reference
-
-
-class NumberTokenizer:
-    """Stands in for a text tokenizer where weights are random: a prompt's words become arbitrary text ids."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [hash_of(word) % 1000 for word in text.split()]}
-
-
-def hash_of(word: str) -> int:
-    return sum(ord(letter) * 31**place for place, letter in enumerate(word))
 
 
 def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
@@ -276,18 +278,15 @@ def read_weights(tensors: list[Tensor]) -> None:
 
 def bench_decode(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args.shape), args.num_tokens or 256
-    models = vpt.Models(**(vars(models) | {"text_tokenizer": NumberTokenizer()}))
     options = script_arguments("--top-k", 1)
-    visual_head, _ = vpt.competing_head(models, "visual")
-    peer_models = vpt.Models(**(vars(models) | {"generator": as_loaded(models.generator)}))
-    read = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [visual_head]
+    read = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [models.visual_head]
     outputs = {}
 
     def ours() -> None:
-        outputs["ours"], outputs["seconds"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options)
+        outputs["ours"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options).codes
 
     def peer() -> None:
-        outputs["peer"] = guided_generate(peer_models, num_tokens)
+        outputs["peer"] = guided_generate(models, num_tokens)
 
     def limit() -> None:
         for _ in range(num_tokens):
@@ -314,20 +313,19 @@ def measure_memory(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args.shape), args.num_tokens or 2048
     codes = random_codes(models, num_tokens)
     target_ids = codes + models.visual_offset
-    proto_tokens = vpt.new_optimisation(models, 1, script_arguments()).proto_tokens
+    proto_tokens = vpt.initial_proto_tokens(models, 1, script_arguments())
     parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]
     hidden_states = torch.randn(1, num_tokens, models.hidden_size, requires_grad=True)
-    head, _ = vpt.competing_head(models, "full")
     before = peak_bytes()
     if args.variant == "reference":
-        reference_loss(as_loaded(models.generator), parameters, target_ids)
+        reference_loss(models.generator, parameters, target_ids)
     elif args.variant == "reference-loss":
-        F.cross_entropy((hidden_states @ head.T).float().flatten(0, 1), target_ids.flatten()).backward()
+        F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
-        vpt.chunked_cross_entropy(hidden_states.detach(), head, target_ids)
+        vpt.read_out(models, hidden_states, codes)
     else:
-        vpt.set_gradient_checkpointing(models.generator, args.variant == "checkpointing")
-        vpt.gradient_step(models, proto_tokens, head, target_ids)
+        with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
+            vpt.gradient_step(models, proto_tokens, codes, at_once=1)
     return {"bytes": peak_bytes() - before}
 
 
@@ -356,11 +354,6 @@ def bench_memory(args: argparse.Namespace) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy for the time
 
-CAPTIONS = ("a red apple on a wooden table", "a penguin on green grass", "a sailboat on yellow sand")
-CAPTIONS += ("a locomotive under the night sky", "a pizza on a white background", "a violin in a blue sky")
-CAPTIONS += ("a lion on a pink background", "a cactus on a teal background")
-SEEDS = (42, 43)
-
 
 def bench_accuracy(args: argparse.Namespace) -> dict:
     """Default settings: 8 captions x 2 seeds for each recipe, on the demo model or another with its tokenizers."""
@@ -375,18 +368,15 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                 settings = ("--prompt", caption, "--seed", seed, "--recipe", recipe, "--num-steps", steps)
                 settings += ("--save-dir", folder, "--image-size", args.image_size)
                 options = vpt.parse_args([*chosen, *map(str, settings)])
-                codes = vpt.make_reference(models, options).codes
-                state = vpt.new_optimisation(models, 1, options)
+                learning = vpt.Optimisation(models, reference_of(models, options).codes, options)
                 reached = dict.fromkeys((90, 95, 99))
-                for row in vpt.optimise_proto_tokens(models, codes, options, state):
+                for row in learning.steps():
                     for goal in reached:
                         if reached[goal] is None and row["train/accuracy"] >= goal:
                             reached[goal] = row["step"]
-                runs[name].append(reached | {"best": state.mean_best_accuracy})
-                print(
-                    f"{name} {caption}, seed {seed}: best {state.mean_best_accuracy:.1f} %, steps to {reached}",
-                    flush=True,
-                )
+                best = learning.best_accuracy.item()
+                runs[name].append(reached | {"best": best})
+                print(f"{name} {caption}, seed {seed}: best {best:.1f} %, steps to {reached}", flush=True)
     rows, result = [], {}
     for name, found in runs.items():
         # A run that never got there counts as if it had at the very end.
@@ -411,7 +401,7 @@ def bench_targets(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args.shape), args.num_tokens or 64
     seconds = {}
     for batch in (1, 2, 4, 8):
-        steps = endless_steps(models, random_codes(models, num_tokens, batch), args)
+        steps = endless_steps(models, random_codes(models, num_tokens, batch))
         seconds[batch] = statistics.median(interleaved({"step": lambda s=steps: next(s)}, args.repeats)["step"])
     rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]
     title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, float32"
@@ -438,17 +428,22 @@ def bench_start(args: argparse.Namespace) -> dict:
     return figures
 
 
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """x [P, I] @ weight.T [I, O] as a 1x1 convolution, which reaches oneDNN where torch.matmul reaches MKL."""
+    return F.conv2d(x[None].mT[:, :, None], weight[:, :, None, None])[0, :, 0].T
+
+
 def bench_limit(args: argparse.Namespace) -> dict:
-    """What this machine gives: GFLOP/s of a layer's product, GB/s of reading weights."""
+    """What this machine gives: GFLOP/s of a layer's product by either library, GB/s of reading weights."""
     x, weight, large = torch.randn(256, 896), torch.randn(4864, 896), torch.randn(2**28)
     flops = 2 * 256 * 896 * 4864
     seconds = interleaved(
-        {"matmul": lambda: x @ weight.T, "product": lambda: vpt.product(x, weight), "read": lambda: large.sum()},
+        {"matmul": lambda: x @ weight.T, "convolution": lambda: convolved(x, weight), "read": lambda: large.sum()},
         4 * args.repeats,
     )
-    rates = {name: [flops / value / 1e9 for value in seconds[name]] for name in ("matmul", "product")}
+    rates = {name: [flops / value / 1e9 for value in seconds[name]] for name in ("matmul", "convolution")}
     rates["read"] = [large.numel() * 4 / value / 1e9 for value in seconds["read"]]
-    units = {"matmul": "GFLOP/s, torch.matmul", "product": "GFLOP/s, the script's", "read": "GB/s"}
+    units = {"matmul": "GFLOP/s, MKL", "convolution": "GFLOP/s, oneDNN", "read": "GB/s"}
     figures = {name: spread(values) for name, values in rates.items()}
     table(
         "the machine alone, float32",

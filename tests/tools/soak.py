@@ -1,7 +1,7 @@
 """Many short runs from one sweep, two agents at once, one of them killed with SIGKILL now and then: what is lost?
 
-    python tests/soak.py                        # 50 runs on a tiny model, about five minutes on two cores
-    python tests/soak.py --runs 6 --kills 1     # a short one, as in the tests
+    python tests/tools/soak.py                        # 50 runs on a tiny model, about five minutes on two cores
+    python tests/tools/soak.py --runs 6 --kills 1     # a short one, as in the tests
 
 Every other kill takes the agent alone, whose run then goes on without it; the others take its run along. Afterwards
 every run is looked up on the local W&B server and on disk. Linux only: memory is read from /proc.
@@ -23,13 +23,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import clean_environment, save_tiny_generator, save_tiny_vq
 from safetensors import safe_open
-from test_command_line import FILES
-from test_wandb import SUMMARY
-from wandb_server import Run, WandbServer
 
-import verify_proto_tokens as vpt
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from support.contract import FILES, SUMMARY  # noqa: E402
+from support.processes import wandb_tool  # noqa: E402
+from support.tiny_model import save_tiny_models  # noqa: E402
+from support.wandb_server import Run, WandbServer  # noqa: E402
+
+import verify_proto_tokens as vpt  # noqa: E402
 
 NUM_STEPS = 60
 
@@ -42,9 +45,7 @@ class Outcome:
     complete: int = 0
     killed: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
-    run_memory: list[int] = field(
-        default_factory=list
-    )  # peak of each run's process in kB, in the order of their starts
+    run_memory: list[int] = field(default_factory=list)  # peak of each run's process in kB, in their order
     agent_memory: dict[int, list[int]] = field(default_factory=dict)  # of each agent's process, over time, in kB
 
 
@@ -60,16 +61,11 @@ class Agents:
     """Two `wandb agent` processes."""
 
     def __init__(self, folder: Path, server: WandbServer):
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        one_thread = {"OMP_NUM_THREADS": "1"}  # two at once with all cores each would mostly wait for one another
-        self.folder, self.env = folder, clean_environment(folder) | server.environment | one_thread | {"PATH": path}
-        self.sweep = None
+        self.folder, self.server, self.sweep = folder, server, None
         self.processes: list[subprocess.Popen] = []
 
     def tool(self, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "wandb", *arguments]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, **pipes)
+        return wandb_tool(self.folder, *arguments, stdout=subprocess.DEVNULL, **self.server.environment)
 
     def start(self) -> None:
         self.processes.append(self.tool("agent", self.sweep))
@@ -163,8 +159,7 @@ def look_up(outcome: Outcome, server: WandbServer, save_dir: Path) -> None:
 
 def soak(folder: Path, runs: int, kills: int, seed: int = 0) -> Outcome:
     """Hands out `runs` runs to two agents and kills one of them `kills` times, at random moments."""
-    save_tiny_generator(folder / "generator")
-    save_tiny_vq(folder / "vq")
+    save_tiny_models(folder)
     write_sweep(folder, runs)
     outcome, moments, ended = Outcome(), random.Random(seed), threading.Event()
     with WandbServer(folder / "server") as server:

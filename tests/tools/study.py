@@ -1,6 +1,6 @@
 """The study of the README: what one pass can hold on the demo model, and what it cannot, over 8 captions x 2 seeds.
 
-    python tests/study.py FOLDER                # goes on where it was interrupted; prints the README's table
+    python tests/tools/study.py FOLDER                # goes on where it was interrupted; prints the README's table
 
 Every row is runs of the script as a user would start them; their folders stay in FOLDER. Eight targets share a run;
 but for "shared m" and "reused m" each has an m of its own, and so learns as it would alone.
@@ -14,14 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-CAPTIONS = ("a red apple on a wooden table", "a penguin on green grass", "a sailboat on yellow sand")
-CAPTIONS += ("a locomotive under the night sky", "a pizza on a white background", "a violin in a blue sky")
-CAPTIONS += ("a lion on a pink background", "a cactus on a teal background")
-OTHER_CAPTIONS = ("a banana on a wooden table", "a dog on green grass", "a crab on yellow sand")
-OTHER_CAPTIONS += ("a rocket under the night sky", "a hamburger on a white background", "a guitar in a blue sky")
-OTHER_CAPTIONS += ("a tiger on a pink background", "a rose on a teal background")
-SEEDS = (42, 43)
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
+
 OWN = ("--m", "own")
 ROWS = {
     "plain: one e_t, one m": OWN,

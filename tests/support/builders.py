@@ -1,0 +1,28 @@
+"""The script's parts put together as a run does, for tests and tools that look at one of them."""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+import verify_proto_tokens as vpt
+
+
+def reference_of(models: vpt.Models, args: argparse.Namespace) -> vpt.Reference:
+    """The targets of generated pictures or of a control, from the cache in the save directory where they are there."""
+    folder = args.save_dir / vpt.CACHE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    return vpt.make_reference(models, args, vpt.ReferenceCache(folder, vpt.describe_run(args, models)))
+
+
+def random_codes(models: vpt.Models, batch: int = 1, num_tokens: int = 16) -> Tensor:
+    rng = torch.Generator().manual_seed(5)
+    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
+
+
+def optimise(
+    models: vpt.Models, args: argparse.Namespace, codes: Tensor | None = None, given_m: Tensor | None = None
+) -> tuple[vpt.Optimisation, list[dict]]:
+    """Runs the whole optimisation; gives it as it ended, and the row of every step."""
+    learning = vpt.Optimisation(models, random_codes(models) if codes is None else codes, args, given_m)
+    return learning, list(learning.steps())
