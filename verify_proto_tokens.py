@@ -22,8 +22,8 @@ reconstruct and reports how close it comes. (Frozen it is since loading: see `fr
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
-(arXiv 2505.21189), applied to image tokens. Start reading at `run_experiment`, at the end, which tells it step by step;
-the loop itself is `Optimisation.steps`.
+(arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which tells it step by step;
+the loop itself is `Optimisation.steps`, its loss and gradient `losses_and_gradient`.
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time.
@@ -1163,7 +1163,7 @@ def read_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_o
     return ReadOut(*map(torch.cat, zip(*read, strict=True)))
 
 
-def gradient_step(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
+def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
     """Reads one pass, and leaves in `.grad` the gradient of each target's mean cross-entropy, added up.
 
     So a target with an m of its own learns as it would alone.
@@ -1240,7 +1240,7 @@ class Optimisation:
                 started = time.perf_counter()
                 rate = rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
                 self.optimizer.param_groups[0]["lr"] = rate
-                read = gradient_step(models, proto_tokens, self.codes, self.at_once)
+                read = losses_and_gradient(models, proto_tokens, self.codes, self.at_once)
                 grad_norms = clip_gradients(proto_tokens, args.grad_clip)
                 numbers = numbers_of_step(proto_tokens, read, grad_norms)
                 if not numbers.isfinite().all():
@@ -1503,7 +1503,8 @@ def summarise(
     num_errors = sum(of_targets["num_errors"])
     total_params = proto_tokens.learned_numbers(num_tokens)
     summary = {
-        **{name: statistics.fmean(values) for name, values in of_targets.items()},
+        "best_accuracy": statistics.fmean(of_targets["best_accuracy"]),
+        **{name: statistics.fmean(values) for name, values in bits.items()},
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / reference.codes.numel(),
         "total_params": total_params,
@@ -2519,8 +2520,41 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     return lines
 
 
+def experiment(
+    models: Models,
+    args: argparse.Namespace,
+    earlier: EarlierRun | None,
+    pictures: Tensor | None,
+    record: Recorder,
+) -> dict:
+    """The experiment itself. Returns its summary."""
+    # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
+    cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
+    reference = make_reference(models, args, cache, earlier, pictures)
+    record.begin(reference)
+    if args.control == "untrained":
+        models = with_fresh_weights(models, args.seed)
+    if args.capacity:
+        summary = find_capacity(models, reference.codes, earlier, record)
+        record.finish_capacity(summary)
+        return summary
+    # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
+    if args.from_proto_tokens:
+        learned, proto_tokens, at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+    else:
+        learning = learn(models, reference.codes, earlier, record)
+        learned, proto_tokens, at_once = learning.summary(), learning.best, learning.at_once
+    # 3. What do they reconstruct, and what did they tell the generator?
+    with enough_memory_for("the reconstruction"):
+        reconstruction = reconstruct(models, proto_tokens, reference.codes, at_once)
+        bits = information(models, reference, reconstruction.read)
+    summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
+    record.finish(reference, reconstruction, proto_tokens, summary)
+    return summary
+
+
 def run_experiment(args: argparse.Namespace) -> None:
-    """The whole experiment. Raises UserError for what the user can put right, and Stopped."""
+    """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
@@ -2536,28 +2570,7 @@ def run_experiment(args: argparse.Namespace) -> None:
             return
         warn_if_slow(models, settings["num_tokens"], args.num_steps)
         with Recorder(args, folder, settings) as record:
-            # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
-            cache = ReferenceCache(args.save_dir / CACHE_FOLDER, settings)
-            reference = make_reference(models, args, cache, earlier, pictures)
-            record.begin(reference)
-            if args.control == "untrained":
-                models = with_fresh_weights(models, args.seed)
-            if args.capacity:
-                summary = find_capacity(models, reference.codes, earlier, record)
-                record.finish_capacity(summary)
-            else:
-                # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets.
-                if args.from_proto_tokens:
-                    learned, proto_tokens, at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
-                else:
-                    learning = learn(models, reference.codes, earlier, record)
-                    learned, proto_tokens, at_once = learning.summary(), learning.best, learning.at_once
-                # 3. What do they reconstruct, and what did they tell the generator?
-                with enough_memory_for("the reconstruction"):
-                    reconstruction = reconstruct(models, proto_tokens, reference.codes, at_once)
-                    bits = information(models, reference, reconstruction.read)
-                summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
-                record.finish(reference, reconstruction, proto_tokens, summary)
+            summary = experiment(models, args, earlier, pictures, record)
         print_results(summary, record)
 
 

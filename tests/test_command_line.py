@@ -309,13 +309,13 @@ def test_a_diverged_run_saves_the_best_so_far_then_says_so(call_tiny, model_fold
 
 
 def test_a_run_that_diverges_after_some_steps_keeps_their_rows(call_tiny, monkeypatch, tmp_path):
-    really_step, passes = vpt.gradient_step, iter(range(1, 100))
+    really_step, passes = vpt.losses_and_gradient, iter(range(1, 100))
 
     def step(*arguments):
         read = really_step(*arguments)
         return read if next(passes) < 5 else read._replace(losses=read.losses * torch.nan)
 
-    monkeypatch.setattr(vpt, "gradient_step", step)
+    monkeypatch.setattr(vpt, "losses_and_gradient", step)
     arguments = ("--num-steps", 9, "--save-dir", "out", "--wandb-run-name", "hot")
     refused(call_tiny(*arguments), "finite at step 5", "proto_tokens")
     assert len(rows_of(tmp_path / "out" / "hot" / "history.csv")) == 4
