@@ -431,6 +431,23 @@ def on_stop_signals(handler: Callable) -> None:
         signal.signal(number, handle)
 
 
+@contextlib.contextmanager
+def stop_signals_wait() -> Iterator[list[int]]:
+    """In here a signal ends nothing: its number comes into the list, for whoever can stop in good order.
+
+    Raises Stopped at the end where one came that nobody saw.
+    """
+    received = []
+    on_stop_signals(received.append)
+    try:
+        yield received
+        if received:
+            raise Stopped(received[0])
+    finally:
+        if not received:
+            on_stop_signals(stop_at_once)
+
+
 def line_of(error: BaseException, number: int = 0) -> str:
     """A line of what an error says; TorchScript's own say in the last one (-1) what happened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
@@ -669,6 +686,8 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {line_of(error)}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
         raise UserError(
@@ -700,6 +719,8 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             return torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError, EOFError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{file} is no TorchScript file, or a damaged one: {line_of(error)}") from None
 
 
@@ -708,6 +729,8 @@ def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device
     try:
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
     except Exception as error:  # whatever foreign TorchScript may raise
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device} ({line_of(error, -1)}): "
             "it is no Cosmos-style discrete decoder, or its operations do not exist there (then try --device cpu)"
@@ -750,9 +773,9 @@ def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
         indices = [models.vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever foreign TorchScript may raise
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--image: encoder.jit cannot run here ({line_of(error, -1)}): the bfloat16 encoder of Cosmos needs a GPU; "
             "or it is no Cosmos-style encoder"
@@ -766,8 +789,13 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     """Identifies a model by its commit where it is a hub snapshot, else by the content of its files."""
     if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
+    return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
+
+
+def digest_of(files: list[Path]) -> str:
+    """Of names and contents."""
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    for file in files:
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -822,7 +850,8 @@ def conditional_prompt(prompt: str) -> str:
     return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{START_OF_IMAGE}"
 
 
-def unconditional_prompt() -> str:
+def negative_prompt() -> str:
+    """SimpleAR's again: what guidance leads away from. It is its unconditional prompt."""
     return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{START_OF_IMAGE}"
 
 
@@ -987,7 +1016,7 @@ def prompt_batch(models: Models, prompts: list[str], num_tokens: int) -> tuple[T
 
     Causality hides the N tokens that are to come. Raises UserError where the model has too few positions for them.
     """
-    texts = [conditional_prompt(prompt) for prompt in prompts] + [unconditional_prompt()] * len(prompts)
+    texts = [conditional_prompt(prompt) for prompt in prompts] + [negative_prompt()] * len(prompts)
     prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
     length, longest = max(map(len, prompt_ids)), models.generator.config.max_position_embeddings
     if length + num_tokens > longest:
@@ -1103,13 +1132,13 @@ def one_pass(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens:
     return generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
 
 
-class ReadOut(NamedTuple):
+class Predictions(NamedTuple):
     """What the logits of each position say of its target; each [B, N], or [P] of some positions."""
 
     losses: Tensor  # cross-entropy, in nats
     rank: Tensor  # 0 where the target is the argmax; else how many ids are likelier, and at least 1
-    predicted_ids: Tensor  # the argmax, as a token id
-    predicted_codes: Tensor  # the likeliest visual code
+    ids: Tensor  # the argmax, as a token id
+    codes: Tensor  # the likeliest visual code
 
     @property
     def num_correct(self) -> Tensor:
@@ -1120,59 +1149,62 @@ class ReadOut(NamedTuple):
         return (self.rank < 5).sum(-1)
 
 
-def read_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> ReadOut:
-    """What the logits of hidden_states [P, D] say of the targets `codes` [P]."""
+def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
+    """What hidden_states [P, D] predict, against the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    target = codes + models.first_code
-    losses = F.cross_entropy(logits, target, reduction="none")
-    predicted = logits.argmax(-1)
-    likelier = (logits > logits.gather(-1, target[:, None])).sum(-1, dtype=torch.int32)
-    rank = torch.where(predicted == target, 0, likelier.clamp(min=1))  # a tie is right where argmax decides it so
+    target_rows = codes + models.first_code
+    losses = F.cross_entropy(logits, target_rows, reduction="none")
+    predicted_rows = logits.argmax(-1)
+    likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
+    # A tie is right where argmax decides it so.
+    rank = torch.where(predicted_rows == target_rows, 0, likelier.clamp(min=1))
     visual_logits = logits[:, models.first_code : models.first_code + models.codebook_size]
-    return ReadOut(losses, rank, predicted - models.first_code + models.visual_offset, visual_logits.argmax(-1))
+    predicted_ids = predicted_rows - models.first_code + models.visual_offset
+    return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
-def read_out(models: Models, hidden_states: Tensor, codes: Tensor) -> ReadOut:
+def predict(models: Models, hidden_states: Tensor, codes: Tensor, backward: bool = False) -> Predictions:
     """The same of hidden_states [B, N, D] and codes [B, N], never holding [B, N, V] logits.
 
-    Where `hidden_states` wants a gradient, that of the summed losses is left in its `.grad`.
+    With `backward` the gradient of the summed losses is added up in `hidden_states.grad`.
     """
     at_once = max(1, LOGITS_AT_ONCE // len(models.head))
-    chunks = zip(hidden_states.flatten(0, 1).split(at_once), codes.flatten().split(at_once), strict=True)
-    read = []
-    for states, targets in chunks:
-        chunk = read_positions(models, states, targets)
-        if states.requires_grad:
+    chunks = []
+    for states, targets in zip(hidden_states.flatten(0, 1).split(at_once), codes.flatten().split(at_once), strict=True):
+        chunk = predict_positions(models, states, targets)
+        if backward:
             chunk.losses.sum().backward()  # now, so that its logits can go before the next chunk's come
-        read.append(chunk._replace(losses=chunk.losses.detach()))
-    return ReadOut(*(torch.cat(parts).view_as(codes) for parts in zip(*read, strict=True)))
+        chunks.append(chunk._replace(losses=chunk.losses.detach()))
+    return Predictions(*(torch.cat(parts).view_as(codes) for parts in zip(*chunks, strict=True)))
 
 
-def read_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
-    """One pass for the targets codes [B, N], `at_once` of them at a time, and what its logits say of them.
+def predict_in_one_pass(
+    models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int, backward: bool = False
+) -> Predictions:
+    """One pass for the targets codes [B, N], `at_once` of them at a time, and what it predicts.
 
-    Where autograd is on, the gradient of the summed losses is left in the proto-tokens' `.grad`.
+    With `backward` the gradient of the summed losses is added up in the proto-tokens' `.grad`.
     """
-    read = []
+    parts = []
     for targets in slices(len(codes), at_once):
         hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], targets)
-        leaf = hidden_states.detach().requires_grad_(hidden_states.requires_grad)
-        read.append(read_out(models, leaf, codes[targets]))
-        if hidden_states.requires_grad:
-            hidden_states.backward(leaf.grad)
-    return ReadOut(*map(torch.cat, zip(*read, strict=True)))
+        leaf = hidden_states.detach().requires_grad_(backward)  # the way back through the head, chunk by chunk,
+        parts.append(predict(models, leaf, codes[targets], backward))
+        if backward:
+            hidden_states.backward(leaf.grad)  # then through the layers, at once
+    return Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> ReadOut:
-    """Reads one pass, and leaves in `.grad` the gradient of each target's mean cross-entropy, added up.
+def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> Predictions:
+    """The loss: each target's mean cross-entropy over its N positions; leaves in `.grad` the gradient of their sum.
 
-    So a target with an m of its own learns as it would alone.
+    Of their sum, so that a target with an m of its own learns as it would alone.
     """
     proto_tokens.zero_grad()
-    read = read_one_pass(models, proto_tokens, codes, at_once)
+    predictions = predict_in_one_pass(models, proto_tokens, codes, at_once, backward=True)
     for parameter in proto_tokens.learning:
         parameter.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
-    return read
+    return predictions
 
 
 @torch.no_grad()
@@ -1240,10 +1272,10 @@ class Optimisation:
                 started = time.perf_counter()
                 rate = rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
                 self.optimizer.param_groups[0]["lr"] = rate
-                read = losses_and_gradient(models, proto_tokens, self.codes, self.at_once)
+                predictions = losses_and_gradient(models, proto_tokens, self.codes, self.at_once)
                 grad_norms = clip_gradients(proto_tokens, args.grad_clip)
-                numbers = numbers_of_step(proto_tokens, read, grad_norms)
-                if not numbers.isfinite().all():
+                numbers = numbers_of_step(proto_tokens, predictions, grad_norms)
+                if not torch.stack(numbers).isfinite().all():
                     self.diverged = True
                     return
                 self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
@@ -1254,26 +1286,24 @@ class Optimisation:
                 yield self.last_row
 
     @torch.no_grad()
-    def keep_the_best(self, numbers: Tensor) -> None:
-        """Keeps the present embeddings of the targets whose numbers [6, B] are the best yet.
+    def keep_the_best(self, numbers: StepNumbers) -> None:
+        """Keeps the present embeddings of the targets whose numbers are the best yet.
 
-        A group's best is final once all its targets have reached the accuracy asked for, as it would end there alone.
+        The best is final once the accuracy asked for is reached, so that a target of several ends as it would alone.
         """
-        loss, accuracy, *_ = numbers
+        judged_together = self.proto_tokens.groups == 1
         goal = self.args.target_accuracy or math.inf
-        groups = self.proto_tokens.groups
 
-        def of_groups(values: Tensor) -> Tensor:
-            return values.view(groups, -1).mean(1)
+        def judged(values: Tensor) -> Tensor:
+            return values.mean().expand(len(values)) if judged_together else values
 
-        was_reached = (self.best_accuracy >= goal).view(groups, -1).all(1)
-        is_reached = (accuracy >= goal).view(groups, -1).all(1)
-        before, now = of_groups(self.best_accuracy), of_groups(accuracy)
-        as_good = (now == before) & (of_groups(loss) < of_groups(self.best_loss))
-        better = ~was_reached & (is_reached | (now > before) | as_good)
-        better = better.repeat_interleave(len(accuracy) // groups)  # [B]
-        self.best_accuracy = torch.where(better, accuracy, self.best_accuracy)
-        self.best_loss = torch.where(better, loss, self.best_loss)
+        was_reached = judged((self.best_accuracy >= goal).double()) == 1
+        is_reached = judged((numbers.accuracy >= goal).double()) == 1
+        before, now = judged(self.best_accuracy), judged(numbers.accuracy)
+        closer = (now == before) & (judged(numbers.loss) < judged(self.best_loss))
+        better = ~was_reached & (is_reached | (now > before) | closer)  # [B]
+        self.best_accuracy = torch.where(better, numbers.accuracy, self.best_accuracy)
+        self.best_loss = torch.where(better, numbers.loss, self.best_loss)
         self.best_step = torch.where(better, self.step + 1, self.best_step)
         better = better.to(self.best.e_t.device, non_blocking=True)
         self.best.e_t.copy_(torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t))
@@ -1281,20 +1311,20 @@ class Optimisation:
             # Of a shared m, all targets are better or none is.
             self.best.m.copy_(torch.where(better[: len(self.best.m), None], self.proto_tokens.m, self.best.m))
 
-    def row(self, numbers: Tensor, rate: float) -> dict[str, float]:
-        """A step's numbers [6, B] by their W&B names: means over the targets, and of several each one's own."""
-        loss, accuracy, top5, grad_norm, e_t_norm, m_norm = numbers
+    def row(self, numbers: StepNumbers, rate: float) -> dict[str, float]:
+        """A step's numbers by their W&B names: means over the targets, and of several each one's own."""
+        loss, accuracy = numbers.loss, numbers.accuracy
         row = {
             "step": self.step,
             "train/loss": loss.mean().item(),
             "train/accuracy": accuracy.mean().item(),
-            "train/top5_accuracy": top5.mean().item(),
-            "train/correct_tokens": round(accuracy.sum().item() * self.codes.shape[1] / 100),
+            "train/top5_accuracy": numbers.top5_accuracy.mean().item(),
+            "train/correct_tokens": int(numbers.num_correct.sum()),
             "train/best_accuracy": self.best_accuracy.mean().item(),
             "train/learning_rate": rate,
-            "embeddings/e_t_norm": e_t_norm[0].item(),
-            "embeddings/m_norm": m_norm[0].item(),
-            "gradients/grad_norm": grad_norm[0].item(),
+            "embeddings/e_t_norm": numbers.e_t_norm[0].item(),
+            "embeddings/m_norm": numbers.m_norm[0].item(),
+            "gradients/grad_norm": numbers.grad_norm[0].item(),
         }
         if len(loss) > 1:
             for k in range(len(loss)):
@@ -1306,8 +1336,8 @@ class Optimisation:
     @torch.no_grad()
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
-        read = read_one_pass(self.models, self.best, self.codes, self.at_once)
-        return decode_codes(self.models.vq_decoder, read.predicted_codes[:SHOWN_TARGETS])
+        predictions = predict_in_one_pass(self.models, self.best, self.codes, self.at_once)
+        return decode_codes(self.models.vq_decoder, predictions.codes[:SHOWN_TARGETS])
 
     def summary(self) -> dict:
         """What belongs to the last step, and to the whole."""
@@ -1336,19 +1366,35 @@ class Optimisation:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-@torch.no_grad()
-def numbers_of_step(proto_tokens: ProtoTokens, read: ReadOut, grad_norms: Tensor) -> Tensor:
-    """A step's numbers [6, B] on the CPU, in one read of the device.
+class StepNumbers(NamedTuple):
+    """What a step says of each target, on the CPU; [B] each, the norms' means the same for all."""
 
-    Rows: each target's mean loss in nats, top-1 and top-5 accuracy in percent; then, the same for all targets, the mean
-    norms of the gradient, of e_t and of m.
-    """
-    batch, num_tokens = read.losses.shape
-    of_targets = read.losses.mean(1), read.num_correct, read.num_in_top5
-    of_all = grad_norms.mean(), proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean()
-    numbers = torch.stack([*of_targets, *(norm.expand(batch) for norm in of_all)]).cpu().double()
-    numbers[1:3] = 100 * numbers[1:3] / num_tokens
-    return numbers
+    loss: Tensor  # nats
+    num_correct: Tensor
+    accuracy: Tensor  # percent
+    top5_accuracy: Tensor  # percent
+    grad_norm: Tensor
+    e_t_norm: Tensor
+    m_norm: Tensor
+
+
+@torch.no_grad()
+def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
+    """In one read of the device."""
+    batch, num_tokens = predictions.losses.shape
+    norms = grad_norms.mean(), proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean()
+    numbers = [predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5]
+    numbers += [norm.expand(batch) for norm in norms]
+    loss, correct, in_top5, grad_norm, e_t_norm, m_norm = torch.stack(numbers).cpu().double()
+    return StepNumbers(
+        loss=loss,
+        num_correct=correct,
+        accuracy=100 * correct / num_tokens,
+        top5_accuracy=100 * in_top5 / num_tokens,
+        grad_norm=grad_norm,
+        e_t_norm=e_t_norm,
+        m_norm=m_norm,
+    )
 
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
@@ -1418,7 +1464,7 @@ SUCCESS, PARTIAL_SUCCESS = 99.0, 80.0  # percent of tokens
 class Reconstruction:
     """What one forward pass over proto-tokens emits: what it says of the targets [B, N], and what it draws."""
 
-    read: ReadOut
+    predictions: Predictions
     pixels: Tensor  # [B, 3, H, W] in [0, 1]
     one_pass_seconds: float
 
@@ -1432,9 +1478,10 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_onc
     seconds = []
     for _ in range(6):
         started = time_on(models.device)
-        read = read_one_pass(models, proto_tokens, codes, at_once)
+        predictions = predict_in_one_pass(models, proto_tokens, codes, at_once)
         seconds.append(time_on(models.device) - started)
-    return Reconstruction(read, decode_codes(models.vq_decoder, read.predicted_codes), statistics.median(seconds[1:]))
+    pixels = decode_codes(models.vq_decoder, predictions.codes)
+    return Reconstruction(predictions, pixels, statistics.median(seconds[1:]))
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:
@@ -1449,11 +1496,11 @@ def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> float:
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    read = read_out(models, hidden_states[:, len(prompt_ids) - 1 :], codes[None])
-    return read.losses.sum().item() / math.log(2)
+    predictions = predict(models, hidden_states[:, len(prompt_ids) - 1 :], codes[None])
+    return predictions.losses.sum().item() / math.log(2)
 
 
-def information(models: Models, reference: Reference, read: ReadOut) -> dict[str, list[float]]:
+def information(models: Models, reference: Reference, predictions: Predictions) -> dict[str, list[float]]:
     """What the targets cost in bits, a number each [B], after Kuratov et al. (ACL 2025, hidden_capacity).
 
     uniform: N log2(codebook size), what any codes would cost. autoregressive and unprompted: teacher-forced under the
@@ -1464,8 +1511,8 @@ def information(models: Models, reference: Reference, read: ReadOut) -> dict[str
     prompted, unprompted = [], []
     for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
         prompted.append(teacher_forced_bits(models, conditional_prompt(prompt), codes))
-        unprompted.append(teacher_forced_bits(models, unconditional_prompt(), codes))
-    remaining = (read.losses.sum(1) / math.log(2)).tolist()
+        unprompted.append(teacher_forced_bits(models, negative_prompt(), codes))
+    remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
         "target_bits_autoregressive": prompted,
@@ -1493,7 +1540,7 @@ def summarise(
     targets/<k>/.
     """
     batch, num_tokens = reference.codes.shape
-    correct = reconstruction.read.num_correct.tolist()
+    correct = reconstruction.predictions.num_correct.tolist()
     of_targets = {  # [B] each
         "best_accuracy": [100 * count / num_tokens for count in correct],
         "num_errors": [num_tokens - count for count in correct],
@@ -1736,7 +1783,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 def draw_targets(reference: Reference, reconstruction: Reconstruction) -> list[dict]:
     """A row of W&B's table for each target: prompt, pictures, accuracy."""
-    rank = reconstruction.read.rank
+    rank = reconstruction.predictions.rank
     rows = []
     for k, prompt in enumerate(reference.prompts):
         original = to_image(reference.pixels[k])
@@ -1757,7 +1804,7 @@ def draw_results(
 ) -> dict[str, Image.Image]:
     """Every picture of a run, by its W&B name, which with `.png` is its file's."""
     first = targets[0]
-    maps = zip(targets[:SHOWN_TARGETS], reconstruction.read.rank)  # noqa: B905
+    maps = zip(targets[:SHOWN_TARGETS], reconstruction.predictions.rank)  # noqa: B905
     images = {
         "reference_image": tiled([target["reference"] for target in targets]),
         "reconstructed_image": tiled([target["reconstruction"] for target in targets]),
@@ -1778,7 +1825,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE = "interrupted_run.pt"
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 2
 HISTORY_FILE = "history.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
@@ -1872,7 +1919,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "images": [str(image) for image in args.images],
         "num_tokens": models.num_tokens(args.image_size),
         "final_learning_rate": FINAL_RATE,
-        "prompt_templates": [conditional_prompt(""), unconditional_prompt()],
+        "prompt_templates": [conditional_prompt(""), negative_prompt()],
         "codebook_size": models.codebook_size,
         "visual_offset": models.visual_offset,
         "factor": models.factor,
@@ -1886,7 +1933,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "versions": versions,
     }
     if args.m_from:
-        settings["m_from_fingerprint"] = fingerprint_of(Path(args.m_from).parent, (Path(args.m_from).name,))
+        settings["m_from_fingerprint"] = digest_of([Path(args.m_from)])
     return {name: settings[name] for name in SETTINGS if name in settings}
 
 
@@ -2071,7 +2118,14 @@ def refuse_other_models(models: Models, args: argparse.Namespace, earlier: Earli
     def control_of(control: str | None, seed: int) -> str:
         return f"seed {seed}" if control == "untrained" else "none"
 
-    names = ("hidden_size", "visual_offset", "codebook_size", "generator_fingerprint")
+    names = (
+        "hidden_size",
+        "visual_offset",
+        "codebook_size",
+        "factor",
+        "generator_fingerprint",
+        "vq_fingerprint",
+    )
     ours = {name: getattr(models, name) for name in names}
     ours["untrained control"] = control_of(args.control, args.seed)
     theirs = {name: earlier.settings.get(name) for name in names}
@@ -2117,9 +2171,11 @@ def read_state(file: Path) -> dict | None:
         return None
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("learning", "codes", "trials", "history_size", "run_id")}
+        if saved["format"] == STATE_FORMAT:
+            return saved
     except Exception:  # whatever the bytes of a damaged file suggest
-        raise UserError(f"{file} is damaged or of another version: leave out --resume to run anew") from None
+        pass
+    raise UserError(f"{file} is damaged or of another version: leave out --resume to run anew")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2236,13 +2292,13 @@ class Recorder:
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.history: HistoryFile | None = None
         self.wandb_run: object | None = None
-        self.bar: tqdm | None = None
         self.recorded_step = 0
-        self.stop_number: int | None = None  # of the signal that came while learning
 
     def __enter__(self) -> Recorder:
         if self.args.use_wandb or in_sweep():
-            self.wandb_run = start_wandb(self.args, self.settings, self.saved and self.saved["run_id"])
+            self.wandb_run = start_wandb(self.args, self.settings, self.saved["run_id"] if self.saved else None)
+        for count, trial in enumerate(self.trials, 1):
+            self.log_trial(trial, count)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -2266,32 +2322,8 @@ class Recorder:
 
     # ---- while learning
 
-    @contextlib.contextmanager
-    def following(self, learning: Optimisation) -> Iterator[None]:
-        """Around the steps of an optimisation, which goes on where the interrupted run stood.
-
-        In here a signal waits for the end of a step. Whatever ends the steps early leaves a state to go on from.
-        """
-        self.restore(learning)
-        on_stop_signals(self.stop_after_this_step)
-        self.bar = progress_bar(None, "proto-tokens", "steps", total=self.args.num_steps, initial=learning.step)
-        try:
-            with self.bar, enough_memory_for("a step of the optimisation"):
-                yield
-            if self.stop_number:  # it came after the last step's check
-                raise Stopped(self.stop_number)
-        except UserError:
-            if self.recorded_step == learning.step:  # else the step is not in the history: it must be done again
-                self.save_state(learning)
-            raise
-        finally:
-            if self.stop_number is None:
-                on_stop_signals(stop_at_once)
-
-    def stop_after_this_step(self, number: int) -> None:
-        self.stop_number = number
-
     def restore(self, learning: Optimisation) -> None:
+        """Has the optimisation stand where the interrupted run's did, if there is one, and its history likewise."""
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
@@ -2303,7 +2335,7 @@ class Recorder:
         self.recorded_step = learning.step
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Keeps a step's row and picture, as often as these are asked for, and the state. Raises Stopped."""
+        """Keeps a step's row, picture and state, as often as these are asked for."""
         if self.history and (learning.step == 1 or learning.step % self.args.log_every == 0 or learning.finished):
             self.history.append(row)
             self.log_row(row)
@@ -2311,14 +2343,8 @@ class Recorder:
         if every and (learning.step % every == 0 or learning.finished):
             self.keep_frame(learning)
         self.recorded_step = learning.step
-        if self.stop_number or learning.finished or learning.step % self.args.save_every == 0:
+        if learning.finished or learning.step % self.args.save_every == 0:
             self.save_state(learning)
-        if self.stop_number:
-            raise Stopped(self.stop_number)
-        correct = f"correct {row['train/correct_tokens']}/{learning.codes.numel()} ({row['train/accuracy']:.1f} %)"
-        best = f"best {row['train/best_accuracy']:.1f} %"
-        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-        self.bar.update()
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
@@ -2335,7 +2361,11 @@ class Recorder:
         return dict(sorted(files.items()))
 
     def save_state(self, learning: Optimisation) -> None:
+        """All that --resume goes on from; unless a step is not in the history yet, which must be done again."""
+        if self.recorded_step < learning.step:
+            return
         state = {
+            "format": STATE_FORMAT,
             "learning": learning.state_dict(),
             "codes": learning.codes.cpu(),
             "trials": self.trials,
@@ -2368,7 +2398,7 @@ class Recorder:
         self, reference: Reference, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict
     ) -> None:
         """Writes and logs the results of an optimisation."""
-        ids = reference.codes + self.settings["visual_offset"], reconstruction.read.predicted_ids
+        ids = reference.codes + self.settings["visual_offset"], reconstruction.predictions.ids
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, *ids)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
@@ -2445,19 +2475,34 @@ class Recorder:
 def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> Optimisation:
     """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
     learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
-    with record.following(learning):
-        for row in learning.steps():
-            record.step(row, learning)
+    record.restore(learning)
+    bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
+    try:
+        with stop_signals_wait() as signals, bar, enough_memory_for("a step of the optimisation"):
+            for row in learning.steps():
+                record.step(row, learning)
+                show_step(bar, row, codes.numel())
+                if signals:
+                    record.save_state(learning)
+                    raise Stopped(signals[0])
+    except UserError:
+        record.save_state(learning)
+        raise
     if learning.diverged:
         record.give_up(learning)
     return learning
 
 
+def show_step(bar: tqdm, row: dict[str, float], count: int) -> None:
+    correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
+    best = f"best {row['train/best_accuracy']:.1f} %"
+    bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
+    bar.update()
+
+
 def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
     """Tries longer and shorter beginnings of codes [B, N] until the capacity is known. Returns the summary."""
     batch, longest = codes.shape
-    for count, trial in enumerate(record.trials, 1):
-        record.log_trial(trial, count)
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
         learning = learn(models, codes[:, :num_tokens], earlier, record)
@@ -2475,7 +2520,7 @@ def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, rec
     return {
         "capacity_tokens": capacity,
         "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
-        "best_accuracy": max((trial["best_accuracy"] for trial in reached), default=0.0),
+        "best_accuracy": next((trial["best_accuracy"] for trial in reached if trial["num_tokens"] == capacity), 0.0),
         "num_tokens": longest,
         "num_targets": batch,
         "trials": len(record.trials),
@@ -2485,18 +2530,17 @@ def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, rec
 
 def print_results(summary: dict, record: Recorder) -> None:
     """What a reader asks first."""
-    lines = lines_of_capacity(summary) if "capacity_tokens" in summary else lines_of_results(summary)
+    if "capacity_tokens" in summary:
+        found = f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens"
+        lines = {"capacity": f"{found}, in {summary['trials']} trials"}
+    else:
+        lines = lines_of_results(summary)
     lines["files"] = f"{record.folder}/"
     if record.wandb_run and record.wandb_run.offline:
         lines["to W&B later"] = sync_command(record.wandb_run)
     print()
     for label, text in lines.items():
         print(f"  {label:<14} {text}")
-
-
-def lines_of_capacity(summary: dict) -> dict[str, str]:
-    trials = f"in {summary['trials']} trials"
-    return {"capacity": f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens, {trials}"}
 
 
 def lines_of_results(summary: dict) -> dict[str, str]:
@@ -2547,7 +2591,7 @@ def experiment(
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, at_once)
-        bits = information(models, reference, reconstruction.read)
+        bits = information(models, reference, reconstruction.predictions)
     summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
     record.finish(reference, reconstruction, proto_tokens, summary)
     return summary

@@ -312,8 +312,9 @@ def test_a_run_that_diverges_after_some_steps_keeps_their_rows(call_tiny, monkey
     really_step, passes = vpt.losses_and_gradient, iter(range(1, 100))
 
     def step(*arguments):
-        read = really_step(*arguments)
-        return read if next(passes) < 5 else read._replace(losses=read.losses * torch.nan)
+        predictions = really_step(*arguments)
+        spoilt = predictions._replace(losses=predictions.losses * torch.nan)
+        return predictions if next(passes) < 5 else spoilt
 
     monkeypatch.setattr(vpt, "losses_and_gradient", step)
     arguments = ("--num-steps", 9, "--save-dir", "out", "--wandb-run-name", "hot")

@@ -116,7 +116,7 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_scri
     arguments, _, folder = interrupted
     result = call_script(*arguments, "--resume")
     assert result.code == 0 and "resumed after step" in result.out
-    assert "resumed after step 8" in result.out
+    assert "resumed after step 7" in result.out
     assert steps_in(folder) == list(range(1, 21))
     assert not (folder / STATE).exists()
 

@@ -56,16 +56,16 @@ def test_losses_and_ranks_match_numbers_worked_by_hand():
     )
     # The head is the identity, so the hidden states are the logits; the target is the largest, the fifth largest, the
     # seventh largest, the largest.
-    read = vpt.read_out(Head(torch.eye(7)), logits, torch.tensor([[0, 3, 1, 3]]))
-    assert read.rank.tolist() == [[0, 4, 6, 0]]
-    assert read.predicted_ids.tolist() == [[0, 0, 0, 3]]
-    assert (read.num_correct.item(), read.num_in_top5.item()) == (2, 3)
-    assert read.losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
+    predictions = vpt.predict(Head(torch.eye(7)), logits, torch.tensor([[0, 3, 1, 3]]))
+    assert predictions.rank.tolist() == [[0, 4, 6, 0]]
+    assert predictions.ids.tolist() == [[0, 0, 0, 3]]
+    assert (predictions.num_correct.item(), predictions.num_in_top5.item()) == (2, 3)
+    assert predictions.losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
 
 
 def test_of_equally_likely_ids_the_one_that_argmax_takes_is_right_and_no_other():
-    read = vpt.read_out(Head(torch.eye(2)), torch.full((1, 2, 2), 5.0), torch.tensor([[0, 1]]))
-    assert read.rank.tolist() == [[0, 1]] and read.predicted_ids.tolist() == [[0, 0]]
+    predictions = vpt.predict(Head(torch.eye(2)), torch.full((1, 2, 2), 5.0), torch.tensor([[0, 1]]))
+    assert predictions.rank.tolist() == [[0, 1]] and predictions.ids.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 60, 2**20])
@@ -76,15 +76,15 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, logits_at_once, scale)
     targets = torch.randint(20, (2, 7), generator=rng)
     monkeypatch.setattr(vpt, "LOGITS_AT_ONCE", logits_at_once)
     leaf = hidden_states.clone().requires_grad_()
-    read = vpt.read_out(Head(head), leaf, targets)
+    predictions = vpt.predict(Head(head), leaf, targets, backward=True)
     hidden_states.requires_grad_()
     logits = hidden_states @ head.T
     plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     plain.sum().backward()
-    assert torch.allclose(read.losses, plain, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(predictions.losses, plain, rtol=1e-5, atol=1e-5)
     assert torch.allclose(leaf.grad, hidden_states.grad, rtol=1e-4, atol=1e-6)
-    assert torch.equal(read.rank, (logits > logits.gather(-1, targets[..., None])).sum(-1))
-    assert torch.equal(read.predicted_ids, logits.argmax(-1))
+    assert torch.equal(predictions.rank, (logits > logits.gather(-1, targets[..., None])).sum(-1))
+    assert torch.equal(predictions.ids, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -96,9 +96,9 @@ def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, 
     codes = random_codes(models, batch=3)
     learning, _ = optimise(models, args, codes)
     reconstruction = vpt.reconstruct(models, learning.best, codes, learning.at_once)
-    read = reconstruction.read
-    assert (100 * read.num_correct / 16).tolist() == learning.best_accuracy.tolist()
-    assert torch.equal(read.rank == 0, read.predicted_ids == codes + models.visual_offset)
+    predictions = reconstruction.predictions
+    assert (100 * predictions.num_correct / 16).tolist() == learning.best_accuracy.tolist()
+    assert torch.equal(predictions.rank == 0, predictions.ids == codes + models.visual_offset)
     assert learning.best_accuracy.max() > 0
 
 
@@ -109,11 +109,11 @@ def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(ma
     head.zero_()
     head[1400:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
     proto_tokens = vpt.initial_proto_tokens(models, 1, make_args("--initial-scale", 2))
-    read = vpt.reconstruct(models, proto_tokens, random_codes(models), at_once=1).read
-    right = read.predicted_ids == random_codes(models) + models.visual_offset
-    assert torch.equal(read.rank == 0, right)
-    ties = (read.rank == 1).sum()
-    assert ties > 0 and set(read.predicted_codes.flatten().tolist()) <= {0, 4, 8}
+    predictions = vpt.reconstruct(models, proto_tokens, random_codes(models), at_once=1).predictions
+    right = predictions.ids == random_codes(models) + models.visual_offset
+    assert torch.equal(predictions.rank == 0, right)
+    ties = (predictions.rank == 1).sum()
+    assert ties > 0 and set(predictions.codes.flatten().tolist()) <= {0, 4, 8}
 
 
 def test_the_rate_warms_up_then_follows_a_cosine():
@@ -159,7 +159,7 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.best_step[0] - 1]
     reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.at_once)
-    assert 100 * reconstruction.read.num_correct.item() / 16 == max(accuracies)
+    assert 100 * reconstruction.predictions.num_correct.item() / 16 == max(accuracies)
 
 
 def test_it_stops_as_soon_as_the_target_accuracy_is_reached(tiny_models, make_args):
@@ -276,7 +276,8 @@ def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(t
 def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy(tiny_models, make_args):
     learning = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=2), make_args("--target-accuracy", 99))
     for accuracy in ([100.0, 98.8], [99.2, 99.2], [100.0, 98.0], [100.0, 100.0]):
-        learning.keep_the_best(torch.tensor([[1.0, 1.0], accuracy], dtype=torch.float64))
+        rest = dict.fromkeys(vpt.StepNumbers._fields, torch.ones(2, dtype=torch.float64))
+        learning.keep_the_best(vpt.StepNumbers(**rest | {"accuracy": torch.tensor(accuracy, dtype=torch.float64)}))
         learning.step += 1
     assert learning.best_accuracy.tolist() == [99.2, 99.2] and learning.best_step.tolist() == [2, 2]
 

@@ -43,8 +43,8 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens)
     codes = random_codes(tiny_models)
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, at_once=1)
     logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
-    assert torch.equal(reconstruction.read.predicted_ids, logits.argmax(-1))
-    assert torch.equal(reconstruction.read.rank > 0, logits.argmax(-1) != codes + 1400)
+    assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
+    assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1400)
     assert reconstruction.one_pass_seconds > 0
 
 
@@ -52,8 +52,8 @@ def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_mod
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
     proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
     codes = random_codes(tiny_models, batch=5)
-    whole, in_parts = (vpt.reconstruct(tiny_models, proto_tokens, codes, at_once).read for at_once in (5, 2))
-    assert torch.equal(whole.predicted_ids, in_parts.predicted_ids) and len(whole.predicted_ids.unique(dim=0)) == 5
+    whole, in_parts = (vpt.reconstruct(tiny_models, proto_tokens, codes, at_once).predictions for at_once in (5, 2))
+    assert torch.equal(whole.ids, in_parts.ids) and len(whole.ids.unique(dim=0)) == 5
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 
 
@@ -63,10 +63,10 @@ def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_m
         vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, at_once=1)
         for vocabulary in ("full", "visual")
     )
-    text = full.read.predicted_ids < 1400  # a random model prefers a text id nearly everywhere
-    assert text.any() and (full.read.rank[text] > 0).all()
+    text = full.predictions.ids < 1400  # a random model prefers a text id nearly everywhere
+    assert text.any() and (full.predictions.rank[text] > 0).all()
     assert torch.equal(full.pixels, visual.pixels)
-    assert (visual.read.predicted_ids >= 1400).all()
+    assert (visual.predictions.ids >= 1400).all()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def summary_of(tiny_models, make_args):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes, at_once=16)
-        bits = vpt.information(models, reference, reconstruction.read)
+        bits = vpt.information(models, reference, reconstruction.predictions)
         return vpt.summarise(reference, reconstruction, bits, proto_tokens), reconstruction
 
     return summary_of
@@ -94,7 +94,7 @@ def summary_of(tiny_models, make_args):
 
 def test_the_summary_counts_the_errors_of_the_stored_embeddings(summary_of):
     summary, reconstruction = summary_of(torch.zeros(1, 16, dtype=torch.long), ["a"])
-    assert summary["num_errors"] == int((reconstruction.read.rank > 0).sum())
+    assert summary["num_errors"] == int((reconstruction.predictions.rank > 0).sum())
     assert summary["error_rate"] == 100 * summary["num_errors"] / 16
     assert summary["best_accuracy"] == pytest.approx(100 - summary["error_rate"])
     assert summary["total_params"] == 64

@@ -14,7 +14,7 @@ import verify_proto_tokens as vpt
 
 def test_prompts_follow_the_template_word_for_word():
     assert vpt.conditional_prompt("a cat") == "<|t2i|>A highly realistic image of a cat<|soi|>"
-    assert vpt.unconditional_prompt() == (
+    assert vpt.negative_prompt() == (
         "<|t2i|>An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, "
         "bad teeth, bad eyes, bad limbs, distortion<|soi|>"
     )
@@ -90,7 +90,7 @@ def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tin
         return torch.tensor([tiny_models.text_tokenizer(text)["input_ids"]])
 
     prompt_ids = ids(vpt.conditional_prompt(prompt))
-    negative_ids = ids(vpt.unconditional_prompt())
+    negative_ids = ids(vpt.negative_prompt())
     peer = tiny_models.generator.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),

@@ -236,9 +236,9 @@ def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
     ours = vpt.initial_proto_tokens(models, 1, script_arguments("--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
-    read = vpt.losses_and_gradient(models, ours, codes, at_once=1)
+    predictions = vpt.losses_and_gradient(models, ours, codes, at_once=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
-    of_loss = abs(read.losses.mean().item() / loss.item() - 1)
+    of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
     a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.learning, plain))
     of_gradient = ((a - b).norm() / b.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
@@ -253,7 +253,7 @@ def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
     """transformers' own guided decoding, greedy: two prompts, two passes a token, all logits."""
     prompt, negative = (
         torch.tensor([models.text_tokenizer(text)["input_ids"]])
-        for text in (vpt.conditional_prompt("a red apple"), vpt.unconditional_prompt())
+        for text in (vpt.conditional_prompt("a red apple"), vpt.negative_prompt())
     )
     text_ids = list(range(models.visual_offset))
     out = models.generator.generate(
@@ -322,7 +322,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     elif args.variant == "reference-loss":
         F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
-        vpt.read_out(models, hidden_states, codes)
+        vpt.predict(models, hidden_states, codes, backward=True)
     else:
         with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
             vpt.losses_and_gradient(models, proto_tokens, codes, at_once=1)

@@ -56,7 +56,7 @@ def train(generator: Qwen2ForCausalLM, models: vpt.Models, prompts: list[str], c
     """Next-token training on the codes behind each prompt; a share behind the negative prompt, for guidance."""
     rng = torch.Generator().manual_seed(2)
     prompt_ids = models.text_tokenizer([vpt.conditional_prompt(prompt) for prompt in prompts])["input_ids"]
-    negative = models.text_tokenizer(vpt.unconditional_prompt())["input_ids"]
+    negative = models.text_tokenizer(vpt.negative_prompt())["input_ids"]
     optimizer = torch.optim.AdamW(generator.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, num_steps)
     num_tokens, noise_size = codes.shape[1], (32, codes.shape[1])

@@ -92,7 +92,7 @@ def evaluate_proto_tokens(chosen: list[str]) -> None:
                 pass
             seconds.append(time.perf_counter() - started)
             reconstruction = vpt.reconstruct(models, learning.best, reference.codes, learning.at_once)
-            accuracies.append(100 * reconstruction.read.num_correct.item() / reference.codes.numel())
+            accuracies.append(100 * reconstruction.predictions.num_correct.item() / reference.codes.numel())
             distinct = reference.codes.unique().numel()
             print(
                 f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {learning.step} steps, PSNR "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from verify_proto_tokens import conditional_prompt, unconditional_prompt
+from verify_proto_tokens import conditional_prompt, negative_prompt
 
 DEMO = Path(__file__).resolve().parents[1]
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
@@ -172,7 +172,7 @@ def encode_all(images: np.ndarray, encoder_file: Path) -> Tensor:
 
 def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     """A byte-level BPE of Qwen2's kind, trained on the prompts."""
-    corpus = [conditional_prompt(text) for text in captions] + [unconditional_prompt()] * 8
+    corpus = [conditional_prompt(text) for text in captions] + [negative_prompt()] * 8
     special = ["<|t2i|>", "<|soi|>"]
     corpus = [text.replace(special[0], "").replace(special[1], "") for text in corpus]
     return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1400, new_special_tokens=special)
@@ -205,7 +205,7 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
     held_out = pictures.held_out(captions)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
     prompts = text_tokenizer([conditional_prompt(captions[index]) for index in seen])["input_ids"]
-    negative = text_tokenizer(unconditional_prompt())["input_ids"]
+    negative = text_tokenizer(negative_prompt())["input_ids"]
     targets = codes[seen] + len(text_tokenizer)  # [M, N]
     num_tokens = targets.shape[1]
     generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
