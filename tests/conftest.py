@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import huggingface_hub.constants
 import pytest
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from support.hub import Hub  # noqa: E402
 from support.processes import clean_environment, run_script_in  # noqa: E402
 from support.tiny_model import save_tiny_models, tiny_arguments  # noqa: E402
 
@@ -56,6 +58,8 @@ def call_script(tmp_path, monkeypatch, capfd):
     Figures, which take longer than all else and have tests of their own, are blank.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(vpt, "render", lambda figure: Image.new("RGB", (8, 8), "white"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -75,6 +79,14 @@ def call_script(tmp_path, monkeypatch, capfd):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def hub(call_script, monkeypatch, tmp_path):
+    """A hub for `call_script` that answers as the test says."""
+    hub = Hub(monkeypatch, tmp_path / "hf" / "hub")
+    yield hub
+    hub.stop()
 
 
 @pytest.fixture
@@ -101,3 +113,15 @@ def run_tiny(run_script, model_folders, tmp_path):
         return run_script(*tiny_arguments(tmp_path), *arguments, env=env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """One short demo run, kept for W&B offline; shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ["--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp", "--use-wandb"]
+    arguments += ["--wandb-tags", "one,two", "--wandb-project", "my-project", "--wandb-group", "mine"]
+    result = run_script_in(folder, *arguments, env={"WANDB_MODE": "offline"})
+    assert result.code == 0, result.err
+    result.folder = folder / "exp" / "proto_256px_steps40_lr02_seed42"
+    return result

@@ -8,7 +8,7 @@ from tools.soak import soak
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_sweep_whose_agent_is_killed_loses_that_agents_run_at_most(tmp_path):
-    outcome = soak(tmp_path, runs=4, kills=1)
+    outcome = soak(tmp_path, runs=3, kills=1)
     assert not outcome.problems
-    assert outcome.handed_out == 4 and outcome.complete >= 3 and len(outcome.killed) <= 1
+    assert outcome.handed_out == 3 and outcome.complete >= 2 and len(outcome.killed) <= 1
     assert outcome.run_memory[-1] < 1.1 * max(outcome.run_memory[:-1])

@@ -6,23 +6,17 @@ import pytest
 from PIL import Image
 from support import wandb_file
 from support.contract import HISTORY, MEDIA, SUMMARY
-from support.processes import run_script_in
 from support.tiny_model import spoil_text_head
 
 
 @pytest.fixture(scope="module")
-def offline_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wandb")
-    arguments = ["--demo", "--device", "cpu", "--num-steps", "12", "--use-wandb", "--wandb-tags", "one,two"]
-    arguments += ["--wandb-project", "my-project", "--wandb-run-name", "my run", "--wandb-group", "mine"]
-    result = run_script_in(folder, *arguments, env={"WANDB_MODE": "offline"})
-    assert result.code == 0, result.err
-    return wandb_file.read(folder)
+def offline_run(demo_run):
+    return wandb_file.read(demo_run.folder.parents[1])
 
 
 def test_every_metric_of_the_contract_is_logged_at_every_step(offline_run):
     rows = [row for row in offline_run.history if "train/loss" in row]
-    assert [row["_step"] for row in rows] == list(range(1, 13))
+    assert [row["_step"] for row in rows] == list(range(1, 41))
     assert all(row.keys() >= set(HISTORY) for row in rows)
 
 
@@ -39,9 +33,10 @@ def test_every_key_of_the_contract_is_in_the_summary(offline_run):
 
 
 def test_name_project_group_tags_and_config_arrive(offline_run):
-    assert offline_run.run.display_name == "my run" and offline_run.run.project == "my-project"
+    assert offline_run.run.display_name == "proto_256px_steps40_lr02_seed42"
+    assert offline_run.run.project == "my-project"
     assert offline_run.run.run_group == "mine" and list(offline_run.run.tags) == ["one", "two"]
-    assert offline_run.config["num_steps"] == 12 and offline_run.config["prompt"] == "a red apple on a wooden table"
+    assert offline_run.config["num_steps"] == 40 and offline_run.config["prompt"] == "a red apple on a wooden table"
     assert "torch" in json.dumps(offline_run.config["versions"])
 
 
