@@ -34,6 +34,7 @@ what proto_tokens.safetensors holds.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -95,7 +96,11 @@ def checked(parse: Callable, holds: Callable, what: str) -> Callable:
     """An argparse type: what `parse` makes of the text, where it `holds`; anything else is said to be not `what`."""
 
     def convert(text: str):
-        with contextlib.suppress(ValueError, KeyError):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+            raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {text!r}") from None
+        with contextlib.suppress(ValueError, KeyError, OverflowError):
             value = parse(text)
             if holds(value):
                 return value
@@ -104,21 +109,59 @@ def checked(parse: Callable, holds: Callable, what: str) -> Callable:
     return convert
 
 
+def whole(text: str) -> int:
+    """A whole number, also as sweeps write it: 500.0, 1e3."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    number = float(text)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def listed(text: str) -> list[str]:
+    """The items of a list as sweeps write it: ['a', 'b'], [0.9, 0.99]; any other text alone."""
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        items = ast.literal_eval(text.strip()) if text.strip().startswith("[") else [text]
+        if isinstance(items, list):
+            return [str(item) for item in items]
+    return [text]
+
+
+def as_path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user, or no home
+        raise ValueError from None
+
+
 # Not a number fails every comparison.
-COUNT = checked(int, lambda n: n >= 1, "a whole number of at least 1")
-COUNT_OR_0 = checked(int, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
+COUNT = checked(whole, lambda n: n >= 1, "a whole number of at least 1")
+COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
+TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
 UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
 PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
 BETAS = checked(
-    lambda text: tuple(map(float, text.split(","))),
+    lambda text: tuple(map(float, ",".join(listed(text)).split(","))),
     lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
     "two numbers of at least 0 and below 1, with a comma between",
 )
-PROMPT = checked(str.strip, bool, "a few words that describe the picture")
-FILE = checked(lambda text: Path(text).expanduser(), lambda file: True, "a path")
+TEXT = checked(str, lambda text: "\0" not in text, "text")
+PROMPTS = checked(
+    lambda text: [item.strip() for item in listed(text)],
+    lambda prompts: prompts and all(prompts),
+    "a few words that describe the picture",
+)
+A_PATH = "a path, whose ~ has a home"
+FILE = checked(as_path, lambda file: "\0" not in str(file), A_PATH)
+FILES = checked(
+    lambda text: [as_path(item) for item in listed(text)],
+    lambda files: files and all("\0" not in str(file) for file in files),
+    A_PATH,
+)
 # A run's name is also that of a folder inside the save directory.
 RUN_NAME = checked(
     str.strip,
@@ -128,13 +171,14 @@ RUN_NAME = checked(
     f"at most 128 bytes without slashes, and not {CACHE_FOLDER}",
 )
 TAGS = checked(
-    lambda text: [tag.strip() for tag in text.split(",") if tag.strip()],
+    lambda text: [tag.strip() for tag in ",".join(listed(text)).split(",") if tag.strip()],
     lambda tags: max(map(len, tags), default=0) <= 64,
     "tags of at most 64 characters, with commas between",
 )
+SWITCHED = {"true": True, "false": False, "1": True, "0": False}
 SWITCH = {
     # Sweep agents write a switch as --demo=True.
-    "type": checked(lambda text: {"true": True, "false": False}[text.lower()], lambda value: True, "true or false"),
+    "type": checked(lambda text: SWITCHED[text.lower()], lambda value: True, "true or false"),
     "nargs": "?",
     "const": True,
     "default": False,
@@ -159,40 +203,41 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option may also be written with underscores (--num_steps), as W&B sweep agents do.",
         allow_abbrev=False,
     )
-    parser.settings = {}
+    parser.settings, parser.options = {}, set()
 
     def add(name: str, decides: str, taken_over: type | None = None, **options) -> None:
+        parser.options.add(name)
         setting = group.add_argument(name, **options).dest
         parser.settings[setting] = decides, taken_over
 
     group = parser.add_argument_group("models")
-    add("--model-path", "nothing", metavar="PATH",
+    add("--model-path", "nothing", type=TEXT, metavar="PATH",
         help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})")
-    add("--vq-model-ckpt", "nothing", metavar="PATH",
+    add("--vq-model-ckpt", "nothing", type=TEXT, metavar="PATH",
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
     add("--demo", "nothing", **SWITCH, help="use the small demo model kept in the repository; needs no network")
     add("--codebook-size", "reference", type=COUNT, metavar="CODES",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
         "embedding rows beyond the text vocabulary)")
-    add("--device", "nothing", help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
+    add("--device", "nothing", type=TEXT, help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
     add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on CUDA "
         "and float32 elsewhere)")
 
     group = parser.add_argument_group("reference image")
-    add("--prompt", "reference", type=PROMPT, action="append", metavar="TEXT", dest="prompts",
+    add("--prompt", "reference", type=PROMPTS, action="extend", metavar="TEXT", dest="prompts",
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
     add("--prompts-file", "nothing", type=FILE, metavar="FILE", help="further prompts, one a line")
-    add("--image", "result", type=FILE, action="append", metavar="FILE", dest="images",
+    add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
     add("--image-size", "result", int, type=COUNT, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
     add("--cfg-scale", "reference", type=UP_TO_1000, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
-    add("--temperature", "reference", type=POSITIVE, default=1.0, metavar="T",
+    add("--temperature", "reference", type=TEMPERATURE, default=1.0, metavar="T",
         help="of sampling the reference (default: %(default)s)")
     add("--top-k", "reference", type=COUNT, metavar="K",
         help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
@@ -256,12 +301,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("Weights & Biases")
     add("--use-wandb", "nothing", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
     add("--wandb-project", "nothing", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
-    add("--wandb-entity", "nothing", metavar="NAME", help="user or team (default: W&B's own default)")
+    add("--wandb-entity", "nothing", type=TEXT, metavar="NAME", help="user or team (default: W&B's own default)")
     add("--wandb-run-name", "nothing", type=RUN_NAME, metavar="NAME",
         help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42)")
     add("--wandb-tags", "nothing", type=TAGS, default=["proto-tokens"], metavar="TAG,TAG",
         help="separated by commas (default: proto-tokens)")
-    add("--wandb-group", "nothing", metavar="NAME", help="group that the run belongs to")
+    add("--wandb-group", "nothing", type=TEXT, metavar="NAME", help="group that the run belongs to")
     add("--image-every", "nothing", type=COUNT, metavar="STEPS",
         help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
     add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
@@ -275,12 +320,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
-    # `--num_steps=50` -> `--num-steps=50`; values keep their underscores.
-    words = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in words]
-    args = parser.parse_args(words)
+    args = parser.parse_args([as_typed(word, parser.options) for word in words if not is_nothing(word)])
     refuse_contradictions(args)
     fill_in_defaults(args)
     return args
+
+
+def is_nothing(word: str) -> bool:
+    """Whether a sweep agent wrote this word for an option that is not given: a null, or settings of its own."""
+    name, equals, value = word.partition("=")
+    return name.startswith("--") and bool(equals) and (value == "None" or name == "--_wandb")
+
+
+def as_typed(word: str, options: set[str]) -> str:
+    """`--num_steps=50` of a sweep agent as `--num-steps=50`; values and unknown names keep their underscores."""
+    name, equals, value = word.partition("=")
+    hyphened = name.replace("_", "-")
+    return hyphened + equals + value if hyphened in options else word
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
@@ -350,6 +406,37 @@ def default_run_name(args: argparse.Namespace) -> str:
     return name
 
 
+class LastingOutput(io.RawIOBase):
+    """A stream's file; what it does not take (the reader of a pipe is gone, the disk is full) is dropped."""
+
+    def __init__(self, stream: io.TextIOBase):
+        self.stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def write(self, content: bytes) -> int:
+        with contextlib.suppress(OSError):
+            return os.write(self.fileno(), content)
+        return len(content)
+
+
+def keep_outputs_open() -> None:
+    """No experiment ends because of something that cannot be printed: a letter is escaped, a lost output is quiet."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None:
+            buffer = io.BufferedWriter(LastingOutput(stream))
+            lasting = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, lasting)
+
+
 def in_sweep() -> bool:
     """Whether a W&B sweep agent started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
@@ -380,11 +467,16 @@ def deciding(settings: dict, *decided: str) -> dict:
     return {name: value for name, value in settings.items() if SETTINGS[name][0] in decided}
 
 
+# Only pictures in memory are drawn: a notebook's backend, which a shell started there inherits, may not even load.
+os.environ["MPLBACKEND"] = "agg"
+
 if __name__ == "__main__":
+    keep_outputs_open()
     ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -406,7 +498,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalL
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM came; like KeyboardInterrupt it passes every `except Exception`."""
+    """A signal that asks to stop came; like KeyboardInterrupt it passes every `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -418,7 +510,10 @@ def stop_at_once(number: int) -> None:
 
 
 def on_stop_signals(handler: Callable) -> None:
-    """Has `handler` called with the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """Has `handler` called with the number of the first signal; a second one ends the process at once.
+
+    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end.
+    """
     received = []
 
     def handle(number: int, frame: object) -> None:
@@ -427,8 +522,10 @@ def on_stop_signals(handler: Callable) -> None:
             os._exit(128 + number)
         handler(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        number = getattr(signal, name, None)  # Windows lacks some
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as `nohup` has it
+            signal.signal(number, handle)
 
 
 @contextlib.contextmanager
@@ -1577,27 +1674,30 @@ def summarise(
 
 SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-STYLE = {
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.facecolor": "white",
-    "xtick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.color": INK,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "grid.color": FAINT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.h_pad": 0.08,
-}
+STYLES = [
+    "default",  # Matplotlib's own, whatever a matplotlibrc says
+    {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.labelsize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.facecolor": "white",
+        "xtick.color": INK,
+        "xtick.labelsize": 8,
+        "ytick.color": INK,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "grid.color": FAINT,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "figure.facecolor": "white",
+        "figure.constrained_layout.h_pad": 0.08,
+    },
+]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -1632,7 +1732,7 @@ def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> N
     axis.spines[:].set_visible(False)
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLES)
 def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.Image, summary: dict) -> Image.Image:
     """Reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150)
@@ -1666,7 +1766,7 @@ def mark_errors(reference: Image.Image, rank: Tensor, size: int = 768) -> Image.
     return marked
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLES)
 def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
     """The wrong tokens of one target as `mark_errors` has them, and how near the right ones came. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
@@ -1682,7 +1782,7 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
     return render(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLES)
 def draw_contact_sheet(targets: list[dict]) -> Image.Image:
     """A row for each target: prompt and accuracy, reference, reconstruction, error map."""
     shown = targets[:SHOWN_TARGETS]
@@ -1703,7 +1803,7 @@ def draw_contact_sheet(targets: list[dict]) -> Image.Image:
     return render(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLES)
 def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> Image.Image:
     """Best accuracy of each trial against its number of tokens."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
@@ -1727,7 +1827,7 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
     return render(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLES)
 def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     """Loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
     figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
@@ -1867,22 +1967,37 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
-        lock = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+        lock = locked(folder)
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     try:
-        if fcntl:
-            # On the folder itself: the lock ends with the process, however it ends, and leaves no file.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_leftovers(args.save_dir, folder)
         yield folder
-    except BlockingIOError:
-        raise UserError(f"another run is at work in {folder}: name this one with --wandb-run-name, or wait") from None
     finally:
         os.close(lock)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()  # only what this run made, and only what stayed empty
+
+
+def locked(folder: Path) -> int:
+    """A descriptor that keeps other runs out of the folder until it is closed, which it is however the process ends.
+
+    The lock is on the folder itself, and leaves no file. Raises UserError where another run is at work.
+    """
+    lock = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            at_work = f"another run is at work in {folder}"
+            raise UserError(f"{at_work}: name this one with --wandb-run-name, or wait") from None
+        except OSError as error:
+            print(
+                f"note: {folder} cannot be locked here ({line_of(error)}): start no second run of this name meanwhile"
+            )
+    return lock
 
 
 def remove_leftovers(save_dir: Path, folder: Path) -> None:
@@ -1942,7 +2057,7 @@ def write_json(file: Path, content: dict) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(file) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON's own escapes of a bad name
 
 
 def write_image(file: Path, image: Image.Image) -> None:

@@ -63,10 +63,12 @@ def call_script(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vpt, "render", lambda figure: Image.new("RGB", (8, 8), "white"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*arguments, env: dict[str, str] | None = None) -> SimpleNamespace:
+    def call(*arguments, env: dict[str, str | None] | None = None) -> SimpleNamespace:
         capfd.readouterr()
         code = 0
-        with mock.patch.dict(os.environ, clean_environment(tmp_path) | (env or {}), clear=True):
+        variables = clean_environment(tmp_path) | (env or {})  # None takes one away
+        variables = {name: value for name, value in variables.items() if value is not None}
+        with mock.patch.dict(os.environ, variables, clear=True):
             try:
                 vpt.main(vpt.parse_args([str(argument) for argument in arguments]))
             except SystemExit as exit:

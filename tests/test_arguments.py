@@ -1,5 +1,6 @@
 """The command line: defaults, spellings, run names, and every value that is refused before anything slow happens."""
 
+import os
 import re
 import subprocess
 import sys
@@ -111,7 +112,8 @@ REFUSED = {
     "--num-steps": ["0", "-1", "1.5", "many", ""],
     "--wandb-tags": ["x" * 65],
     "--learning-rate": ["0", "-0.1", "nan", "inf", "1e39", "fast"],
-    "--temperature": ["0", "-1", "nan", "inf"],
+    "--temperature": ["0", "-1", "nan", "inf", "1e-300"],
+    "--repetition-penalty": ["0", "-1", "nan"],
     "--top-p": ["0", "1.01", "-0.5", "nan"],
     "--top-k": ["0", "-3", "2.5"],
     "--cfg-scale": ["-1", "nan", "inf", "1e39"],
@@ -127,7 +129,7 @@ REFUSED = {
     "--initial-scale": ["-1", "nan", "inf", "1e7"],
     "--gradient-checkpointing": ["maybe"],
     "--resume": ["perhaps"],
-    "--demo": ["1"],
+    "--demo": ["2", "yes please"],
     "--seed": ["-1", "x"],
     "--codebook-size": ["0", "-1"],
     "--prompt": ["", "   ", "\n\t"],
@@ -149,6 +151,109 @@ def test_a_value_out_of_range_is_one_line_that_names_the_option(option, value, c
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1 and option in lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What sweep agents write
+
+
+def parsed(*words: str) -> dict:
+    return vars(vpt.parse_args(list(words)))
+
+
+@pytest.mark.parametrize("option", sorted(vpt.build_parser().options))
+def test_none_is_not_given(option):
+    assert parsed(f"{option}=None") == parsed(f"{option.replace('-', '_').replace('__', '--')}=None") == parsed()
+
+
+WHOLE = ("codebook_size", "top_k", "seed", "num_steps", "num_e_tokens", "warmup_steps", "image_size", "log_every")
+
+
+@pytest.mark.parametrize("name", (*WHOLE, "save_every", "image_every"))
+@pytest.mark.parametrize("text", ["2.0", "2e0", "2"])
+def test_a_whole_float_is_a_whole_number(name, text):
+    value = parsed(f"--{name}={text}")[name]
+    assert value == 2 and isinstance(value, int)
+
+
+@pytest.mark.parametrize("name", ["cfg_scale", "learning_rate", "grad_clip", "target_accuracy", "temperature"])
+def test_a_number_may_be_written_as_a_whole_one(name):
+    assert parsed(f"--{name}=2")[name] == parsed(f"--{name}=2.0")[name] == parsed(f"--{name}=2e0")[name] == 2
+
+
+def test_lists_are_read():
+    assert parsed("--betas=[0.9, 0.99]")["betas"] == parsed("--betas=0.9,0.99")["betas"] == (0.9, 0.99)
+    assert parsed("--prompt=['a red apple', \"it's a [cat]\"]")["prompts"] == ["a red apple", "it's a [cat]"]
+    assert parsed("--prompt=[a cat]", "--prompt", "a dog")["prompts"] == ["[a cat]", "a dog"]
+    assert [file.name for file in parsed("--image=['a.png', 'b.png']")["images"]] == ["a.png", "b.png"]
+    assert parsed("--wandb_tags=['one', 'two']")["wandb_tags"] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("0", False), ("True", True), ("false", False)])
+def test_a_switch_may_be_a_number(text, value):
+    assert parsed(f"--demo={text}")["demo"] is value
+
+
+def test_settings_of_the_agents_own_are_passed_over():
+    assert parsed("--_wandb={'a': {'b': 1}}") == parsed()
+
+
+def test_a_key_that_the_script_does_not_know_says_its_own_name(capsys):
+    with pytest.raises(SystemExit):
+        vpt.parse_args(["--batch_size=4"])
+    assert "--batch_size=4" in capsys.readouterr().err
+
+
+TEXTS = (
+    "--prompt",
+    "--image",
+    "--save-dir",
+    "--model-path",
+    "--vq-model-ckpt",
+    "--device",
+    "--prompts-file",
+    "--m-from",
+)
+TEXTS += (
+    "--from-proto-tokens",
+    "--wandb-project",
+    "--wandb-entity",
+    "--wandb-run-name",
+    "--wandb-tags",
+    "--wandb-group",
+)
+
+
+@pytest.mark.parametrize("option", TEXTS)
+def test_bytes_that_are_not_utf_8_are_one_line(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args([option, os.fsdecode(b"caf\xe9")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"{option}: must be UTF-8 text" in line
+
+
+@pytest.mark.parametrize("option", ["--image", "--save-dir", "--prompts-file", "--m-from", "--from-proto-tokens"])
+def test_a_home_that_nobody_has_is_one_line(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args([option, "~nosuchuser/x"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and option in line and "~nosuchuser/x" in line
+
+
+@pytest.mark.parametrize("name", ["project", "tags"])
+def test_an_option_comes_before_the_environment_and_this_before_the_default(name, monkeypatch):
+    option, variable = f"--wandb-{name}", f"WANDB_{name.upper()}"
+
+    def value(*words: str) -> str | list[str]:
+        return parsed(*words)[f"wandb_{name}"]
+
+    default = value()
+    monkeypatch.setenv(variable, "from_environment")
+    assert "from_environment" in value() and "from_environment" not in default
+    assert "given" in value(f"{option}=given") and "from_environment" not in value(f"{option}=given")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_number_of_any_length_is_taken():

@@ -1,0 +1,188 @@
+"""Environments that are not a laptop's: other people's settings, file systems, outputs and schedulers."""
+
+import errno
+import os
+import signal
+
+import matplotlib
+import pytest
+from PIL import Image
+from support.contract import FILES, STATE
+from support.processes import run_script_in, start_script
+from support.results import results_of, summary_in
+from support.tiny_model import tiny_arguments
+
+import verify_proto_tokens as vpt
+
+RUN = ("--num-steps", 6, "--target-accuracy", 0, "--save-dir", "out", "--wandb-run-name", "run")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matplotlib's settings, letters and outputs
+
+HOSTILE = """
+backend: no_such_backend
+text.usetex: True
+font.family: No Such Font
+no.such.key: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def hostile(tiny_folder, tmp_path_factory):
+    """A run in a folder with a matplotlibrc, from a notebook's shell, into an output of few letters."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "matplotlibrc").write_text(HOSTILE)
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "cp1252"}
+    arguments = (
+        *tiny_arguments(tiny_folder),
+        "--prompt",
+        "löwe 猫 \U0001f34e",
+        "--save-dir",
+        "猫",
+        "--wandb-run-name",
+        "狗",
+    )
+    return run_script_in(folder, *arguments, env=env), folder / "猫" / "狗"
+
+
+def test_nobody_elses_matplotlib_settings_matter(hostile):
+    result, folder = hostile
+    assert result.code == 0, result.err
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert not any(word in result.err for word in ("matplotlibrc", "findfont", "No Such Font"))
+
+
+def test_what_an_output_cannot_print_is_escaped(hostile):
+    result, _ = hostile
+    assert r"\u732b/\u72d7/" in result.out
+
+
+def test_figures_are_the_same_under_any_settings():
+    pictures = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
+    plain = vpt.draw_comparison("a", *pictures, summary)
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font", "axes.labelsize": 40}):
+        assert vpt.draw_comparison("a", *pictures, summary).tobytes() == plain.tobytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
+def test_an_output_that_takes_nothing_ends_no_run(tiny_folder, tmp_path):
+    """As `| head` leaves it, and a log file on a full disk."""
+    with open("/dev/full", "w") as full:
+        process = start_script(tmp_path, *tiny_arguments(tiny_folder), *RUN, stderr=full)
+        process.stdout.close()
+        assert process.wait(60) == 0
+    assert {file.name for file in (tmp_path / "out" / "run").iterdir()} == FILES
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# File systems and homes
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks_is_worth_a_note(call_tiny, tmp_path, monkeypatch, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(vpt.fcntl, "flock", no_locks)
+    result = call_tiny(*RUN)
+    assert result.code == 0 and "cannot be locked" in result.out
+    assert (tmp_path / "out" / "run" / "summary.json").exists()
+
+
+def test_a_model_path_whose_home_does_not_exist_is_one_line(call_tiny):
+    for option in ("--model-path", "--vq-model-ckpt"):
+        result = call_tiny(option, "~nosuchuser/x")
+        (line,) = result.err.splitlines()
+        assert result.code == 2 and f"{option} ~nosuchuser/x" in line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def stopping(number: int, at_step: int):
+    """Sends this process a signal after a step, as a scheduler would."""
+    really_step = vpt.Recorder.step
+
+    def step(record, row, learning):
+        really_step(record, row, learning)
+        if learning.step == at_step:
+            os.kill(os.getpid(), number)
+
+    return step
+
+
+@pytest.fixture
+def handlers():
+    """Gives the signals back to pytest."""
+    numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, handlers, name):
+    number, folder = getattr(signal, name), tmp_path / "out" / "run"
+    assert call_tiny(*RUN).code == 0
+    whole = results_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(vpt.Recorder, "step", stopping(number, at_step=4))
+        result = call_tiny(*RUN)
+    assert result.code == 128 + number and name in result.err.splitlines()[-1]
+    assert vpt.read_state(folder / STATE)["learning"]["step"] == 4
+    assert call_tiny(*RUN, "--resume").code == 0
+    assert results_of(folder) == whole
+
+
+def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monkeypatch, handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    monkeypatch.setattr(vpt.Recorder, "step", stopping(signal.SIGHUP, at_step=4))
+    assert call_tiny(*RUN).code == 0
+    assert summary_in(tmp_path / "out" / "run")["steps"] == 6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slow machines
+
+
+def test_what_takes_long_is_said(capsys):
+    with vpt.said_if_slow("looking"):
+        vpt.time.sleep(2.3)
+    assert capsys.readouterr().err.startswith("looking: 2")
+    with vpt.said_if_slow("looking"):
+        pass
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds_a_pass", "passes"), [(0.0, 6), (0.9, 3), (60.0, 1)])
+def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkeypatch, seconds_a_pass, passes):
+    clock, really_predict, count = [0.0], vpt.predict_in_one_pass, []
+
+    def slow(*arguments):
+        clock[0] += seconds_a_pass
+        count.append(1)
+        return really_predict(*arguments)
+
+    monkeypatch.setattr(vpt, "predict_in_one_pass", slow)
+    monkeypatch.setattr(vpt, "time_on", lambda device: clock[0])
+    codes = vpt.torch.zeros(1, 16, dtype=vpt.torch.long)
+    proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_at_once=1)
+    assert len(count) == passes and reconstruction.one_pass_seconds == pytest.approx(seconds_a_pass)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_half_precision_is_recommended_only_where_the_processor_has_it(
+    tiny_models, make_args, monkeypatch, capsys, has_it
+):
+    monkeypatch.setattr(vpt, "REAL_SIZE", 1)
+    monkeypatch.setattr(vpt.torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_it})
+    vpt.warn_if_slow(tiny_models, 16, 1000)
+    note = capsys.readouterr().out
+    assert "a GPU" in note and "after them" in note and ("--dtype bfloat16" in note) == has_it
+    vpt.pick_dtype("bfloat16", vpt.torch.device("cpu"))
+    assert ("no arithmetic in bfloat16" in capsys.readouterr().out) != has_it
