@@ -78,6 +78,7 @@ RECIPES = {
 }
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
+DEFAULT_PROJECT = "simplear-proto-tokens"
 DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
 CACHE_FOLDER = "reference_cache"
@@ -300,17 +301,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("Weights & Biases")
     add("--use-wandb", "nothing", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
-    add("--wandb-project", "nothing", default="simplear-proto-tokens", metavar="NAME", help="(default: %(default)s)")
+    add("--wandb-project", "nothing", type=TEXT, metavar="NAME",
+        help=f"(default: WANDB_PROJECT of the environment, else {DEFAULT_PROJECT})")
     add("--wandb-entity", "nothing", type=TEXT, metavar="NAME", help="user or team (default: W&B's own default)")
     add("--wandb-run-name", "nothing", type=RUN_NAME, metavar="NAME",
-        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42)")
-    add("--wandb-tags", "nothing", type=TAGS, default=["proto-tokens"], metavar="TAG,TAG",
-        help="separated by commas (default: proto-tokens)")
+        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42; "
+        "WANDB_NAME of the environment names the run in W&B alone)")
+    add("--wandb-tags", "nothing", type=TAGS, metavar="TAG,TAG",
+        help="separated by commas (default: WANDB_TAGS of the environment, else proto-tokens)")
     add("--wandb-group", "nothing", type=TEXT, metavar="NAME", help="group that the run belongs to")
     add("--image-every", "nothing", type=COUNT, metavar="STEPS",
         help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
     add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
-        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else online)")
+        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, then what `wandb offline` "
+        "or `wandb disabled` set, else online)")
     return parser
 # fmt: on
 
@@ -372,6 +376,11 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
+    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    if args.wandb_tags is None:
+        args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        args.wandb_mode = args.wandb_mode or "disabled"
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -435,6 +444,10 @@ def keep_outputs_open() -> None:
             buffer = io.BufferedWriter(LastingOutput(stream))
             lasting = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, lasting)
+
+
+def wants_wandb(args: argparse.Namespace) -> bool:
+    return args.use_wandb or in_sweep()
 
 
 def in_sweep() -> bool:
@@ -2300,32 +2313,67 @@ def read_state(file: Path) -> dict | None:
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 
 
-def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
-    """A new W&B run, or the one called `run_id` continued; offline where the server gives trouble, which is said once.
+def wandb_names(args: argparse.Namespace) -> dict:
+    """The settings of a W&B run that options decide; None leaves one to the environment."""
+    named_by_environment = os.environ.get("WANDB_NAME") and args.wandb_run_name == default_run_name(args)
+    return {
+        "project": None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
+        "entity": args.wandb_entity,
+        "run_name": None if named_by_environment else args.wandb_run_name,
+        "run_group": args.wandb_group,
+        "run_tags": args.wandb_tags,
+    }
 
-    Raises UserError where W&B refuses a name.
-    """
+
+def check_wandb(args: argparse.Namespace) -> None:
+    """Raises UserError where an option or a WANDB_ variable has a value that W&B does not take."""
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     import wandb
 
+    try:
+        wandb.setup()  # reads the environment, and what `wandb offline` and the like left in a folder
+        wandb.Settings(**{name: value for name, value in wandb_names(args).items() if value is not None})
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"W&B does not take these settings: {refused_setting(error)}") from None
+
+
+def refused_setting(error: Exception) -> str:
+    """What an error of W&B's, or of its checks of types, is about: the variable of the environment where it is one."""
+    if not hasattr(error, "errors"):
+        return line_of(error)
+    details = error.errors()[0]
+    value = ",".join(details["input"]) if isinstance(details["input"], list) else str(details["input"])
+    variables = [name for name, text in os.environ.items() if name.startswith("WANDB_") and text == value]
+    return f"{variables[0] if variables else details['loc'][0]} is {value!r}: {details['msg']}"
+
+
+def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
+    """A new W&B run, or the one called `run_id` continued; offline where the server gives trouble, which is said once.
+
+    Raises UserError where W&B refuses a name, or has a run of an id that the environment gives to this one.
+    """
+    import wandb
+
+    names = wandb_names(args)
     start = functools.partial(
         wandb.init,
-        project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
-        entity=args.wandb_entity,
-        name=args.wandb_run_name,
-        group=args.wandb_group,
-        tags=args.wandb_tags,
+        project=names["project"],
+        entity=names["entity"],
+        name=names["run_name"],
+        group=names["run_group"],
+        tags=names["run_tags"],
         config=settings,
         id=run_id,
-        resume="allow" if run_id else None,
+        # Whatever WANDB_RESUME says, the steps of two runs are never mixed.
+        resume="allow" if args.resume else "never",
         settings=wandb.Settings(
             init_timeout=WANDB_START_SECONDS,
             finish_timeout=WANDB_FINISH_SECONDS,
             finish_timeout_raises=True,
         ),
     )
-    mode = args.wandb_mode or os.environ.get("WANDB_MODE") or "online"
+    mode = args.wandb_mode or wandb.setup().settings.mode
     if mode == "online":
         try:
             wandb.login(verify=True)  # asks for a key on a terminal only
@@ -2380,14 +2428,14 @@ def as_table(rows: list[dict]) -> object:
 
 
 def log_proto_tokens(run: object, file: Path, status: str) -> None:
-    """The file as an artifact; as a file of the run where there is no server to ask, which an artifact needs."""
+    """The file as an artifact; as a file of the run where an artifact lacks the server or the home that it needs."""
     import wandb
 
-    artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": status})
-    artifact.add_file(str(file))
     try:
+        artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": status})
+        artifact.add_file(str(file))
         run.log_artifact(artifact)
-    except wandb.Error:
+    except (wandb.Error, OSError):  # no server, or no home for a copy of the file
         run.save(str(file), base_path=str(file.parent), policy="now")
 
 
@@ -2410,7 +2458,7 @@ class Recorder:
         self.recorded_step = 0
 
     def __enter__(self) -> Recorder:
-        if self.args.use_wandb or in_sweep():
+        if wants_wandb(self.args):
             self.wandb_run = start_wandb(self.args, self.settings, self.saved["run_id"] if self.saved else None)
         for count, trial in enumerate(self.trials, 1):
             self.log_trial(trial, count)
@@ -2715,6 +2763,8 @@ def experiment(
 def run_experiment(args: argparse.Namespace) -> None:
     """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
+        if wants_wandb(args):
+            check_wandb(args)
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
             args = with_settings_of(earlier, args)

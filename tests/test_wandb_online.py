@@ -1,6 +1,7 @@
 """Weights & Biases with the real client and its command-line tools, against a server of its protocol on 127.0.0.1."""
 
 import json
+import pwd
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ from support.processes import (
     wait_for,
     wandb_tool,
 )
-from support.results import config_in, summary_in
+from support.results import config_in, refused, summary_in
 from support.tiny_model import save_tiny_generator, save_tiny_vq, tiny_arguments
 from support.wandb_server import API_KEY, WandbServer
 
@@ -182,6 +183,86 @@ def test_disabled_by_the_flag_nothing_is_sent_or_kept(tracked_run, server, tmp_p
 def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(call_tiny, tmp_path):
     assert_whole(call_tiny("--use-wandb", "--save-dir", "out"), tmp_path)
     assert offline_runs(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("offline", 1), ("disabled", 0)])
+def test_what_was_set_for_a_folder_holds_where_nothing_else_is_said(tracked_run, server, tmp_path, mode, kept):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text(f"[default]\nmode = {mode}\n")  # what `wandb offline` writes
+    assert tracked_run().code == 0
+    assert not server.runs and len(offline_runs(tmp_path)) == kept
+    assert tracked_run("--wandb-mode", "online").code == 0
+    assert len(server.runs) == 1
+
+
+def test_wandb_disabled_in_the_environment_switches_it_off_unless_an_option_says_otherwise(
+    tracked_run, server, tmp_path
+):
+    assert tracked_run(WANDB_DISABLED="true").code == 0
+    assert not server.runs and not offline_runs(tmp_path)
+    assert tracked_run("--wandb-mode", "online", WANDB_DISABLED="true").code == 0
+    assert len(server.runs) == 1
+
+
+def test_names_of_the_environment_hold_where_no_option_gives_others(tracked_run, server):
+    names = {"PROJECT": "p1", "NAME": "n1", "TAGS": "t1,t2", "RUN_GROUP": "g1", "JOB_TYPE": "j1", "NOTES": "words"}
+    environment = {f"WANDB_{name}": value for name, value in names.items()}
+    assert tracked_run(**environment).code == 0
+    (run,) = server.runs.values()
+    assert (run.project, run.display_name, run.tags, run.group) == ("p1", "n1", ["t1", "t2"], "g1")
+    assert (run.job_type, run.notes) == ("j1", "words")
+    given = ("--wandb-project", "p2", "--wandb-run-name", "n2", "--wandb-tags", "t3", "--wandb-group", "g2")
+    assert tracked_run(*given, **environment).code == 0
+    *_, run = server.runs.values()
+    assert (run.project, run.display_name, run.tags, run.group) == ("p2", "n2", ["t3"], "g2")
+
+
+def test_a_second_run_under_the_id_of_a_first_is_refused_and_the_first_stays_as_it_is(tracked_run, server):
+    environment = {"WANDB_RUN_ID": "twice", "WANDB_RESUME": "allow"}
+    assert tracked_run("--num-steps", 5, "--target-accuracy", 0, **environment).code == 0
+    (run,) = server.runs.values()
+    before = list(run.history)
+    refused(tracked_run("--num-steps", 5, "--target-accuracy", 0, "--seed", 1, **environment), "twice", "--resume")
+    assert run.history == before and run.exit_code == 0 and len(server.runs) == 1
+
+
+@pytest.mark.parametrize("home", ["/dev/null/nobody", "", None])
+def test_without_a_home_the_proto_tokens_arrive_all_the_same(tracked_run, server, monkeypatch, home):
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # a container's user without a passwd entry
+    result = tracked_run(HOME=home)
+    assert result.code == 0, result.err
+    (run,) = server.runs.values()
+    assert run.exit_code == 0 and run.summary.keys() >= SUMMARY
+    assert "proto_tokens.safetensors" in run.files or run.artifacts
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WANDB_BASE_URL", "localhost:8080"),
+        ("WANDB_RESUME", "sometimes"),
+        ("WANDB_MODE", "disable"),
+        ("WANDB_HTTP_TIMEOUT", "soon"),
+        ("WANDB_CONSOLE", "loud"),
+        ("WANDB_TAGS", "x" * 70),
+        ("WANDB_PROJECT", "a/b"),
+        ("WANDB_INIT_TIMEOUT", "never"),
+    ],
+)
+def test_a_value_that_wandb_does_not_know_is_refused_before_the_models_load(tracked_run, name, value):
+    result = tracked_run(**{name: value})
+    refused(result, value[:20])
+    assert name in result.err or (name == "WANDB_PROJECT" and "project" in result.err)
+    assert "generator:" not in result.out
+
+
+def test_a_project_that_wandb_does_not_take_is_refused_before_the_models_load(tracked_run):
+    result = tracked_run("--wandb-project", "a/b")
+    refused(result, "a/b")
+    assert "generator:" not in result.out
 
 
 @pytest.mark.parametrize("trouble", ["unreachable", "answers 500"])

@@ -43,7 +43,11 @@ def steps_in(folder: Path) -> list[int]:
 def refused(result: SimpleNamespace, *words: str) -> None:
     """One line on stderr, exit code 2, no traceback."""
     assert result.code == 2, (result.out, result.err)
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("reference:", "proto-tokens:"))]
+    lines = [
+        line
+        for line in result.err.splitlines()
+        if line and not line.startswith(("reference:", "proto-tokens:", "wandb:"))
+    ]
     assert len(lines) == 1 and lines[0].startswith("verify_proto_tokens.py: error:"), result.err
     for word in words:
         assert word in lines[0]

@@ -38,6 +38,8 @@ class Run:
     project: str
     display_name: str
     group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
     tags: list[str] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
@@ -252,6 +254,7 @@ class WandbServer:
         if first and (variables.get("host") or run.state != "running"):
             run.starts, run.state, run.exit_code = run.starts + 1, "running", None
         ours = {"displayName": "display_name", "groupName": "group", "tags": "tags", "sweep": "sweep", "state": "state"}
+        ours |= {"jobType": "job_type", "notes": "notes"}
         for key in ours.keys() & {key for key, value in variables.items() if value is not None}:
             setattr(run, ours[key], variables[key])
         if sent:
