@@ -495,16 +495,24 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -673,7 +681,8 @@ def load_models(args: argparse.Namespace) -> Models:
     """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
     device = pick_device(args.device)
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
-    vocabulary_rows = read_vocabulary_rows(generator_folder)
+    config = read_config(generator_folder)
+    vocabulary_rows = config.vocab_size
     text_tokenizer = load_text_tokenizer(generator_folder)
     visual_offset = len(text_tokenizer)
     vq_files = (VQ_DECODER, VQ_ENCODER) if args.images else (VQ_DECODER,)
@@ -681,7 +690,10 @@ def load_models(args: argparse.Namespace) -> Models:
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
     vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
+    if vq_encoder:
+        encode_pixels(vq_encoder, torch.zeros(1, 3, factor, factor), factor)  # else found out after the generator came
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
+    refuse_too_few_positions(config, text_tokenizer, args.prompts, (args.image_size // factor) ** 2)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
         raise UserError(
@@ -732,8 +744,12 @@ def name_of(dtype: torch.dtype) -> str:
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     """The folder itself, or the local snapshot of a hub repository, downloaded where needed. Raises UserError."""
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{option} {name}: there is no such user, or no home") from None
     if folder.is_dir():
+        refuse_pointers(folder, patterns)
         return folder
     if folder.exists():
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
@@ -742,7 +758,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(f"{no_folder} (and this is no hub id such as {DEFAULT_MODEL}); {elsewhere}")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError:
         accept = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
         raise UserError(f"{option} {name}: it is gated: {accept}; {elsewhere}") from None
@@ -750,24 +766,55 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         nor_there = "no such repository on the Hugging Face hub that you may read (a private one needs `hf auth login`)"
         raise UserError(f"{no_folder}, and {nor_there}; {elsewhere}") from None
     except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
-        why = line_of(error.__cause__ or error)[:120]
         raise UserError(
-            f"{no_folder}, and it cannot be fetched from the Hugging Face hub ({why}); {elsewhere}"
+            f"{no_folder}, and it cannot be fetched from the Hugging Face hub ({why_not_fetched(error)}); {elsewhere}"
         ) from None
+    refuse_pointers(folder, patterns)
+    return folder
 
 
-def read_vocabulary_rows(folder: Path) -> int:
-    """The embedding rows that the checkpoint's config.json promises. Raises UserError where it is no Qwen2 model."""
+def why_not_fetched(error: Exception) -> str:
+    while error is not None:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            return "your token is not valid: run `hf auth login`, or unset HF_TOKEN"
+        if isinstance(error, json.JSONDecodeError):
+            return "what answered is not the hub, but a page: is there a proxy that wants a login first?"
+        last, error = error, error.__cause__ or error.__context__
+    return line_of(last)[:120]
+
+
+def refuse_pointers(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Raises UserError where a file is what git leaves in place of a large one."""
+    for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        with file.open("rb") as stream:
+            if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
+                raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in {folder}")
+
+
+def read_config(folder: Path) -> Qwen2Config:
+    """The checkpoint's configuration, checked. Raises UserError where it is no plain Qwen2 model."""
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
-        kind, rows = config["model_type"], int(config["vocab_size"])
+        fields = dict(json.loads(file.read_text(encoding="utf-8")))
+        kind, rows = fields["model_type"], fields["vocab_size"]
     except OSError:
         raise UserError(f"--model-path {folder} holds no config.json: it is no model folder") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}/config.json is damaged or no model configuration: download it again") from None
+        raise UserError(f"{file} is damaged or no model configuration: download it again") from None
     if kind != "qwen2":
         raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
-    return rows
+    if "quantization_config" in fields:
+        raise UserError(
+            f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from gradients "
+            "through the weights, so take the checkpoint before its quantisation"
+        )
+    try:
+        if rows < 1:
+            raise ValueError(f"vocab_size is {rows}")
+        return Qwen2Config.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{file} does not describe a Qwen2 model: {why[:200]}") from None
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -794,17 +841,32 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
             attention_dropout=0.0,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # but for saying which they are, below
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        refuse_misfitting_weights(folder, report)
+        generator = freeze(generator.to(device))
+        generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the fields of a foreign config.json may lead to
         if is_out_of_memory(error):
             raise
         raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {line_of(error)}") from None
+    return generator
+
+
+def refuse_misfitting_weights(folder: Path, report: dict) -> None:
+    """Raises UserError where the files lack tensors that config.json promises, or have them of another shape."""
     if report["missing_keys"] or report["mismatched_keys"]:
+        shapes = [
+            f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
+        ]
+        examples = "; ".join([*shapes, *sorted(report["missing_keys"])][:2])
         raise UserError(
-            f"the weights in {folder} lack {len(report['missing_keys'])} of the model's tensors and have "
-            f"{len(report['mismatched_keys'])} of another shape: the download is incomplete or of another model"
+            f"the weights in {folder} lack {len(report['missing_keys'])} of the tensors of its config.json and have "
+            f"{len(report['mismatched_keys'])} of another shape ({examples}): the download is incomplete or of another "
+            "model, or the config.json is"
         )
-    return freeze(generator.to(device))
 
 
 def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
@@ -818,11 +880,16 @@ def with_fresh_weights(models: Models, seed: int) -> Models:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = Qwen2ForCausalLM(models.generator.config)
-    return dataclasses.replace(models, generator=freeze(generator.to(models.device, models.generator.dtype)))
+    for parameter in generator.parameters():
+        # Of the parameters alone: as in a loaded model, the rotary frequencies stay in float32.
+        parameter.data = parameter.data.to(models.generator.dtype)
+    return dataclasses.replace(models, generator=freeze(generator.to(models.device)))
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
     """A part of the VQ tokenizer in its own precision (casts are traced in as constants). Raises UserError."""
+    if not file.is_file() and is_hub_snapshot(file.parent):
+        raise UserError(f"{file.name} is not in the hub's cache ({file.parent}): fetch it while there is a network")
     if not file.is_file():
         raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}: it is no Cosmos-style VQ tokenizer")
     try:
@@ -857,6 +924,19 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
         raise UserError(f"--num-e-tokens {num_e_tokens} exceeds the {num_tokens} tokens of --image-size {image_size}")
 
 
+def refuse_too_few_positions(
+    config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, prompts: list[str], num_tokens: int
+) -> None:
+    """Raises UserError where the model has no positions for a prompt and the image's N tokens behind it."""
+    texts = [*map(conditional_prompt, prompts), negative_prompt()]
+    longest = max(len(ids) for ids in text_tokenizer(texts)["input_ids"])
+    if longest + num_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"--prompt has {longest} tokens, and the image {num_tokens}: together they must stay within the model's "
+            f"{config.max_position_embeddings}; shorten the prompt, or lower --image-size"
+        )
+
+
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
     """The product of the FSQ levels that a Cosmos decoder carries in its state; None where it carries none."""
     for name, buffer in vq_decoder.named_buffers():
@@ -876,12 +956,12 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
+def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
     try:
-        weight = next(models.vq_encoder.parameters())
+        weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
-        indices = [models.vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
+        indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
     except Exception as error:  # whatever foreign TorchScript may raise
         if is_out_of_memory(error):
@@ -890,14 +970,18 @@ def encode_pixels(models: Models, pixels: Tensor) -> Tensor:
             f"--image: encoder.jit cannot run here ({line_of(error, -1)}): the bfloat16 encoder of Cosmos needs a GPU; "
             "or it is no Cosmos-style encoder"
         ) from None
-    if codes.shape[1] != models.num_tokens(pixels.shape[-1]) or not models.has(codes):
-        raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others, or more or fewer")
+    if codes.shape[1] != (pixels.shape[-1] // factor) ** 2:
+        raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are more or fewer")
     return codes
+
+
+def is_hub_snapshot(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and bool(re.fullmatch(r"[0-9a-f]{40}", folder.name))
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     """Identifies a model by its commit where it is a hub snapshot, else by the content of its files."""
-    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+    if is_hub_snapshot(folder):
         return folder.name
     return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
 
@@ -945,6 +1029,19 @@ NEGATIVE_PROMPT = (
 )
 
 
+LARGEST_PICTURE = 500e6  # pixels: more than a telephone takes; of these some 6 GB of memory are needed
+Image.MAX_IMAGE_PIXELS = None  # read_picture has the limit above
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what EXIF's orientations ask for
+
+
 @dataclass(frozen=True)
 class Reference:
     """The targets: visual codes [B, N], their pixels and prompts."""
@@ -981,7 +1078,9 @@ def make_reference(
     elif args.control == "random":
         codes = torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng)
     elif args.images:
-        codes = encode_pixels(models, pictures).cpu()
+        codes = encode_pixels(models.vq_encoder, pictures, models.factor).cpu()
+        if not models.has(codes):
+            raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
     if args.control == "shuffled" and not args.from_proto_tokens:  # those were shuffled before they were learned
@@ -1018,25 +1117,37 @@ def read_picture(file: Path, size: int) -> Tensor:
     Turned as its EXIF orientation says; transparent parts are white.
     """
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(file) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise ValueError(f"it has {image.width * image.height / 1e6:.0f} million pixels: make it smaller")
             if image.mode == "F":
                 raise ValueError("its pixels are of floating point; convert it to 8 or 16 bits")
+            turn = TURNS.get(orientation_of(image))
             if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
                 values = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
+                image = Image.fromarray((values / 257).round().astype(np.uint8))
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side)).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"--image {file}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
+    if turn is not None:
+        image = image.transpose(turn)
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
         image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def orientation_of(image: Image.Image) -> object:
+    """What EXIF says of it; damaged EXIF is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever the bytes suggest
+        return None
 
 
 @contextlib.contextmanager
@@ -1124,16 +1235,11 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
 def prompt_batch(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Tensor]:
     """Each prompt's ids, then as often the negative one's, padded in front: ids [2B, L], mask [2B, L + N].
 
-    Causality hides the N tokens that are to come. Raises UserError where the model has too few positions for them.
+    Causality hides the N tokens that are to come.
     """
     texts = [conditional_prompt(prompt) for prompt in prompts] + [negative_prompt()] * len(prompts)
     prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
-    length, longest = max(map(len, prompt_ids)), models.generator.config.max_position_embeddings
-    if length + num_tokens > longest:
-        raise UserError(
-            f"--prompt has {length} tokens, and the image {num_tokens}: together they must stay within the model's "
-            f"{longest}; shorten the prompt"
-        )
+    length = max(map(len, prompt_ids))
     ids = [[0] * (length - len(row)) + row for row in prompt_ids]
     mask = [[0] * (length - len(row)) + [1] * (len(row) + num_tokens) for row in prompt_ids]
     return torch.tensor(ids, device=models.device), torch.tensor(mask, device=models.device)

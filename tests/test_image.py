@@ -1,9 +1,11 @@
 """A picture of one's own as the target: how it is read, cut and encoded, and what is refused."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from support.processes import DEMO
 from support.results import config_in, refused, summary_in, tensors_in
 from support.tiny_model import save_torchscript
@@ -58,6 +60,65 @@ def test_a_picture_is_turned_as_its_camera_held_it(tmp_path):
     assert torch.equal(vpt.read_picture(file, 16)[0], vpt.read_picture(saved(tmp_path, picture(), "q.png"), 16)[0])
 
 
+def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of entries (tag, type, count, four bytes of value), as a camera writes it; a rational -1/3 after them."""
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    first = b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", 0)
+    return b"Exif\0\0" + first + struct.pack("<ii", -1, 3)
+
+
+def test_exif_that_cannot_be_written_back_still_turns_the_picture(tmp_path):
+    """A camera's negative rational under a tag that is unsigned by the standard."""
+    orientation = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+    negative = (0x011A, 10, 1, struct.pack("<I", 8 + 2 + 2 * 12 + 4))
+    turned = saved(tmp_path, picture(size=64).rotate(90), "p.jpg", exif=exif_of(orientation, negative), quality=95)
+    upright = vpt.read_picture(saved(tmp_path, picture(size=64), "q.jpg", quality=95), 16)
+    assert (vpt.read_picture(turned, 16) - upright).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0garbage of a camera",
+        exif_of((0x0112, 3, 1, b"\xff\xff\xff\xff")),
+        exif_of((0x0112, 2, 4, b"six\0")),
+        exif_of((0x0112, 5, 1, struct.pack("<I", 99999))),
+    ],
+)
+def test_damaged_exif_is_none(tmp_path, exif):
+    file = saved(tmp_path, picture(size=64), "p.jpg", exif=exif, quality=95)
+    plain = vpt.read_picture(saved(tmp_path, picture(size=64), "q.jpg", quality=95), 16)
+    assert torch.equal(vpt.read_picture(file, 16), plain)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_way_to_hold_a_camera_is_undone(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(tmp_path, Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10), exif=exif)
+    with Image.open(file) as image:
+        expected = ImageOps.exif_transpose(image)
+    expected.save(tmp_path / "q.png")
+    assert torch.equal(vpt.read_picture(file, 4), vpt.read_picture(tmp_path / "q.png", 4))
+
+
+def test_a_telephones_200_megapixels_are_read_without_a_word(tmp_path, recwarn):
+    file = saved(tmp_path, Image.new("1", (400_000, 500), 1))
+    assert torch.equal(vpt.read_picture(file, 16), torch.ones(3, 16, 16))
+    assert not recwarn.list
+
+
+def test_a_picture_that_no_camera_takes_is_one_line(call_tiny, tmp_path):
+    file = saved(tmp_path, Image.new("1", (1_100_000, 500)))
+    refused(call_tiny("--image", file), "--image", "550 million pixels", "smaller")
+
+
+def test_a_dark_picture_of_sixteen_bits_stays_dark(tmp_path):
+    file = saved(tmp_path, Image.fromarray(np.full((16, 16), 200, dtype=np.uint16)))
+    assert vpt.read_picture(file, 16).max() < 0.01
+
+
 @pytest.mark.parametrize("size", [(40, 16), (16, 40), (90, 33), (400, 301)])
 def test_the_middle_square_is_what_is_kept(tmp_path, size):
     image = Image.new("L", size, 255)
@@ -89,7 +150,7 @@ def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tm
 def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu", "--image", str(DEMO / "samples.png")]))
     pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
-    codes = vpt.encode_pixels(models, pixels)
+    codes = vpt.encode_pixels(models.vq_encoder, pixels, models.factor)
     again = vpt.decode_codes(models.vq_decoder, codes)
     assert codes.shape == (1, 64) and vpt.psnr(again, pixels) > 15
 
@@ -113,4 +174,6 @@ def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_f
     encoder.unlink()
     refused(call_tiny("--image", file), "encoder.jit")
     save_torchscript(torch.nn.Linear(2, 2), encoder)
-    refused(call_tiny("--image", file), "encoder.jit cannot run", "GPU")
+    result = call_tiny("--image", file)
+    refused(result, "encoder.jit cannot run", "GPU")
+    assert "generator:" not in result.out  # before it is loaded

@@ -1,0 +1,170 @@
+"""Checkpoints as they come: what loads, and what is refused in one line before anything slow."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.results import refused
+from support.tiny_model import save_tiny_generator, save_tiny_vq
+
+import verify_proto_tokens as vpt
+
+
+def change(file, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "something_new"])
+def test_a_quantised_checkpoint_is_refused_and_told_why(call_tiny, model_folders, method):
+    change(model_folders[0] / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    refused(call_tiny(), "quantised", "gradients")
+
+
+def test_a_vocabulary_unlike_the_rows_in_the_file_names_both_numbers(call_tiny, model_folders):
+    change(model_folders[0] / "config.json", vocab_size=1500)
+    refused(call_tiny(), "lm_head.weight has [1412, 32], not [1500, 32]")
+
+
+def test_a_tensor_that_is_missing_is_named(call_tiny, model_folders):
+    weights = load_file(model_folders[0] / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model_folders[0] / "model.safetensors", {"format": "pt"})
+    refused(call_tiny(), "model.layers.1.mlp.up_proj.weight", "incomplete")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("initializer_range", 1), ("hidden_size", "32"), ("rms_norm_eps", "x"), ("max_position_embeddings", "many")],
+)
+def test_a_field_of_the_wrong_type_is_named(call_tiny, model_folders, field, value):
+    change(model_folders[0] / "config.json", **{field: value})
+    refused(call_tiny(), "config.json", f"'{field}'", "expected", repr(value))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", -3),
+        ("vocab_size", "x"),
+        ("hidden_act", "foo"),
+        ("rope_scaling", {"type": "x"}),
+        ("num_attention_heads", 5),
+        ("num_key_value_heads", 3),
+        ("layer_types", ["a"]),
+        ("rope_parameters", 7),
+    ],
+)
+def test_a_field_that_makes_no_model_is_one_line(call_tiny, model_folders, field, value):
+    change(model_folders[0] / "config.json", **{field: value})
+    refused(call_tiny(), str(model_folders[0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+@pytest.fixture
+def call_hub(call_script, hub):
+    return lambda *arguments: call_script("--device", "cpu", *arguments)
+
+
+def test_a_gated_repository_is_said_to_be_one(call_hub, hub):
+    hub.code, hub.error = 403, "GatedRepo"
+    refused(call_hub("--model-path", "someone/gated"), "gated", "licence")
+
+
+def test_a_repository_that_does_not_exist_is_said_to_be_none(call_hub, hub):
+    hub.code, hub.error = 404, "RepoNotFound"
+    refused(call_hub("--model-path", "someone/nothing"), "no such repository", "--demo")
+
+
+def test_a_token_that_is_not_valid_is_said_to_be_so(call_hub, hub):
+    hub.code, hub.error, hub.body = 401, None, b'{"error": "Invalid credentials in Authorization header"}'
+    refused(call_hub("--model-path", "someone/private"), "token", "hf auth login")
+
+
+@pytest.mark.parametrize("body", [b"<html>Please log in to the network</html>", b""])
+def test_a_proxys_login_page_is_said_to_be_none_of_the_hubs(call_hub, hub, body):
+    hub.code, hub.error, hub.body, hub.kind = 200, None, body, "text/html"
+    refused(call_hub("--model-path", "someone/model"), "not the hub", "proxy")
+
+
+def test_a_hub_that_fails_points_at_the_other_ways(call_hub, hub):
+    hub.code, hub.error = 500, None
+    refused(call_hub("--model-path", "someone/model"), "cannot be fetched", "--demo")
+
+
+def test_offline_an_encoder_that_was_never_fetched_is_said_not_to_be_cached(call_tiny, tmp_path):
+    snapshots = tmp_path / "hf" / "hub" / "models--nvidia--vq"
+    (snapshots / "refs").mkdir(parents=True)
+    (snapshots / "refs" / "main").write_text("b" * 40)
+    save_tiny_vq(snapshots / "snapshots" / ("b" * 40))
+    (snapshots / "snapshots" / ("b" * 40) / "encoder.jit").unlink()
+    vpt.Image.new("L", (16, 16)).save(tmp_path / "p.png")
+    assert call_tiny("--vq-model-ckpt", "nvidia/vq").code == 0
+    refused(call_tiny("--vq-model-ckpt", "nvidia/vq", "--image", "p.png"), "encoder.jit is not in the hub's cache")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "decoder.jit"])
+def test_a_git_lfs_pointer_is_said_to_be_one(call_tiny, model_folders, name):
+    file = model_folders[name == "decoder.jit"] / name
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n")
+    refused(call_tiny(), name, "git-LFS pointer", "git lfs pull")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions, precision, decoding
+
+
+@pytest.mark.parametrize("options", [(), ("--control", "random"), ("--image", "p.png")])
+def test_an_image_of_more_tokens_than_positions_is_refused_before_the_generator_loads(
+    call_tiny, model_folders, tmp_path, options
+):
+    vpt.Image.new("L", (16, 16)).save(tmp_path / "p.png")
+    change(model_folders[0] / "config.json", max_position_embeddings=50)
+    result = call_tiny("--image-size", 32, *options)
+    refused(result, "the image 64", "50", "--image-size")
+    assert "generator:" not in result.out
+
+
+def test_an_untrained_generator_keeps_its_rotary_frequencies_in_float32(make_args):
+    models = vpt.load_models(make_args("--dtype", "bfloat16"))
+    untrained = vpt.with_fresh_weights(models, seed=0)
+    assert untrained.generator.dtype == torch.bfloat16
+    for (name, ours), (_, loaded) in zip(
+        untrained.generator.named_buffers(), models.generator.named_buffers(), strict=True
+    ):
+        assert ours.dtype == torch.float32 and torch.equal(ours, loaded), name
+
+
+@pytest.mark.parametrize("position", [0, 5, 15])
+def test_logits_that_are_not_finite_end_the_decoding_in_one_line(call_tiny, monkeypatch, position):
+    really_guided, calls = vpt.guided_scores, iter(range(100))
+
+    def spoilt(*arguments):
+        scores = really_guided(*arguments)
+        return scores * torch.nan if next(calls) == position else scores
+
+    monkeypatch.setattr(vpt, "guided_scores", spoilt)
+    refused(call_tiny(), "not finite", "--dtype")
+
+
+def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tmp_path, make_args, capsys):
+    save_tiny_generator(tmp_path / "generator")
+    change(tmp_path / "generator" / "generation_config.json", repetition_penalty=1.1)
+    own = vpt.load_models(make_args("--model-path", tmp_path / "generator"))
+    assert own.repetition_penalty == 1.1
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert "--repetition-penalty of 1.1" in note
+    none = vpt.load_models(make_args("--model-path", tmp_path / "generator", "--repetition-penalty", "1"))
+    assert none.repetition_penalty == 1 and "note:" not in capsys.readouterr().out
+    args = make_args()
+    keys = {vpt.ReferenceCache(tmp_path, vpt.describe_run(args, models)).entry("a", False)[1] for models in (own, none)}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"repetition_penalty": "much"}', '{"repetition_penalty": -1}'])
+def test_a_damaged_generation_config_is_named(call_tiny, model_folders, content):
+    (model_folders[0] / "generation_config.json").write_text(content)
+    refused(call_tiny(), "generation_config.json")
