@@ -54,6 +54,7 @@ import statistics
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -244,6 +245,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
     add("--top-p", "reference", type=PROBABILITY, default=1.0, metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
+    add("--repetition-penalty", "reference", type=POSITIVE, metavar="P",
+        help="divide the logits of codes that the picture has already, under the prompt and before guidance, as "
+        "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
         help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
         "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)")
@@ -610,6 +614,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+@contextlib.contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Says what is being done, once it has taken two seconds, and every half-minute for how long."""
+    done, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        wait = 2
+        while not done.wait(wait):
+            print(f"{what}: {duration(time.monotonic() - started)} ...", file=sys.stderr)
+            wait = 30
+
+    speaker = threading.Thread(target=say, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
+
+
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
     """Lively on a terminal, a line a half-minute in a log file."""
     lively = sys.stderr.isatty()
@@ -643,6 +667,7 @@ class Models:
     visual_offset: int
     codebook_size: int
     factor: int  # pixels a latent cell spans, in each direction
+    repetition_penalty: float  # of decoding: the checkpoint's own unless another is asked for
     generator_fingerprint: str
     vq_fingerprint: str
 
@@ -691,7 +716,9 @@ def load_models(args: argparse.Namespace) -> Models:
     vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
     if vq_encoder:
-        encode_pixels(vq_encoder, torch.zeros(1, 3, factor, factor), factor)  # else found out after the generator came
+        encode_pixels(
+            vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor), factor
+        )  # else found out after the generator came
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     refuse_too_few_positions(config, text_tokenizer, args.prompts, (args.image_size // factor) ** 2)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
@@ -702,6 +729,7 @@ def load_models(args: argparse.Namespace) -> Models:
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
+    repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     print(
         f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {name_of(generator.dtype)} on {device}; "
         f"{visual_offset} text ids + {codebook_size} visual codes"
@@ -715,6 +743,7 @@ def load_models(args: argparse.Namespace) -> Models:
         visual_offset=visual_offset,
         codebook_size=codebook_size,
         factor=factor,
+        repetition_penalty=repetition_penalty,
         generator_fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
         vq_fingerprint=fingerprint_of(vq_folder, (VQ_DECODER,)),
     )
@@ -735,7 +764,17 @@ def pick_device(name: str | None) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and not cpu_computes_in(name):
+        print(f"note: this processor has no arithmetic in {name}: --dtype float32 is many times faster here")
     return getattr(torch, name)
+
+
+def cpu_computes_in(dtype_name: str) -> bool:
+    """Whether this processor has instructions for it."""
+    if dtype_name == "float32":
+        return True
+    sort = {"bfloat16": "bf16", "float16": "fp16"}[dtype_name]
+    return any(has and sort in name for name, has in torch.cpu.get_capabilities().items())
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -815,6 +854,24 @@ def read_config(folder: Path) -> Qwen2Config:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{file} does not describe a Qwen2 model: {why[:200]}") from None
+
+
+def read_repetition_penalty(folder: Path) -> float:
+    """What generation_config.json asks for, if there is one; 1 is none. Raises UserError."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return 1.0
+    try:
+        penalty = float(json.loads(file.read_text(encoding="utf-8")).get("repetition_penalty") or 1)
+    except (OSError, ValueError, TypeError, AttributeError):
+        penalty = math.nan
+    if not 0 < penalty < math.inf:
+        raise UserError(f"{file} is damaged, or its repetition_penalty is no number above 0: see --repetition-penalty")
+    if penalty != 1:
+        print(
+            f"note: decoding with the checkpoint's own repetition penalty of {penalty:g}; --repetition-penalty 1 is none"
+        )
+    return penalty
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -950,8 +1007,9 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Visual codes [B, N] of square images in raster order -> pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
-    # A few at a time: the decoder needs far more memory than its pictures.
-    videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
+    with said_if_slow("decoding pictures"):
+        # A few at a time: the decoder needs far more memory than its pictures.
+        videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
     return ((videos[:, :, 0].float() + 1) / 2).clamp(0, 1)
 
 
@@ -1009,11 +1067,18 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
 
     seconds_a_token(2, 1)  # reads the weights from disk
     decoding = num_tokens * seconds_a_token(2, 1)
-    step = 2 * num_tokens * seconds_a_token(1, min(num_tokens, 256))  # the way back costs about one more way there
+    one_pass = num_tokens * seconds_a_token(1, min(num_tokens, 256))
+    step = 2 * one_pass  # the way back costs about one more way there
+    started = time.perf_counter()
+    decode_codes(models.vq_decoder, torch.zeros(1, 1, dtype=torch.long))
+    picture = num_tokens * (time.perf_counter() - started)
+    remedies = ["a GPU", "fewer --num-steps"]
+    if models.generator.dtype == torch.float32 and cpu_computes_in("bfloat16"):
+        remedies.append("--dtype bfloat16")
     print(
-        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(decoding)} for a new reference "
-        f"and {duration(step * num_steps)} for {num_steps} steps of one target; a GPU, --dtype bfloat16 or fewer "
-        "--num-steps shorten this"
+        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(decoding + picture)} for a new "
+        f"reference, {duration(step * num_steps)} for {num_steps} steps of one target, and "
+        f"{duration(5 * one_pass + picture)} after them; {' or '.join(remedies)} shortens this"
     )
 
 
@@ -1123,6 +1188,8 @@ def read_picture(file: Path, size: int) -> Tensor:
             if image.mode == "F":
                 raise ValueError("its pixels are of floating point; convert it to 8 or 16 bits")
             turn = TURNS.get(orientation_of(image))
+            if turn is not None:
+                image = image.transpose(turn)
             if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
                 values = np.asarray(image).clip(0, 65535)
                 image = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -1133,8 +1200,6 @@ def read_picture(file: Path, size: int) -> Tensor:
         raise UserError(f"--image {file}: there is no such file") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
-    if turn is not None:
-        image = image.transpose(turn)
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
         image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
@@ -1213,7 +1278,8 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
         cache.reset()
         # A stream for each target: its picture does not depend on the others'.
         rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
-        codes = []
+        penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
+        codes, all_finite = [], torch.ones((), dtype=torch.bool, device=models.device)
         started = time_on(models.device)
         hidden_states = last_hidden_states(models.generator.model, input_ids, position_ids)
         for position in progress_bar(range(num_tokens), "reference", "tokens"):
@@ -1224,11 +1290,15 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
                 hidden_states = last_hidden_states(layers, newest_ids, position_ids)
             logits = few_rows_linear(hidden_states, models.visual_head).float()  # [2B, C]
             cond_logits, uncond_logits = logits.chunk(2)
+            if models.repetition_penalty != 1 and position > 0:
+                cond_logits = penalise(torch.stack(codes, dim=1), cond_logits)
             scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
-            if position == 0 and not scores.isfinite().all():
-                damaged = "the generator's logits are not finite: try another --dtype; else its weights are damaged"
-                raise UserError(damaged)
+            # Asked for once, at the end: each question would have the device wait.
+            all_finite = all_finite & scores.isfinite().all()
+            scores = torch.where(scores.isfinite(), scores, 0)
             codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
+        if not all_finite:
+            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, compiled)
 
 
@@ -1687,17 +1757,18 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> Reconstruction:
-    """One forward pass, argmax, VQ decode; the pass is timed too (median of five, after one).
+    """One forward pass, argmax, VQ decode; the pass is timed too: the median of what fits into two seconds.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
     seconds = []
-    for _ in range(6):
-        started = time_on(models.device)
-        predictions = predict_in_one_pass(models, proto_tokens, codes, at_once)
-        seconds.append(time_on(models.device) - started)
-    pixels = decode_codes(models.vq_decoder, predictions.codes)
-    return Reconstruction(predictions, pixels, statistics.median(seconds[1:]))
+    with said_if_slow("one pass over the best proto-tokens"):
+        while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
+            started = time_on(models.device)
+            predictions = predict_in_one_pass(models, proto_tokens, codes, at_once)
+            seconds.append(time_on(models.device) - started)
+    one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
+    return Reconstruction(predictions, decode_codes(models.vq_decoder, predictions.codes), one_pass_seconds)
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:
@@ -1725,9 +1796,10 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     """
     batch, num_tokens = reference.codes.shape
     prompted, unprompted = [], []
-    for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
-        prompted.append(teacher_forced_bits(models, conditional_prompt(prompt), codes))
-        unprompted.append(teacher_forced_bits(models, negative_prompt(), codes))
+    with said_if_slow("what the targets cost in bits"):
+        for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
+            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt), codes))
+            unprompted.append(teacher_forced_bits(models, negative_prompt(), codes))
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
@@ -2157,6 +2229,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "codebook_size": models.codebook_size,
         "visual_offset": models.visual_offset,
         "factor": models.factor,
+        "repetition_penalty": models.repetition_penalty,
         "hidden_size": models.hidden_size,
         "generator_fingerprint": models.generator_fingerprint,
         "vq_fingerprint": models.vq_fingerprint,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.builders import reference_of
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import verify_proto_tokens as vpt
 
@@ -103,6 +103,40 @@ def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tin
         min_new_tokens=40,
     )
     assert (codes + tiny_models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.1, 1.5, 0.8])
+def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_generate(
+    tiny_models, make_args, penalty
+):
+    """SimpleAR hands its guidance to `generate` as a processor, which comes after the library's own."""
+    models = dataclasses.replace(tiny_models, repetition_penalty=penalty)
+    codes, plain = (
+        vpt.generate_visual_codes(each, ["a cat"], 40, make_args("--top-k", "1")).codes
+        for each in (models, tiny_models)
+    )
+
+    def ids(text):
+        return torch.tensor([models.text_tokenizer(text)["input_ids"]])
+
+    prompt_ids, negative_ids = ids(vpt.conditional_prompt("a cat")), ids(vpt.negative_prompt())
+    guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        6.0,
+        models.generator,
+        unconditional_ids=negative_ids,
+        unconditional_attention_mask=torch.ones_like(negative_ids),
+    )
+    peer = models.generator.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        repetition_penalty=penalty,
+        logits_processor=[guidance, VisualOnly(models.visual_offset, models.codebook_size)],
+        do_sample=False,
+        max_new_tokens=40,
+        min_new_tokens=40,
+    )
+    assert (codes + models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
+    assert codes.tolist() != plain.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its compiler's modules
