@@ -868,9 +868,7 @@ def read_repetition_penalty(folder: Path) -> float:
     if not 0 < penalty < math.inf:
         raise UserError(f"{file} is damaged, or its repetition_penalty is no number above 0: see --repetition-penalty")
     if penalty != 1:
-        print(
-            f"note: decoding with the checkpoint's own repetition penalty of {penalty:g}; --repetition-penalty 1 is none"
-        )
+        print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 would be none")
     return penalty
 
 
@@ -1293,12 +1291,12 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
             if models.repetition_penalty != 1 and position > 0:
                 cond_logits = penalise(torch.stack(codes, dim=1), cond_logits)
             scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
-            # Asked for once, at the end: each question would have the device wait.
             all_finite = all_finite & scores.isfinite().all()
+            if position in (0, num_tokens - 1) and not all_finite:  # not at each: the device would have to wait
+                damaged = "the generator's logits are not finite: try another --dtype; else its weights are damaged"
+                raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
             codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
-        if not all_finite:
-            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, compiled)
 
 
@@ -1375,10 +1373,10 @@ class ProtoTokens(torch.nn.Module):
         self.e_t = torch.nn.Parameter(e_t)
         self.m = torch.nn.Parameter(m, requires_grad=m_learns)
 
-    def forward(self, num_tokens: int, targets: slice = slice(None)) -> Tensor:
-        """The generator's inputs [e_1 .. e_K, m, ..., m] for these targets: [B, N, D]."""
-        e_t = self.e_t[targets]
-        m = self.m if len(self.m) == 1 else self.m[targets]
+    def forward(self, num_tokens: int, some: slice = slice(None)) -> Tensor:
+        """The generator's inputs [e_1 .. e_K, m, ..., m] for all or some targets: [B, N, D]."""
+        e_t = self.e_t[some]
+        m = self.m if len(self.m) == 1 else self.m[some]
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
 
@@ -1388,7 +1386,7 @@ class ProtoTokens(torch.nn.Module):
         return 1 if len(self.m) == 1 and self.m.requires_grad else len(self.e_t)
 
     @property
-    def learning(self) -> list[Tensor]:
+    def trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def learned_numbers(self, num_tokens: int) -> int:
@@ -1412,9 +1410,9 @@ def initial_proto_tokens(
     return ProtoTokens(e_t, m.repeat(batch if args.m == "own" else 1, 1)).to(models.device)
 
 
-def one_pass(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int, targets: slice) -> Tensor:
+def one_pass(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int, some: slice) -> Tensor:
     """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
-    inputs_embeds = proto_tokens(num_tokens, targets).to(generator.dtype)
+    inputs_embeds = proto_tokens(num_tokens, some).to(generator.dtype)
     return generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
 
 
@@ -1454,50 +1452,54 @@ def predict(models: Models, hidden_states: Tensor, codes: Tensor, backward: bool
 
     With `backward` the gradient of the summed losses is added up in `hidden_states.grad`.
     """
-    at_once = max(1, LOGITS_AT_ONCE // len(models.head))
+    positions_at_once = max(1, LOGITS_AT_ONCE // len(models.head))
+    all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
     chunks = []
-    for states, targets in zip(hidden_states.flatten(0, 1).split(at_once), codes.flatten().split(at_once), strict=True):
-        chunk = predict_positions(models, states, targets)
+    for positions in slices(len(all_codes), positions_at_once):
+        chunk = predict_positions(models, all_states[positions], all_codes[positions])
         if backward:
             chunk.losses.sum().backward()  # now, so that its logits can go before the next chunk's come
         chunks.append(chunk._replace(losses=chunk.losses.detach()))
-    return Predictions(*(torch.cat(parts).view_as(codes) for parts in zip(*chunks, strict=True)))
+    return Predictions(*(values.view_as(codes) for values in joined(chunks)))
 
 
-def predict_in_one_pass(
-    models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int, backward: bool = False
-) -> Predictions:
-    """One pass for the targets codes [B, N], `at_once` of them at a time, and what it predicts.
-
-    With `backward` the gradient of the summed losses is added up in the proto-tokens' `.grad`.
-    """
-    parts = []
-    for targets in slices(len(codes), at_once):
-        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], targets)
-        leaf = hidden_states.detach().requires_grad_(backward)  # the way back through the head, chunk by chunk,
-        parts.append(predict(models, leaf, codes[targets], backward))
-        if backward:
-            hidden_states.backward(leaf.grad)  # then through the layers, at once
+def joined(parts: list[Predictions]) -> Predictions:
     return Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> Predictions:
-    """The loss: each target's mean cross-entropy over its N positions; leaves in `.grad` the gradient of their sum.
+def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Predictions:
+    """One pass for the targets codes [B, N], so many of them at a time, and what it predicts."""
+    parts = []
+    for some in slices(len(codes), targets_at_once):
+        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], some)
+        parts.append(predict(models, hidden_states, codes[some]))
+    return joined(parts)
 
-    Of their sum, so that a target with an m of its own learns as it would alone.
+
+def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Predictions:
+    """One pass for the targets codes [B, N], and the way back: leaves the loss's gradient in `.grad`.
+
+    The loss is the cross-entropy, meant over each target's N positions and summed over the targets, so that a target
+    with an m of its own learns as it would alone: sum_b 1/N sum_i -log p(code_bi | e_t, m).
     """
     proto_tokens.zero_grad()
-    predictions = predict_in_one_pass(models, proto_tokens, codes, at_once, backward=True)
-    for parameter in proto_tokens.learning:
+    parts = []
+    for some in slices(len(codes), targets_at_once):
+        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], some)
+        # Back through the head by chunks of positions, as far as the hidden states; then once through the layers.
+        at_head = hidden_states.detach().requires_grad_()
+        parts.append(predict(models, at_head, codes[some], backward=True))
+        hidden_states.backward(at_head.grad)
+    for parameter in proto_tokens.trainable:
         parameter.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
-    return predictions
+    return joined(parts)
 
 
 @torch.no_grad()
 def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
     """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
     groups = proto_tokens.groups
-    gradients = [parameter.grad.view(groups, -1) for parameter in proto_tokens.learning]
+    gradients = [parameter.grad.view(groups, -1) for parameter in proto_tokens.trainable]
     norms = torch.cat(gradients, dim=1).norm(dim=1)
     if limit > 0:
         for gradient in gradients:
@@ -1525,9 +1527,9 @@ class Optimisation:
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         batch = len(codes)
         self.models, self.codes, self.args = models, codes, args
-        self.recomputes, self.at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
+        self.recomputes, self.targets_at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
         self.proto_tokens = initial_proto_tokens(models, batch, args, given_m)
-        self.optimizer = torch.optim.AdamW(self.proto_tokens.learning, betas=args.betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.proto_tokens.trainable, betas=args.betas, weight_decay=0.0)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
@@ -1535,12 +1537,13 @@ class Optimisation:
         self.best_step = torch.zeros(batch, dtype=torch.long)
         self.best_accuracy = torch.full((batch,), -1.0, dtype=torch.float64)  # percent
         self.best_loss = torch.full((batch,), math.inf, dtype=torch.float64)  # nats, at the best step
+        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
         self.diverged = False
 
     @property
     def reached(self) -> bool:
-        """Whether the best proto-tokens have the accuracy asked for; 0 asks for never ending early."""
-        return 0 < self.args.target_accuracy <= self.best_accuracy.min().item()
+        """Whether the best proto-tokens have the accuracy asked for."""
+        return self.best_accuracy.min().item() >= self.goal
 
     @property
     def finished(self) -> bool:
@@ -1558,7 +1561,7 @@ class Optimisation:
                 started = time.perf_counter()
                 rate = rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
                 self.optimizer.param_groups[0]["lr"] = rate
-                predictions = losses_and_gradient(models, proto_tokens, self.codes, self.at_once)
+                predictions = losses_and_gradient(models, proto_tokens, self.codes, self.targets_at_once)
                 grad_norms = clip_gradients(proto_tokens, args.grad_clip)
                 numbers = numbers_of_step(proto_tokens, predictions, grad_norms)
                 if not torch.stack(numbers).isfinite().all():
@@ -1576,15 +1579,15 @@ class Optimisation:
         """Keeps the present embeddings of the targets whose numbers are the best yet.
 
         The best is final once the accuracy asked for is reached, so that a target of several ends as it would alone.
+        Targets that share an m have reached it when each of them has, even if their mean was higher before.
         """
         judged_together = self.proto_tokens.groups == 1
-        goal = self.args.target_accuracy or math.inf
 
         def judged(values: Tensor) -> Tensor:
             return values.mean().expand(len(values)) if judged_together else values
 
-        was_reached = judged((self.best_accuracy >= goal).double()) == 1
-        is_reached = judged((numbers.accuracy >= goal).double()) == 1
+        was_reached = judged((self.best_accuracy >= self.goal).double()) == 1
+        is_reached = judged((numbers.accuracy >= self.goal).double()) == 1
         before, now = judged(self.best_accuracy), judged(numbers.accuracy)
         closer = (now == before) & (judged(numbers.loss) < judged(self.best_loss))
         better = ~was_reached & (is_reached | (now > before) | closer)  # [B]
@@ -1622,7 +1625,7 @@ class Optimisation:
     @torch.no_grad()
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
-        predictions = predict_in_one_pass(self.models, self.best, self.codes, self.at_once)
+        predictions = predict_in_one_pass(self.models, self.best, self.codes, self.targets_at_once)
         return decode_codes(self.models.vq_decoder, predictions.codes[:SHOWN_TARGETS])
 
     def summary(self) -> dict:
@@ -1756,7 +1759,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_once: int) -> Reconstruction:
+def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Reconstruction:
     """One forward pass, argmax, VQ decode; the pass is timed too: the median of what fits into two seconds.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
@@ -1765,7 +1768,7 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, at_onc
     with said_if_slow("one pass over the best proto-tokens"):
         while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
             started = time_on(models.device)
-            predictions = predict_in_one_pass(models, proto_tokens, codes, at_once)
+            predictions = predict_in_one_pass(models, proto_tokens, codes, targets_at_once)
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
     return Reconstruction(predictions, decode_codes(models.vq_decoder, predictions.codes), one_pass_seconds)
@@ -2239,7 +2242,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "torch_version": torch.__version__,
         "versions": versions,
     }
-    if args.m_from:
+    if args.m_from and not args.from_proto_tokens:  # else it is not read
         settings["m_from_fingerprint"] = digest_of([Path(args.m_from)])
     return {name: settings[name] for name in SETTINGS if name in settings}
 
@@ -2747,9 +2750,9 @@ class Recorder:
         targets = draw_targets(reference, reconstruction)
         history = self.history.rows() if self.history else []
         images = draw_results(targets, reconstruction, summary, history)
-        self.publish(images, summary, {"targets": targets} if len(targets) > 1 else {})
         if self.wandb_run:
             log_proto_tokens(self.wandb_run, self.folder / PROTO_TOKENS_FILE, summary["status"])
+        self.publish(images, summary, {"targets": targets} if len(targets) > 1 else {})
 
     def finish_capacity(self, summary: dict) -> None:
         """Writes and logs the results of a search for the capacity."""
@@ -2765,8 +2768,6 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
-        write_json(self.folder / "summary.json", summary)
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
         if self.wandb_run:
             media = {name: as_media(image) for name, image in images.items()}
             media |= {name: as_table(rows) for name, rows in tables.items()}
@@ -2774,6 +2775,8 @@ class Recorder:
             step = max(summary["steps"], self.wandb_run.starting_step) if "steps" in summary else None
             self.wandb_run.log(media, step=step)
             self.wandb_run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+        write_json(self.folder / "summary.json", summary)
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
 
     # ---- rows of W&B's history
 
@@ -2791,7 +2794,7 @@ class Recorder:
 
     def log_frame(self, step: int, frame: Image.Image) -> None:
         if self.wandb_run:
-            self.log({"progress/reconstruction": as_media(frame)}, step)
+            self.log({"progress/reconstruction": as_media(frame), "optimisation_step": step}, step)
 
     def log_trial(self, trial: dict, count: int) -> None:
         self.log({f"capacity/{name}": value for name, value in trial.items()}, count)
@@ -2926,13 +2929,13 @@ def experiment(
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
-        learned, proto_tokens, at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+        learned, proto_tokens, targets_at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
     else:
         learning = learn(models, reference.codes, earlier, record)
-        learned, proto_tokens, at_once = learning.summary(), learning.best, learning.at_once
+        learned, proto_tokens, targets_at_once = learning.summary(), learning.best, learning.targets_at_once
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
-        reconstruction = reconstruct(models, proto_tokens, reference.codes, at_once)
+        reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_at_once)
         bits = information(models, reference, reconstruction.predictions)
     summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
     record.finish(reference, reconstruction, proto_tokens, summary)

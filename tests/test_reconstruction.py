@@ -41,7 +41,7 @@ def test_codes_decode_in_raster_order(tiny_models):
 
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, at_once=1)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_at_once=1)
     logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
     assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
     assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1400)
@@ -60,7 +60,7 @@ def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_mod
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models, proto_tokens):
     codes = torch.zeros(1, 16, dtype=torch.long)
     full, visual = (
-        vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, at_once=1)
+        vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, targets_at_once=1)
         for vocabulary in ("full", "visual")
     )
     text = full.predictions.ids < 1400  # a random model prefers a text id nearly everywhere
@@ -85,7 +85,7 @@ def summary_of(tiny_models, make_args):
     def summary_of(codes, prompts):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
-        reconstruction = vpt.reconstruct(models, proto_tokens, codes, at_once=16)
+        reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_at_once=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
         return vpt.summarise(reference, reconstruction, bits, proto_tokens), reconstruction
 
@@ -210,3 +210,35 @@ def test_files_can_be_read_by_others_as_the_umask_says(tmp_path, proto_tokens):
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def columns_with_ink(image) -> list[int]:
+    """Of the heading's part of a figure: the columns that are not white."""
+    heading = np.asarray(image.convert("L"))[: image.height // 8]
+    return np.flatnonzero((heading < 200).any(0)).tolist()
+
+
+@pytest.mark.parametrize("prompt", ["W" * 72, "a " * 36, "猫" * 72])
+def test_a_heading_stays_within_the_figure(prompt):
+    picture = Image.new("RGB", (32, 32), "white")
+    summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
+    image = vpt.draw_comparison(prompt, picture, picture, summary)
+    ink = columns_with_ink(image)
+    assert ink[0] > image.width * 0.01 and ink[-1] < image.width * 0.99
+
+
+def test_letters_that_matplotlibs_font_lacks_come_from_one_that_this_system_has():
+    assert vpt.families_for("a cat") == ["DejaVu Sans"]
+    assert vpt.families_for("a \u24b6 cat") == [
+        "DejaVu Sans",
+        "STIXGeneral",
+    ]  # a circled A, which ships with Matplotlib
+    assert vpt.families_for("a \U0010fffd cat") == ["DejaVu Sans"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_steps_of_a_short_run_are_whole_numbers(count, monkeypatch):
+    monkeypatch.setattr(vpt, "render", lambda figure: figure)
+    figure = vpt.draw_training_curves(history(count))
+    for axis in figure.axes:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())

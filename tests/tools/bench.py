@@ -236,7 +236,7 @@ def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
     ours = vpt.initial_proto_tokens(models, 1, script_arguments("--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
-    predictions = vpt.losses_and_gradient(models, ours, codes, at_once=1)
+    predictions = vpt.losses_and_gradient(models, ours, codes, targets_at_once=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
     of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
     a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.learning, plain))
@@ -325,7 +325,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
         vpt.predict(models, hidden_states, codes, backward=True)
     else:
         with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
-            vpt.losses_and_gradient(models, proto_tokens, codes, at_once=1)
+            vpt.losses_and_gradient(models, proto_tokens, codes, targets_at_once=1)
     return {"bytes": peak_bytes() - before}
 
 
