@@ -44,6 +44,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -492,6 +493,8 @@ if __name__ == "__main__":
     ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
 
+# A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 import matplotlib
 import matplotlib.style
 import numpy as np
@@ -500,9 +503,13 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -1914,6 +1921,28 @@ def caption_of(prompt: str) -> str:
     return one_line if len(one_line) <= 72 else one_line[:71] + "…"
 
 
+@functools.cache
+def families_for(text: str) -> list[str]:
+    """Matplotlib's own font, then fonts of this system that have what it lacks: Chinese, say, or emoji."""
+    own = matplotlib.rcParamsDefault["font.sans-serif"][0]
+    missing = {ord(letter) for letter in text if not letter.isspace()}
+    missing -= FT2Font(font_manager.findfont(own)).get_charmap().keys()
+    families = [own]
+    for entry in font_manager.fontManager.ttflist if missing else []:
+        with contextlib.suppress(OSError, RuntimeError):  # a file that is gone or damaged
+            font = FT2Font(entry.fname)
+            if font.scalable and missing & font.get_charmap().keys():
+                families.append(entry.name)
+                missing -= font.get_charmap().keys()
+    return families
+
+
+def fit(text: Text, figure: Figure, share: float) -> None:
+    """Shrinks a text to a share of the figure's width, if it is wider."""
+    width = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
+    text.set_fontsize(text.get_fontsize() * min(1, share * figure.bbox.width / width))
+
+
 def likeness(decibels: float) -> str:
     return f"PSNR {decibels:.1f} dB" if math.isfinite(decibels) else "identical picture"
 
@@ -1939,7 +1968,10 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
     show(left, reference, "reference", f"{total} tokens{one_by_one}")
     show(right, reconstruction, f"one forward pass over {embeddings} embeddings", accuracy)
-    figure.suptitle(caption_of(prompt), fontsize=13, fontweight="bold", y=0.965, parse_math=False)
+    caption = caption_of(prompt)
+    heading = figure.suptitle(caption, fontsize=13, fontweight="bold", y=0.965, parse_math=False)
+    heading.set_fontfamily(families_for(caption))
+    fit(heading, figure, share=0.96)
     return render(figure)
 
 
@@ -1988,7 +2020,9 @@ def draw_contact_sheet(targets: list[dict]) -> Image.Image:
         words, *pictures = row
         words.axis("off")
         caption = textwrap.fill(caption_of(target["prompt"]), 30)
-        words.text(0, 0.52, caption, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
+        heading = words.text(0, 0.52, caption, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
+        heading.set_fontfamily(families_for(caption))
+        fit(heading, figure, share=0.27)
         words.text(0, 0.48, f"{target['accuracy']:.1f} %", fontsize=11, va="top")
         for axis, name in zip(pictures, ("reference", "reconstruction", "error_map"), strict=True):
             show(axis, target[name])
@@ -2047,6 +2081,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("E", "train/learning_rate", "rate")
     panels["E"].set(title="learning rate", xlabel="step")
     for panel in panels.values():
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid()
     for several_lines in "BC":
         panels[several_lines].legend()
