@@ -318,8 +318,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-every", "nothing", type=COUNT, metavar="STEPS",
         help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
     add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
-        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, then what `wandb offline` "
-        "or `wandb disabled` set, else online)")
+        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else what `wandb "
+        "offline` or `wandb disabled` set, else online)")
     return parser
 # fmt: on
 
@@ -383,7 +383,10 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
-        args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+        try:
+            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+        except argparse.ArgumentTypeError as error:
+            exit_with_error(f"WANDB_TAGS of the environment {error}")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         args.wandb_mode = args.wandb_mode or "disabled"
 
@@ -735,8 +738,8 @@ def load_models(args: argparse.Namespace) -> Models:
             f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
-    generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
+    generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
     print(
         f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {name_of(generator.dtype)} on {device}; "
         f"{visual_offset} text ids + {codebook_size} visual codes"
@@ -1215,7 +1218,8 @@ def read_picture(file: Path, size: int) -> Tensor:
 def orientation_of(image: Image.Image) -> object:
     """What EXIF says of it; damaged EXIF is none."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        with warnings.catch_warnings(action="ignore"):
+            return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # whatever the bytes suggest
         return None
 
@@ -1906,12 +1910,18 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-def render(figure: Figure) -> Image.Image:
-    """Draws a figure; letters that the font lacks (emoji in a prompt, say) become boxes without a warning each."""
-    canvas = FigureCanvasAgg(figure)
+@contextlib.contextmanager
+def boxes_for_missing_letters() -> Iterator[None]:
+    """Without a warning for each letter that no font here has."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas.draw()
+        yield
+
+
+@boxes_for_missing_letters()
+def render(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
@@ -1931,12 +1941,14 @@ def families_for(text: str) -> list[str]:
     for entry in font_manager.fontManager.ttflist if missing else []:
         with contextlib.suppress(OSError, RuntimeError):  # a file that is gone or damaged
             font = FT2Font(entry.fname)
-            if font.scalable and missing & font.get_charmap().keys():
+            drawable = font.scalable and "Last Resort" not in entry.name  # whose letters are boxes
+            if drawable and missing & font.get_charmap().keys():
                 families.append(entry.name)
                 missing -= font.get_charmap().keys()
     return families
 
 
+@boxes_for_missing_letters()
 def fit(text: Text, figure: Figure, share: float) -> None:
     """Shrinks a text to a share of the figure's width, if it is wider."""
     width = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
@@ -2081,7 +2093,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("E", "train/learning_rate", "rate")
     panels["E"].set(title="learning rate", xlabel="step")
     for panel in panels.values():
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid()
     for several_lines in "BC":
         panels[several_lines].legend()
@@ -2546,6 +2558,7 @@ def check_wandb(args: argparse.Namespace) -> None:
     """Raises UserError where an option or a WANDB_ variable has a value that W&B does not take."""
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
+    provide_home()
     import wandb
 
     try:
@@ -2553,6 +2566,16 @@ def check_wandb(args: argparse.Namespace) -> None:
         wandb.Settings(**{name: value for name, value in wandb_names(args).items() if value is not None})
     except (wandb.Error, ValueError) as error:
         raise UserError(f"W&B does not take these settings: {refused_setting(error)}") from None
+
+
+def provide_home() -> None:
+    """Where there is none (a container's user without a name), as the W&B client would end without."""
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")
 
 
 def refused_setting(error: Exception) -> str:
@@ -2603,6 +2626,11 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
             wandb.teardown()  # a service that failed once would fail an offline run too
             run = start(mode=keep_offline(error))
     except (wandb.Error, ValueError) as error:
+        if "already exists" in str(error):
+            there = (
+                f"W&B has a run {os.environ.get('WANDB_RUN_ID')} already, the id that WANDB_RUN_ID gives to this one"
+            )
+            raise UserError(f"{there}: unset it, or go on with that run by --resume") from None
         raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
     run.define_metric("capacity/*", step_metric="capacity/num_tokens")
@@ -2994,7 +3022,8 @@ def run_experiment(args: argparse.Namespace) -> None:
         if args.resume and is_finished(folder):
             print(f"the run in {folder} is finished: there is nothing to resume")
             return
-        warn_if_slow(models, settings["num_tokens"], args.num_steps)
+        if not args.from_proto_tokens:
+            warn_if_slow(models, settings["num_tokens"], args.num_steps)
         with Recorder(args, folder, settings) as record:
             summary = experiment(models, args, earlier, pictures, record)
         print_results(summary, record)

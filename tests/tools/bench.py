@@ -84,6 +84,7 @@ def build_models(shape: str, vocabulary: str = "full", dtype: torch.dtype = torc
         codebook_size=codes,
         factor=16,
         generator_fingerprint="",
+        repetition_penalty=1.0,
         vq_fingerprint="",
     )
 
@@ -239,7 +240,7 @@ def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
     predictions = vpt.losses_and_gradient(models, ours, codes, targets_at_once=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
     of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
-    a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.learning, plain))
+    a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.trainable, plain))
     of_gradient = ((a - b).norm() / b.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
     return {"loss_difference": of_loss, "gradient_difference": of_gradient}
