@@ -798,7 +798,8 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except RuntimeError:
         raise UserError(f"{option} {name}: there is no such user, or no home") from None
     if folder.is_dir():
-        refuse_pointers(folder, patterns)
+        for file in (file for pattern in patterns for file in folder.glob(pattern)):
+            refuse_pointer(file)
         return folder
     if folder.exists():
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
@@ -807,7 +808,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(f"{no_folder} (and this is no hub id such as {DEFAULT_MODEL}); {elsewhere}")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError:
         accept = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
         raise UserError(f"{option} {name}: it is gated: {accept}; {elsewhere}") from None
@@ -818,8 +819,6 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         raise UserError(
             f"{no_folder}, and it cannot be fetched from the Hugging Face hub ({why_not_fetched(error)}); {elsewhere}"
         ) from None
-    refuse_pointers(folder, patterns)
-    return folder
 
 
 def why_not_fetched(error: Exception) -> str:
@@ -832,12 +831,11 @@ def why_not_fetched(error: Exception) -> str:
     return line_of(last)[:120]
 
 
-def refuse_pointers(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Raises UserError where a file is what git leaves in place of a large one."""
-    for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
-        with file.open("rb") as stream:
-            if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
-                raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in {folder}")
+def refuse_pointer(file: Path) -> None:
+    """Raises UserError where the file is what git leaves in place of a large one."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -1189,6 +1187,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     Scaled as in SimpleAR's data preparation: halved by box averages while twice too large, then bicubic.
     Turned as its EXIF orientation says; transparent parts are white.
     """
+    refuse_pointer(file)
     try:
         with Image.open(file) as image:
             if image.width * image.height > LARGEST_PICTURE:
@@ -2436,6 +2435,7 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     """Raises UserError where the file cannot serve, or lies where this run's own will."""
     if file.resolve().parent == folder.resolve():
         raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
+    refuse_pointer(file)
     damaged = UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run")
     try:
         with safe_open(file, "pt") as stored:
@@ -2596,6 +2596,12 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     import wandb
 
     names = wandb_names(args)
+    if args.resume:
+        resume = "allow"
+    elif in_sweep():
+        resume = None  # the server may know of an agent's run before it begins
+    else:
+        resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
     start = functools.partial(
         wandb.init,
         project=names["project"],
@@ -2605,8 +2611,7 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
         tags=names["run_tags"],
         config=settings,
         id=run_id,
-        # Whatever WANDB_RESUME says, the steps of two runs are never mixed.
-        resume="allow" if args.resume else "never",
+        resume=resume,
         settings=wandb.Settings(
             init_timeout=WANDB_START_SECONDS,
             finish_timeout=WANDB_FINISH_SECONDS,

@@ -113,6 +113,12 @@ def test_a_git_lfs_pointer_is_said_to_be_one(call_tiny, model_folders, name):
     refused(call_tiny(), name, "git-LFS pointer", "git lfs pull")
 
 
+@pytest.mark.parametrize("option", ["--image", "--m-from", "--from-proto-tokens"])
+def test_a_git_lfs_pointer_is_said_to_be_one_wherever_a_file_is_named(call_tiny, tmp_path, option):
+    (tmp_path / "large").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n")
+    refused(call_tiny(option, "large"), "large is a git-LFS pointer")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Positions, precision, decoding
 
