@@ -225,8 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
         "embedding rows beyond the text vocabulary)")
     add("--device", "nothing", type=TEXT, help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
     add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on CUDA "
-        "and float32 elsewhere)")
+        help="precision of the generator; the proto-tokens are always float32 (default: auto, that is bfloat16 on GPUs "
+        "of CUDA that compute in it, and float32 elsewhere)")
 
     group = parser.add_argument_group("reference image")
     add("--prompt", "reference", type=PROMPTS, action="extend", metavar="TEXT", dest="prompts",
@@ -250,8 +250,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="divide the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
-        help="compile the decoding of the reference, on CUDA to CUDA graphs; costs half a minute first, and brings "
-        "nothing on a CPU (default: auto, that is on CUDA from 1024 tokens)")
+        help="compile decoding and step, on CUDA to CUDA graphs, which costs minutes first (default: auto, that is off "
+        "wherever no measurement says that it gains, which today is everywhere)")
     add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
     add("--seed", "reference", int, type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
@@ -680,6 +680,11 @@ class Models:
     repetition_penalty: float  # of decoding: the checkpoint's own unless another is asked for
     generator_fingerprint: str
     vq_fingerprint: str
+    compiled_layers: Callable | None = None  # in place of the generator's own, where they were compiled for a step
+
+    @property
+    def layers(self) -> Callable:
+        return self.generator.model if self.compiled_layers is None else self.compiled_layers
 
     @property
     def device(self) -> torch.device:
@@ -772,8 +777,12 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto" and device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        print("note: this GPU has no arithmetic in bfloat16: computing in float32 (in float16 Qwen2 can overflow)")
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32
     if device.type == "cpu" and not cpu_computes_in(name):
         print(f"note: this processor has no arithmetic in {name}: --dtype float32 is many times faster here")
     return getattr(torch, name)
@@ -1093,7 +1102,6 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
 
 CACHE_FORMAT = 4
 TARGETS_AT_ONCE = 16  # in a batch without gradients, whose key/value cache must fit
-COMPILED_FROM = 1024  # tokens, whose decoding takes longer than compiling does
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -1166,12 +1174,12 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
     Returns codes [B, N] and the seconds that decoding them took, whenever that was.
     """
     num_tokens, prompts = models.num_tokens(args.image_size), list(dict.fromkeys(args.prompts))
-    compiled = wants_compiling(models, num_tokens, args.compile)
+    compiled = args.compile == "on"
     decoded = {} if args.force_generate else cache.read(prompts, compiled)  # prompt -> codes [N], seconds
     if compiled and not args.force_generate:
         decoded = cache.read(prompts, compiled=False) | decoded  # where compiling failed before
     missing = [prompt for prompt in prompts if prompt not in decoded]
-    for few in slices(len(missing), TARGETS_AT_ONCE):
+    for few in slices(len(missing), targets_decoded_at_once(models, num_tokens)):
         codes, seconds, compiled = generate_visual_codes(models, missing[few], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[few], codes.cpu(), strict=True):
@@ -1179,6 +1187,14 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
             cache.write(prompt, compiled, row, seconds / len(codes))
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
     return codes, sum(seconds for _, seconds in decoded.values())
+
+
+def targets_decoded_at_once(models: Models, num_tokens: int) -> int:
+    """TARGETS_AT_ONCE, or as many as have room for their keys and values behind prompts of a usual length."""
+    config = models.generator.config
+    of_a_place = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
+    of_a_target = 2 * (num_tokens + 128) * of_a_place  # under both prompts
+    return max(1, int(min(TARGETS_AT_ONCE, 0.8 * free_bytes(models.device) / of_a_target)))
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -1255,47 +1271,82 @@ class Decoded(NamedTuple):
     compiled: bool  # whether it really was
 
 
+class PromptedLayers:
+    """The generator's layers with prompts before them: [2B, L] over one key/value cache of L + N places.
+
+    The B conditional prompts, then as often the negative one, padded in front; what comes later comes to both halves.
+    """
+
+    def __init__(self, models: Models, prompts: list[str], num_tokens: int):
+        texts = [conditional_prompt(prompt) for prompt in prompts] + [negative_prompt()] * len(prompts)
+        ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
+        length = max(map(len, ids))
+        padded = [[0] * (length - len(row)) + row for row in ids]
+        is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
+        self.generator, self.layers, self.compiled = models.generator, models.generator.model, False
+        self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, L]
+        self.is_token = torch.tensor(is_token, device=models.device)  # [2B, L + N]
+        self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, L + N]
+        self.places = torch.arange(length + num_tokens, device=models.device)
+        self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
+        self.filled = 0  # places behind the newest token
+
+    def warm_up(self, compiling: bool) -> None:
+        """Passes over one token that no clock is to pay for, by layers compiled if that is wanted and works."""
+        first_ids = self.prompt_ids[:, -1:].contiguous()
+        self(first_ids)
+        if compiling:
+            self.layers, self.compiled = compile_layers(self.layers, lambda layers: self.through(layers, first_ids))
+        self.cache.reset()
+        self.filled = 0
+
+    def prefill(self) -> Tensor:
+        """[2B, D] after the prompts."""
+        return self.through(self.generator.model, self.prompt_ids)  # of another shape than all that is compiled
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[2B, D] after one more token each, ids [2B, 1]."""
+        return self.through(self.layers, ids)
+
+    def through(self, layers: Callable, ids: Tensor) -> Tensor:
+        newest = slice(self.filled, self.filled + ids.shape[1])
+        if windows_slide(self.generator):
+            mask = self.is_token.long()
+        else:
+            behind = self.places[newest, None] - self.places  # [n, L + N]
+            seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
+            mask = {"full_attention": seen[:, None]}
+        output = layers(
+            input_ids=ids,
+            position_ids=self.position_ids[:, newest].contiguous(),
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.filled += ids.shape[1]
+        return output.last_hidden_state[:, -1]
+
+
 @torch.no_grad()
 def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace) -> Decoded:
     """Samples visual codes [B, N] with classifier-free guidance, one after another.
 
-    The conditional and the unconditional prompt of every target run as one left-padded batch [2B, L] over one
-    key/value cache, and only the visual rows of the head are computed: text ids can never be sampled.
+    Only the visual rows of the head are computed: text ids can never be sampled. Raises UserError.
     """
-    input_ids, attention_mask = prompt_batch(models, prompts, num_tokens)  # [2B, L], [2B, L + N]
-    position_ids = (attention_mask[:, : input_ids.shape[1]].cumsum(1) - 1).clamp(min=0)
-    cache = transformers.StaticCache(models.generator.config, attention_mask.shape[1])
-
-    def last_hidden_states(layers: Callable, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[2B, D] after any number of new tokens [2B, L]; the cache grows by them."""
-        output = layers(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
-
+    # A stream for each target: its picture does not depend on the others'.
+    rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
+    penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
+    codes, all_finite = [], torch.ones((), dtype=torch.bool, device=models.device)
     with quick_products_of_few_rows(models.generator):
-        one_token = input_ids[:, -1:].contiguous(), position_ids[:, -1:].contiguous()
-        layers, compiled = models.generator.model, False
-        last_hidden_states(layers, *one_token)  # a first pass, which no clock is to pay for
-        if wants_compiling(models, num_tokens, args.compile):
-            layers, compiled = compile_layers(layers, lambda layers: last_hidden_states(layers, *one_token))
-        cache.reset()
-        # A stream for each target: its picture does not depend on the others'.
-        rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
-        penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
-        codes, all_finite = [], torch.ones((), dtype=torch.bool, device=models.device)
+        layers = PromptedLayers(models, prompts, num_tokens)
+        layers.warm_up(compiling=args.compile == "on")
         started = time_on(models.device)
-        hidden_states = last_hidden_states(models.generator.model, input_ids, position_ids)
         for position in progress_bar(range(num_tokens), "reference", "tokens"):
-            if position > 0:
+            if position == 0:
+                hidden_states = layers.prefill()  # [2B, D]
+            else:
                 newest_ids = codes[-1] + models.visual_offset
-                newest_ids = newest_ids.repeat(2)[:, None]  # both prompts are fed the same token
-                position_ids = position_ids[:, -1:] + 1
-                hidden_states = last_hidden_states(layers, newest_ids, position_ids)
+                hidden_states = layers(newest_ids.repeat(2)[:, None])  # both prompts are fed the same token
             logits = few_rows_linear(hidden_states, models.visual_head).float()  # [2B, C]
             cond_logits, uncond_logits = logits.chunk(2)
             if models.repetition_penalty != 1 and position > 0:
@@ -1307,20 +1358,7 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
                 raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
             codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
-        return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, compiled)
-
-
-def prompt_batch(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Each prompt's ids, then as often the negative one's, padded in front: ids [2B, L], mask [2B, L + N].
-
-    Causality hides the N tokens that are to come.
-    """
-    texts = [conditional_prompt(prompt) for prompt in prompts] + [negative_prompt()] * len(prompts)
-    prompt_ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
-    length = max(map(len, prompt_ids))
-    ids = [[0] * (length - len(row)) + row for row in prompt_ids]
-    mask = [[0] * (length - len(row)) + [1] * (len(row) + num_tokens) for row in prompt_ids]
-    return torch.tensor(ids, device=models.device), torch.tensor(mask, device=models.device)
+        return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, layers.compiled)
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1337,24 +1375,23 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     probability = scores.softmax(-1)
-    return torch.cat([torch.multinomial(row, 1, generator=rng) for row, rng in zip(probability, rngs, strict=True)])
+    # What torch.multinomial does, but for asking the device whether the probabilities are any.
+    noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
+    return (probability / torch.stack(noise)).argmax(-1)
 
 
-def wants_compiling(models: Models, num_tokens: int, choice: str) -> bool:
-    return choice == "on" or (choice == "auto" and models.device.type == "cuda" and num_tokens >= COMPILED_FROM)
-
-
-def compile_layers(layers: torch.nn.Module, decode_one: Callable) -> tuple[Callable, bool]:
-    """The layers compiled, after two passes of `decode_one` that no clock is to pay for, or as they are; and which."""
+def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bool]:
+    """The layers compiled, after they were used twice, which no clock is to pay for, or as they are; and which."""
     mode = "reduce-overhead" if layers.device.type == "cuda" else "default"
     compiled = torch.compile(layers, dynamic=False, mode=mode)
     try:
-        decode_one(compiled)
-        decode_one(compiled)
+        with said_if_slow("compiling"):
+            use(compiled)
+            use(compiled)
     except (RuntimeError, ImportError, OSError) as error:  # of torch.compile, or of the compiler that it calls
         if is_out_of_memory(error):
             raise
-        print(f"note: decoding is not compiled, which fails here: {line_of(error)}")
+        print(f"note: the layers are not compiled, which fails here: {line_of(error)}")
         return layers, False
     return compiled, True
 
@@ -1364,8 +1401,9 @@ def compile_layers(layers: torch.nn.Module, decode_one: Callable) -> tuple[Calla
 
 FINAL_RATE = 1e-5
 LOGITS_AT_ONCE = 2**24  # that exist at a time; in float32, a few copies of 64 MB
-# Numbers that autograd keeps of a layer for each token, in units of the hidden and the MLP size (measured on a CPU).
-KEPT_PER_TOKEN = {"hidden": 6, "mlp": 3}
+# Numbers that autograd keeps of a layer for each token, in units of the hidden size, of the keys' and of the MLP's;
+# and in half precision float32 copies of its norms' inputs, in units of the hidden size.
+KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
 
 
 # What an interrupted optimisation is stored with, beside its embeddings and AdamW's moments.
@@ -1420,10 +1458,16 @@ def initial_proto_tokens(
     return ProtoTokens(e_t, m.repeat(batch if args.m == "own" else 1, 1)).to(models.device)
 
 
-def one_pass(generator: Qwen2ForCausalLM, proto_tokens: ProtoTokens, num_tokens: int, some: slice) -> Tensor:
+def windows_slide(generator: Qwen2ForCausalLM) -> bool:
+    """Whether layers need the library's own masks; making them, it asks the device a question in every pass."""
+    return "sliding_attention" in generator.config.layer_types
+
+
+def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, some: slice) -> Tensor:
     """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
-    inputs_embeds = proto_tokens(num_tokens, some).to(generator.dtype)
-    return generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+    inputs_embeds = proto_tokens(num_tokens, some).to(models.generator.dtype)
+    mask = None if windows_slide(models.generator) else {"full_attention": None}
+    return models.layers(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 class Predictions(NamedTuple):
@@ -1481,7 +1525,7 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     """One pass for the targets codes [B, N], so many of them at a time, and what it predicts."""
     parts = []
     for some in slices(len(codes), targets_at_once):
-        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], some)
+        hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
 
@@ -1495,7 +1539,7 @@ def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     proto_tokens.zero_grad()
     parts = []
     for some in slices(len(codes), targets_at_once):
-        hidden_states = one_pass(models.generator, proto_tokens, codes.shape[1], some)
+        hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         # Back through the head by chunks of positions, as far as the hidden states; then once through the layers.
         at_head = hidden_states.detach().requires_grad_()
         parts.append(predict(models, at_head, codes[some], backward=True))
@@ -1536,10 +1580,11 @@ class Optimisation:
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         batch = len(codes)
-        self.models, self.codes, self.args = models, codes, args
+        self.models, self.stepping_models, self.codes, self.args = models, models, codes, args
         self.recomputes, self.targets_at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
         self.proto_tokens = initial_proto_tokens(models, batch, args, given_m)
-        self.optimizer = torch.optim.AdamW(self.proto_tokens.trainable, betas=args.betas, weight_decay=0.0)
+        # Fused, since the others read their count of steps off the device.
+        self.optimizer = torch.optim.AdamW(self.proto_tokens.trainable, betas=args.betas, weight_decay=0.0, fused=True)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
@@ -1547,13 +1592,25 @@ class Optimisation:
         self.best_step = torch.zeros(batch, dtype=torch.long)
         self.best_accuracy = torch.full((batch,), -1.0, dtype=torch.float64)  # percent
         self.best_loss = torch.full((batch,), math.inf, dtype=torch.float64)  # nats, at the best step
+        if args.compile == "on" and not self.recomputes:
+            self.stepping_models = self.with_compiled_layers()
         self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
         self.diverged = False
+
+    def with_compiled_layers(self) -> Models:
+        def compiled_by(layers: Callable) -> Models:
+            return dataclasses.replace(self.models, compiled_layers=layers)
+
+        def step(layers: Callable) -> None:
+            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes, self.targets_at_once)
+
+        layers, _ = compile_layers(self.models.generator.model, step)
+        return compiled_by(layers)
 
     @property
     def reached(self) -> bool:
         """Whether the best proto-tokens have the accuracy asked for."""
-        return self.best_accuracy.min().item() >= self.goal
+        return min(self.best_accuracy.tolist()) >= self.goal
 
     @property
     def finished(self) -> bool:
@@ -1565,7 +1622,7 @@ class Optimisation:
         The numbers belong to the embeddings before the step's update. Ends at --num-steps, at --target-accuracy, or
         where the loss or its gradient is no longer finite.
         """
-        models, args, proto_tokens = self.models, self.args, self.proto_tokens
+        models, args, proto_tokens = self.stepping_models, self.args, self.proto_tokens
         with gradient_checkpointing(models.generator, self.recomputes):
             while not self.finished:
                 started = time.perf_counter()
@@ -1574,7 +1631,7 @@ class Optimisation:
                 predictions = losses_and_gradient(models, proto_tokens, self.codes, self.targets_at_once)
                 grad_norms = clip_gradients(proto_tokens, args.grad_clip)
                 numbers = numbers_of_step(proto_tokens, predictions, grad_norms)
-                if not torch.stack(numbers).isfinite().all():
+                if not numbers.are_finite():
                     self.diverged = True
                     return
                 self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
@@ -1612,24 +1669,24 @@ class Optimisation:
 
     def row(self, numbers: StepNumbers, rate: float) -> dict[str, float]:
         """A step's numbers by their W&B names: means over the targets, and of several each one's own."""
-        loss, accuracy = numbers.loss, numbers.accuracy
+        loss, accuracy, best_accuracy = numbers.loss.tolist(), numbers.accuracy.tolist(), self.best_accuracy.tolist()
         row = {
             "step": self.step,
-            "train/loss": loss.mean().item(),
-            "train/accuracy": accuracy.mean().item(),
-            "train/top5_accuracy": numbers.top5_accuracy.mean().item(),
-            "train/correct_tokens": int(numbers.num_correct.sum()),
-            "train/best_accuracy": self.best_accuracy.mean().item(),
+            "train/loss": statistics.fmean(loss),
+            "train/accuracy": statistics.fmean(accuracy),
+            "train/top5_accuracy": statistics.fmean(numbers.top5_accuracy.tolist()),
+            "train/correct_tokens": int(sum(numbers.num_correct.tolist())),
+            "train/best_accuracy": statistics.fmean(best_accuracy),
             "train/learning_rate": rate,
-            "embeddings/e_t_norm": numbers.e_t_norm[0].item(),
-            "embeddings/m_norm": numbers.m_norm[0].item(),
-            "gradients/grad_norm": numbers.grad_norm[0].item(),
+            "embeddings/e_t_norm": numbers.e_t_norm.tolist()[0],
+            "embeddings/m_norm": numbers.m_norm.tolist()[0],
+            "gradients/grad_norm": numbers.grad_norm.tolist()[0],
         }
         if len(loss) > 1:
             for k in range(len(loss)):
-                row[f"targets/{k}/loss"] = loss[k].item()
-                row[f"targets/{k}/accuracy"] = accuracy[k].item()
-                row[f"targets/{k}/best_accuracy"] = self.best_accuracy[k].item()
+                row[f"targets/{k}/loss"] = loss[k]
+                row[f"targets/{k}/accuracy"] = accuracy[k]
+                row[f"targets/{k}/best_accuracy"] = best_accuracy[k]
         return row
 
     @torch.no_grad()
@@ -1676,6 +1733,9 @@ class StepNumbers(NamedTuple):
     e_t_norm: Tensor
     m_norm: Tensor
 
+    def are_finite(self) -> bool:
+        return all(math.isfinite(number) for numbers in self for number in numbers.tolist())
+
 
 @torch.no_grad()
 def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
@@ -1705,12 +1765,22 @@ def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tup
 
 def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
-    config = models.generator.config
-    kept = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
+    config, itemsize = models.generator.config, models.generator.dtype.itemsize
+    numbers = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
+    numbers += KEPT_PER_TOKEN["keys"] * keys_per_token(models)
+    kept = numbers * itemsize
+    if itemsize < 4:
+        kept += KEPT_PER_TOKEN["float32_copies"] * config.hidden_size * 4
     of_all_layers = config.num_hidden_layers * kept
     if recomputes:
-        of_all_layers = config.num_hidden_layers * config.hidden_size + kept
-    return of_all_layers * num_tokens * models.generator.dtype.itemsize
+        of_all_layers = config.num_hidden_layers * config.hidden_size * itemsize + kept
+    return int(of_all_layers * num_tokens)
+
+
+def keys_per_token(models: Models) -> int:
+    """Numbers of a layer's keys, and as many of its values, for each token."""
+    config = models.generator.config
+    return config.num_key_value_heads * config.hidden_size // config.num_attention_heads
 
 
 def free_bytes(device: torch.device) -> float:
@@ -1718,9 +1788,14 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    available = math.inf
     with contextlib.suppress(OSError, TypeError):
-        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-    return math.inf
+        available = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    with contextlib.suppress(OSError, ValueError, TypeError):  # a container may have less than its machine
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(re.search(r"^anon (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text())[1])
+        available = min(available, limit - used)
+    return available
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from support.builders import optimise, random_codes
+from support.builders import optimise, random_codes, reference_of
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import verify_proto_tokens as vpt
 
@@ -16,7 +17,7 @@ def test_one_pass_equals_feeding_the_embeddings_one_by_one(tiny_models, num_e_to
     rng = torch.Generator().manual_seed(3)
     e_t, m = (torch.randn(2, count, tiny_models.hidden_size, generator=rng) for count in (num_e_tokens, 1))
     proto_tokens = vpt.ProtoTokens(e_t, m[:, 0] if own_m else m[0])
-    hidden_states = vpt.one_pass(tiny_models.generator, proto_tokens, 9, slice(2))
+    hidden_states = vpt.one_pass(tiny_models, proto_tokens, 9, slice(2))
     for row in range(2):
         for position in range(9):
             vectors = [*e_t[row], *[m[row if own_m else 0, 0]] * 8][: position + 1]
@@ -322,3 +323,112 @@ def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_mod
         monkeypatch.setattr(vpt, "free_bytes", lambda device, free=free: free)
         assert vpt.memory_plan(tiny_models, 1, 16, "auto") == (on, 1)
     assert vpt.memory_plan(tiny_models, 1, 16, "on")[0] and not vpt.memory_plan(tiny_models, 1, 16, "off")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a device is asked for
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its compiler's modules
+def test_compiled_steps_learn_what_plain_ones_do(tiny_models, make_args):
+    plain, compiled = (
+        optimise(tiny_models, make_args("--num-steps", 10, "--compile", choice))[1] for choice in ("off", "on")
+    )
+    for one, other in zip(plain, compiled, strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_where_compiling_fails_the_steps_are_taken_without(tiny_models, make_args, monkeypatch, capsys):
+    def fail(**inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda layers, **options: fail)
+    _, without = optimise(tiny_models, make_args("--num-steps", 5, "--compile", "on"))
+    assert "no C++ compiler" in capsys.readouterr().out
+    assert without == optimise(tiny_models, make_args("--num-steps", 5))[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "key_heads", "mlp"),
+    [(128, 6, 4, 2, 256), (896, 4, 14, 2, 4864), (512, 6, 8, 8, 1024), (256, 10, 4, 1, 1024)],
+)
+def test_the_memory_of_a_step_is_what_autograd_keeps(tiny_models, dtype, hidden, layers, heads, key_heads, mlp):
+    config = Qwen2Config(
+        vocab_size=50,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        intermediate_size=mlp,
+        attn_implementation="sdpa",
+    )
+    generator = vpt.freeze(Qwen2ForCausalLM(config).to(getattr(torch, dtype)))
+    models = dataclasses.replace(tiny_models, generator=generator)
+    own = {parameter.untyped_storage().data_ptr() for parameter in generator.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    proto_tokens = vpt.ProtoTokens(torch.randn(1, 1, hidden), torch.randn(1, hidden))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states = vpt.one_pass(models, proto_tokens, 64, slice(None))
+    assert hidden_states.requires_grad
+    assert 0.95 < sum(kept.values()) / vpt.step_bytes(models, 64, recomputes=False) < 1.05
+
+
+def host_reads(work) -> int:
+    """How often the host asks a device for a number, but in AdamW, whose counters are the host's own on a CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    events = profile.events()
+    of_adamw = [event.time_range for event in events if event.name.startswith("Optimizer.step")]
+    reads = [event for event in events if event.name in ("aten::_local_scalar_dense", "aten::is_nonzero")]
+    return sum(not any(r.start <= e.time_range.start <= r.end for r in of_adamw) for e in reads)
+
+
+@pytest.mark.parametrize("options", [(), ("--m", "own"), ("--grad-clip", 1), ("--gradient-checkpointing", "on")])
+def test_a_step_asks_the_device_for_its_numbers_alone(tiny_models, make_args, options):
+    args = make_args("--target-accuracy", 50, *options)
+    steps = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=2), args).steps()
+    next(steps)
+    assert host_reads(lambda: next(steps)) == 0  # the one copy of all numbers is none of these
+
+
+@pytest.mark.parametrize("options", [(), ("--top-k", 3), ("--top-p", 0.9), ("--repetition-penalty", 1.2)])
+def test_a_token_asks_the_device_for_nothing(make_args, options):
+    args = make_args(*options)
+    models = vpt.load_models(args)
+
+    def reads(num_tokens: int) -> int:
+        return host_reads(lambda: vpt.generate_visual_codes(models, ["a cat", "a"], num_tokens, args))
+
+    assert reads(3) == reads(12) > 0  # the first and the last are asked whether all logits were finite
+
+
+def test_many_prompts_are_decoded_by_as_many_as_memory_holds(tiny_models, make_args, monkeypatch):
+    prompts = [word for name in "abcde" for word in ("--prompt", name)]
+    together = reference_of(tiny_models, make_args(*prompts))
+    needed, batches, really_generate = 2 * (16 + 128) * 2 * 2 * 16 * 4, [], vpt.generate_visual_codes
+
+    def generate(models, some, *rest):
+        batches.append(len(some))
+        return really_generate(models, some, *rest)
+
+    monkeypatch.setattr(vpt, "generate_visual_codes", generate)
+    monkeypatch.setattr(vpt, "free_bytes", lambda device: 2.5 / 0.8 * needed)
+    split = reference_of(tiny_models, make_args(*prompts, "--force-generate"))
+    assert batches == [2, 2, 1] and torch.equal(split.codes, together.codes)
+
+
+@pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_the_default_of_gpus_that_compute_in_it(monkeypatch, capsys, computes, dtype):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: computes and not including_emulation
+    )
+    assert vpt.pick_dtype("auto", torch.device("cuda")) == dtype
+    assert ("no arithmetic in bfloat16" in capsys.readouterr().out) != computes
