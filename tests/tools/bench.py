@@ -1,15 +1,18 @@
 """Measures the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
 
-    step      one optimisation step, against the usual recipe and against its bare matrix products
+    step      one optimisation step, against the usual recipe, plain and compiled, against the best that torch ships
+              (linear_cross_entropy with its options), and against its bare matrix products
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
+    prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
     accuracy  steps to 90/95/99 % and the best accuracy, our recipe against the reference recipe
     limit     this machine's matrix products and memory reads alone
     targets   seconds a step and a target for 1, 2, 4 and 8 targets optimised together
     start     --help, imports, loading the demo model
 
-Repeats are interleaved (ours, peer, limit, ours, ...), and a figure is the median with minimum and maximum: machines
-are noisy, so only the ratios of one run mean something. Peers are written plainly from their public definitions.
+On any device and in any precision: --device cuda --dtype bfloat16. Repeats are interleaved (ours, usual, floor, ours,
+...), and a figure is the median with minimum and maximum: machines are noisy, so only the ratios of one run mean
+something. Peers are written plainly from their public definitions.
 """
 
 import argparse
@@ -25,8 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ from support.contract import CAPTIONS, SEEDS  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
+CPU = torch.device("cpu")
 TEXT_IDS, CODES = 151_672, 64_000
 SHAPES = {
     "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
@@ -52,39 +55,39 @@ SHAPES = {
 # Models of random weights
 
 
-def build_models(shape: str, vocabulary: str = "full", dtype: torch.dtype = torch.float32) -> vpt.Models:
+def build_models(args: argparse.Namespace) -> vpt.Models:
     """A generator of the real shape and vocabulary with random weights; the demo shape is the demo model's."""
-    if shape == "demo":
+    if args.shape == "demo":
         config = Qwen2Config.from_pretrained(vpt.DEMO_FOLDER / "generator")
         text_ids, codes = 1400, config.vocab_size - 1400
     else:
         text_ids, codes = TEXT_IDS, CODES
         config = Qwen2Config(
-            vocab_size=text_ids + codes, num_key_value_heads=2, tie_word_embeddings=False, **SHAPES[shape]
+            vocab_size=text_ids + codes, num_key_value_heads=2, tie_word_embeddings=False, **SHAPES[args.shape]
         )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device("meta"):
         generator = Qwen2ForCausalLM(config)
-    generator = generator.to(dtype).to_empty(device="cpu")
+    generator = generator.to(args.dtype).to_empty(device=args.device)
     for parameter in generator.parameters():
         parameter.data.normal_(0, 0.02)
     for name, parameter in generator.named_parameters():
         if "norm" in name:
             parameter.data.fill_(1)
     # Buffers (the rotary frequencies) have no values on the meta device.
-    generator.model.rotary_emb = type(generator.model.rotary_emb)(config)
+    generator.model.rotary_emb = type(generator.model.rotary_emb)(config).to(args.device)
     return vpt.Models(
         generator=vpt.freeze(generator),
         text_tokenizer=NumberTokenizer(),
         vq_decoder=None,
         vq_encoder=None,
-        vocabulary=vocabulary,
+        vocabulary=args.vocabulary,
         visual_offset=text_ids,
         codebook_size=codes,
         factor=16,
-        generator_fingerprint="",
         repetition_penalty=1.0,
+        generator_fingerprint="",
         vq_fingerprint="",
     )
 
@@ -100,24 +103,27 @@ def hash_of(word: str) -> int:
     return sum(ord(letter) * 31**place for place, letter in enumerate(word))
 
 
-def script_arguments(*extra: object) -> argparse.Namespace:
-    return vpt.parse_args(["--demo", "--device", "cpu", *map(str, extra)])
+def script_arguments(args: argparse.Namespace, *extra: object) -> argparse.Namespace:
+    return vpt.parse_args(["--demo", "--device", str(args.device), *map(str, extra)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing and reporting
 
 
-def interleaved(candidates: dict[str, Callable], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each candidate, `repeats` times in turn, after one untimed call each."""
-    for call in candidates.values() if warm_up else ():
-        call()
+def interleaved(
+    candidates: dict[str, Callable], repeats: int, device: torch.device = CPU, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each candidate on the device, `repeats` times in turn, after so many untimed calls each."""
+    for _ in range(warm_up):
+        for call in candidates.values():
+            call()
     seconds = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
-            started = time.perf_counter()
+            started = vpt.time_on(device)
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(vpt.time_on(device) - started)
     return seconds
 
 
@@ -130,32 +136,59 @@ def cpu_lines() -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def machine() -> str:
-    model = next((row.split(": ")[1] for row in cpu_lines() if row.startswith("model name")), platform.processor())
+def machine(device: torch.device = CPU) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {versions}"
+    model = next((row.split(": ")[1] for row in cpu_lines() if row.startswith("model name")), platform.processor())
     return f"{model}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"
 
 
-def table(title: str, rows: list[tuple], head: tuple[str, ...]) -> None:
-    print(f"\n{title}\n{machine()}\n")
+def product_rate(args: argparse.Namespace) -> float:
+    """Multiplications and additions a second of a large product: this device's peak in this precision, as measured."""
+    size = 8192 if args.device.type == "cuda" else 2048
+    x = torch.randn(size, size, device=args.device, dtype=args.dtype)
+    return 2 * size**3 / min(interleaved({"product": lambda: x @ x}, 5, args.device)["product"])
+
+
+def read_rate(args: argparse.Namespace) -> float:
+    """Bytes a second of reading memory, as measured."""
+    large = torch.ones(2**28, device=args.device, dtype=args.dtype)
+    seconds = min(interleaved({"read": lambda: large.sum()}, 5, args.device)["read"])
+    return large.numel() * large.itemsize / seconds
+
+
+def table(title: str, rows: list[tuple], head: tuple[str, ...], device: torch.device = CPU) -> None:
+    print(f"\n{title}\n{machine(device)}\n")
     lines = [head, *[tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def report(title: str, seconds: dict[str, list[float]], unit: str = "s", scale: Callable = lambda x: x) -> dict:
-    """Prints one table and gives what --json stores; `scale` turns seconds into the figure shown."""
+def report(
+    title: str,
+    seconds: dict[str, list[float]],
+    device: torch.device,
+    least: float,
+    peak: str,
+    unit: str = "s",
+    scale: Callable = lambda x: x,
+) -> dict:
+    """Prints one table and gives what --json stores; `scale` turns seconds into the figure shown.
+
+    `least`: the seconds that the arithmetic, or the reading, would take at the device's measured `peak`.
+    """
     figures = {name: spread([scale(value) for value in values]) for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [(name, f["median"], f["min"], f["max"], medians[name] / medians["ours"]) for name, f in figures.items()]
-    table(title, rows, ("", f"median ({unit})", "min", "max", "time / ours"))
-    result = {"ours": figures["ours"], "unit": unit}
-    if "peer" in figures:
-        result |= {"peer": figures["peer"], "ratio": medians["peer"] / medians["ours"]}
-    if "limit" in figures:
-        result |= {"limit": figures["limit"], "limit_ratio": medians["ours"] / medians["limit"]}
-    return result
+    rows = []
+    for name, figure in figures.items():
+        shares = medians[name] / medians["ours"], f"{100 * least / medians[name]:.0f} %"
+        rows.append((name, figure["median"], figure["min"], figure["max"], *shares))
+    table(title, rows, ("", f"median ({unit})", "min", "max", "time / ours", "of the peak"), device)
+    print(f"peak: {peak}, measured in this run")
+    ratios = {name: medians[name] / medians["ours"] for name in medians if name != "ours"}
+    return {"unit": unit, "figures": figures, "time_to_ours": ratios, "peak": peak}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,56 +219,110 @@ def reference_step(generator, parameters: list[Tensor], optimizer: torch.optim.A
             number.item()
 
 
-def matrix_products(generator: Qwen2ForCausalLM, head: Tensor, num_tokens: int) -> None:
-    """The products of one step and nothing else: linear layers forwards and back to their input, attention likewise."""
-    config = generator.config
+def stock_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
+    """The best that torch ships for so large a head: no logits of all positions, but no accuracy or rank either."""
+    optimizer.zero_grad()
+    e_t, m = parameters
+    filler = m.expand(target_ids.shape[1] - 1, -1)[None]
+    inputs_embeds = torch.cat((e_t[:, None], filler), dim=1).to(generator.dtype)
+    hidden_states = generator.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+    options = torch.nn.LinearCrossEntropyOptions()
+    weight = generator.lm_head.weight
+    F.linear_cross_entropy(hidden_states[0], weight, target_ids[0], options=options).backward()
+    optimizer.step()
+
+
+def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
+    """The products of one step and nothing else: linear layers forwards and back to their input, attention likewise.
+
+    On CUDA as one graph, so that launching them costs nothing.
+    """
+    config, head = models.generator.config, models.head
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    x = {size: torch.zeros(num_tokens, size) for size in {config.hidden_size, config.intermediate_size}}
-    query = torch.zeros(heads, num_tokens, width)
-    scores = torch.zeros(heads, num_tokens, num_tokens)
-    for layer in generator.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                out = torch.matmul(x[module.in_features], module.weight.T)
-                torch.matmul(out, module.weight)
-        for _ in range(2):  # scores and values; each has one product forwards and two backwards
-            torch.matmul(query, query.transpose(1, 2))
-            torch.matmul(scores, query)
-            torch.matmul(scores.transpose(1, 2), query)
-    for rows in head.split(4096):
-        torch.matmul(torch.matmul(x[config.hidden_size], rows.T), rows)
+    like = {"device": head.device, "dtype": head.dtype}
+    x = {size: torch.zeros(num_tokens, size, **like) for size in {config.hidden_size, config.intermediate_size}}
+    query = torch.zeros(heads, num_tokens, width, **like)
+    scores = torch.zeros(heads, num_tokens, num_tokens, **like)
+
+    @torch.no_grad()
+    def products() -> None:
+        for layer in models.generator.model.layers:
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    out = torch.matmul(x[module.in_features], module.weight.T)
+                    torch.matmul(out, module.weight)
+            for _ in range(2):  # scores and values; each has one product forwards and two backwards
+                torch.matmul(query, query.transpose(1, 2))
+                torch.matmul(scores, query)
+                torch.matmul(scores.transpose(1, 2), query)
+        for rows in head.split(4096):
+            torch.matmul(torch.matmul(x[config.hidden_size], rows.T), rows)
+
+    return as_graph(products) if head.device.type == "cuda" else products
+
+
+def as_graph(work: Callable) -> Callable:
+    """The same kernels, recorded once and replayed: CUDA only."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def step_operations(models: vpt.Models, num_tokens: int) -> int:
+    """Multiplications and additions of one step's products."""
+    config = models.generator.config
+    linear = [m.weight.numel() for m in models.generator.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    of_products = 4 * num_tokens * (sum(linear) + models.head.numel())  # forwards, and back to the input
+    return of_products + 12 * num_tokens**2 * config.hidden_size * config.num_hidden_layers
 
 
 def bench_step(args: argparse.Namespace) -> dict:
-    models, num_tokens = build_models(args.shape, args.vocabulary), args.num_tokens or 256
+    models, num_tokens = build_models(args), args.num_tokens or 256
     codes = random_codes(models, num_tokens)
-    steps = endless_steps(models, codes)
-    parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]  # e_t, m
+    target_ids = codes + models.visual_offset
+    agreement = compare_gradients(args, dataclasses.replace(models, vocabulary="full"), codes)
+    parameters = [torch.randn(1, models.hidden_size, device=args.device).requires_grad_() for _ in range(2)]  # e_t, m
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    agreement = compare_gradients(dataclasses.replace(models, vocabulary="full"), codes)
+    steps = endless_steps(args, models, codes)
     candidates = {
         "ours": lambda: next(steps),
-        "peer": lambda: reference_step(models.generator, parameters, optimizer, codes + models.visual_offset),
-        "limit": lambda: matrix_products(models.generator, models.head, num_tokens),
+        "usual": lambda: reference_step(models.generator, parameters, optimizer, target_ids),
+        "floor": matrix_products(models, num_tokens),
     }
-    seconds = interleaved(candidates, args.repeats)
-    title = f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, float32"
-    return report(title, seconds) | agreement
+    if "stock" in args.peers and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        candidates["stock"] = lambda: stock_step(models.generator, parameters, optimizer, target_ids)
+    if "compiled" in args.peers:
+        compiled = torch.compile(models.generator, dynamic=False)
+        candidates["compiled usual"] = lambda: reference_step(compiled, parameters, optimizer, target_ids)
+    if "ours-compiled" in args.peers:
+        compiled_steps = endless_steps(args, models, codes, "--compile", "on")
+        candidates["ours compiled"] = lambda: next(compiled_steps)
+    seconds = interleaved(candidates, args.repeats, args.device)
+    rate = product_rate(args)
+    least = step_operations(models, num_tokens) / rate
+    title = f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, {args.dtype}"
+    return report(title, seconds, args.device, least, f"{rate / 1e12:.3g} TFLOP/s of a large product") | agreement
 
 
 def random_codes(models: vpt.Models, num_tokens: int, batch: int = 1) -> Tensor:
     rng = torch.Generator().manual_seed(1)
-    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
+    return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng).to(models.device)
 
 
-def endless_steps(models: vpt.Models, codes: Tensor):
+def endless_steps(args: argparse.Namespace, models: vpt.Models, codes: Tensor, *options: object) -> Iterator[dict]:
     """The script's own optimisation, a step at each `next`."""
-    return vpt.Optimisation(models, codes, script_arguments("--num-steps", 10**6, "--target-accuracy", 0)).steps()
+    endless = script_arguments(args, "--num-steps", 10**6, "--target-accuracy", 0, *options)
+    return vpt.Optimisation(models, codes, endless).steps()
 
 
-def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
+def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> dict[str, float]:
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
-    ours = vpt.initial_proto_tokens(models, 1, script_arguments("--seed", 7))
+    ours = vpt.initial_proto_tokens(models, 1, script_arguments(args, "--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
     predictions = vpt.losses_and_gradient(models, ours, codes, targets_at_once=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
@@ -253,7 +340,7 @@ def compare_gradients(models: vpt.Models, codes: Tensor) -> dict[str, float]:
 def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
     """transformers' own guided decoding, greedy: two prompts, two passes a token, all logits."""
     prompt, negative = (
-        torch.tensor([models.text_tokenizer(text)["input_ids"]])
+        torch.tensor([models.text_tokenizer(text)["input_ids"]], device=models.device)
         for text in (vpt.conditional_prompt("a red apple"), vpt.negative_prompt())
     )
     text_ids = list(range(models.visual_offset))
@@ -271,84 +358,118 @@ def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
     return out[0, prompt.shape[1] :] - models.visual_offset
 
 
-def read_weights(tensors: list[Tensor]) -> None:
-    """Every byte once, which is the least that a token can cost."""
-    for tensor in tensors:
-        tensor.view(-1).sum()
+def read_weights(models: vpt.Models) -> Callable:
+    """Every byte once that a token needs, which is the least that it can cost."""
+    tensors = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [models.visual_head]
+
+    @torch.no_grad()
+    def read() -> None:
+        for tensor in tensors:
+            tensor.view(-1).sum()
+
+    return as_graph(read) if models.device.type == "cuda" else read
+
+
+def weight_bytes(models: vpt.Models) -> int:
+    weights = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [models.visual_head]
+    return sum(weight.numel() * weight.itemsize for weight in weights)
 
 
 def bench_decode(args: argparse.Namespace) -> dict:
-    models, num_tokens = build_models(args.shape), args.num_tokens or 256
-    options = script_arguments("--top-k", 1)
-    read = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [models.visual_head]
-    outputs = {}
+    models, num_tokens = build_models(args), args.num_tokens or 256
+    options, read, outputs = script_arguments(args, "--top-k", 1), read_weights(models), {}
 
     def ours() -> None:
         outputs["ours"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options).codes
 
-    def peer() -> None:
-        outputs["peer"] = guided_generate(models, num_tokens)
+    def usual() -> None:
+        outputs["usual"] = guided_generate(models, num_tokens)
 
-    def limit() -> None:
+    def floor() -> None:
         for _ in range(num_tokens):
-            read_weights(read)
+            read()
 
-    seconds = interleaved({"ours": ours, "peer": peer, "limit": limit}, args.repeats, warm_up=False)
-    same = int((outputs["ours"][0] == outputs["peer"]).sum())
-    title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, float32"
-    result = report(title, seconds, "tokens/s", lambda value: num_tokens / value)
-    print(f"{same} of {num_tokens} greedy tokens are the peer's")
+    candidates = {"ours": ours, "usual": usual, "floor": floor}
+    if "ours-compiled" in args.peers:
+        compiled = script_arguments(args, "--top-k", 1, "--compile", "on")
+        candidates["ours compiled"] = lambda: vpt.generate_visual_codes(models, ["a red apple"], num_tokens, compiled)
+    seconds = interleaved(candidates, args.repeats, args.device, warm_up=0)
+    same, rate = int((outputs["ours"][0] == outputs["usual"]).sum()), read_rate(args)
+    title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, {args.dtype}"
+    least, peak = num_tokens * weight_bytes(models) / rate, f"{rate / 1e9:.3g} GB/s of reading"
+    result = report(title, seconds, args.device, least, peak, "tokens/s", lambda value: num_tokens / value)
+    print(f"{same} of {num_tokens} greedy tokens are those of `generate`")
     return result | {"same_tokens": same, "num_tokens": num_tokens}
+
+
+def bench_prompts(args: argparse.Namespace) -> dict:
+    """Tokens a second of 1, 2, 4, 8 and 16 prompts decoded together; their warm-up is in none of the clocks."""
+    models, num_tokens = build_models(args), args.num_tokens or 64
+    options, rates = script_arguments(args), {}
+    for _ in range(args.repeats):
+        for batch in (1, 2, 4, 8, 16):
+            prompts = [f"a red apple and {k} pears" for k in range(batch)]
+            decoded = vpt.generate_visual_codes(models, prompts, num_tokens, options)
+            rates.setdefault(batch, []).append(batch * num_tokens / decoded.seconds)
+    medians = {batch: statistics.median(values) for batch, values in rates.items()}
+    rows = [(batch, rate, rate / medians[1]) for batch, rate in medians.items()]
+    title = f"decoding {num_tokens} tokens of several prompts together, shape {args.shape}, {args.dtype}"
+    table(title, rows, ("prompts", "tokens/s", "gain"), args.device)
+    return {"tokens_a_second": medians}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
-def peak_bytes() -> int:
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_memory(args: argparse.Namespace) -> dict:
     """Runs in a process of its own: the peak that one step adds to the memory held before it."""
-    models, num_tokens = build_models(args.shape), args.num_tokens or 2048
+    models, num_tokens = build_models(args), args.num_tokens or 2048
     codes = random_codes(models, num_tokens)
     target_ids = codes + models.visual_offset
-    proto_tokens = vpt.initial_proto_tokens(models, 1, script_arguments())
-    parameters = [torch.randn(1, models.hidden_size).requires_grad_() for _ in range(2)]
-    hidden_states = torch.randn(1, num_tokens, models.hidden_size, requires_grad=True)
-    before = peak_bytes()
-    if args.variant == "reference":
+    proto_tokens = vpt.initial_proto_tokens(models, 1, script_arguments(args))
+    like = {"device": args.device, "requires_grad": True}
+    parameters = [torch.randn(1, models.hidden_size, **like) for _ in range(2)]
+    hidden_states = torch.randn(1, num_tokens, models.hidden_size, dtype=args.dtype, **like)
+    before = peak_bytes(args.device)
+    if args.variant == "usual":
         reference_loss(models.generator, parameters, target_ids)
-    elif args.variant == "reference-loss":
+    elif args.variant == "usual loss":
         F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
         vpt.predict(models, hidden_states, codes, backward=True)
     else:
         with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
             vpt.losses_and_gradient(models, proto_tokens, codes, targets_at_once=1)
-    return {"bytes": peak_bytes() - before}
+    return {"bytes": peak_bytes(args.device) - before}
 
 
 def bench_memory(args: argparse.Namespace) -> dict:
     num_tokens, gib = args.num_tokens or 2048, 2**30
     found = {}
-    for variant in ("loss", "reference-loss", "step", "checkpointing", "reference"):
+    for variant in ("loss", "usual loss", "step", "checkpointing", "usual"):
         command = [sys.executable, __file__, "memory", "--shape", args.shape, "--num-tokens", str(num_tokens)]
+        command += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype)]
         # Large blocks go back to the system at once, for all variants alike: what is measured is what a step holds, not
         # what the allocator keeps for later.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
         output = subprocess.run([*command, "--variant", variant], env=environment, capture_output=True, text=True)
         lines = output.stdout.strip().splitlines()
         found[variant] = json.loads(lines[-1])["bytes"] if output.returncode == 0 else math.inf
-    rows = [(name, value / gib, found["reference"] / value) for name, value in found.items()]
-    title = f"peak memory that a step adds, shape {args.shape}, N = {num_tokens}, full vocabulary, float32"
-    table(title, rows, ("", "GiB", "reference / this"))
+    rows = [(name, value / gib, found["usual"] / value) for name, value in found.items()]
+    title = f"peak memory that a step adds, shape {args.shape}, N = {num_tokens}, full vocabulary, {args.dtype}"
+    table(title, rows, ("", "GiB", "usual / this"), args.device)
     return {
         "bytes": found,
-        "loss_ratio": found["reference-loss"] / found["loss"],
-        "ratio": found["reference"] / found["step"],
-        "checkpointing_ratio": found["reference"] / found["checkpointing"],
+        "loss_ratio": found["usual loss"] / found["loss"],
+        "ratio": found["usual"] / found["step"],
+        "checkpointing_ratio": found["usual"] / found["checkpointing"],
     }
 
 
@@ -361,7 +482,8 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
     steps = 1000
     runs = {"ours": [], "peer": []}
     generator = ("--model-path", args.model_path, "--vq-model-ckpt", vpt.DEMO_FOLDER / "vq")
-    chosen = [str(word) for word in (generator if args.model_path else ("--demo",))] + ["--device", "cpu"]
+    chosen = [str(word) for word in (generator if args.model_path else ("--demo",))]
+    chosen += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype)]
     models = vpt.load_models(vpt.parse_args(chosen))
     with tempfile.TemporaryDirectory() as folder:
         for caption, seed in itertools.product(CAPTIONS, SEEDS):
@@ -390,7 +512,7 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
         result[name] = {"steps": medians, "never": never, "best": best}
     which = args.model_path or "demo model"
     title = f"steps to an accuracy, {which}, {args.image_size} px, {len(runs['ours'])} runs (medians)"
-    table(title, rows, ("", "90 %", "95 %", "99 %", "best at 1000 (%): mean", "median", "lowest"))
+    table(title, rows, ("", "90 %", "95 %", "99 %", "best at 1000 (%): mean", "median", "lowest"), args.device)
     return result | {"ratio": result["peer"]["steps"][95] / result["ours"]["steps"][95]}
 
 
@@ -399,20 +521,21 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
 
 
 def bench_targets(args: argparse.Namespace) -> dict:
-    models, num_tokens = build_models(args.shape), args.num_tokens or 64
+    models, num_tokens = build_models(args), args.num_tokens or 64
     seconds = {}
     for batch in (1, 2, 4, 8):
-        steps = endless_steps(models, random_codes(models, num_tokens, batch))
-        seconds[batch] = statistics.median(interleaved({"step": lambda s=steps: next(s)}, args.repeats)["step"])
+        steps = endless_steps(args, models, random_codes(models, num_tokens, batch))
+        found = interleaved({"step": lambda s=steps: next(s)}, args.repeats, args.device)
+        seconds[batch] = statistics.median(found["step"])
     rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]
-    title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, float32"
-    table(title, rows, ("B", "s a step", "s a step and target", "gain"))
+    title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, {args.dtype}"
+    table(title, rows, ("B", "s a step", "s a step and target", "gain"), args.device)
     return {"seconds": seconds}
 
 
 def bench_start(args: argparse.Namespace) -> dict:
     """Whole processes; `import torch, transformers` is what any such script pays."""
-    load = "import verify_proto_tokens as v; v.load_models(v.parse_args(['--demo', '--device', 'cpu']))"
+    load = f"import verify_proto_tokens as v; v.load_models(v.parse_args(['--demo', '--device', '{args.device}']))"
     commands = {
         "--help": [str(ROOT / "verify_proto_tokens.py"), "--help"],
         "import torch, transformers": ["-c", "import torch; from transformers import AutoTokenizer, Qwen2ForCausalLM"],
@@ -435,28 +558,36 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def bench_limit(args: argparse.Namespace) -> dict:
-    """What this machine gives: GFLOP/s of a layer's product by either library, GB/s of reading weights."""
-    x, weight, large = torch.randn(256, 896), torch.randn(4864, 896), torch.randn(2**28)
+    """What the device gives: GFLOP/s of a layer's product (on a CPU by either library), GB/s of reading weights."""
+    like = {"device": args.device, "dtype": args.dtype}
+    x, weight, large = (torch.randn(*shape, **like) for shape in ((256, 896), (4864, 896), (2**28,)))
     flops = 2 * 256 * 896 * 4864
-    seconds = interleaved(
-        {"matmul": lambda: x @ weight.T, "convolution": lambda: convolved(x, weight), "read": lambda: large.sum()},
-        4 * args.repeats,
-    )
+    work = {"matmul": lambda: x @ weight.T, "convolution": lambda: convolved(x, weight), "read": lambda: large.sum()}
+    seconds = interleaved(work, 4 * args.repeats, args.device)
     rates = {name: [flops / value / 1e9 for value in seconds[name]] for name in ("matmul", "convolution")}
-    rates["read"] = [large.numel() * 4 / value / 1e9 for value in seconds["read"]]
-    units = {"matmul": "GFLOP/s, MKL", "convolution": "GFLOP/s, oneDNN", "read": "GB/s"}
+    rates["read"] = [large.numel() * large.itemsize / value / 1e9 for value in seconds["read"]]
+    units = {"matmul": "GFLOP/s, a product", "convolution": "GFLOP/s, as a 1x1 convolution", "read": "GB/s"}
     figures = {name: spread(values) for name, values in rates.items()}
-    table(
-        "the machine alone, float32",
-        [(units[n], *f.values()) for n, f in figures.items()],
-        ("", "median", "min", "max"),
-    )
+    rows = [(units[name], *figure.values()) for name, figure in figures.items()]
+    table(f"the device alone, {args.dtype}", rows, ("", "median", "min", "max"), args.device)
     return figures
+
+
+PEERS = ("stock", "compiled", "ours-compiled")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--device", type=torch.device, default=CPU, help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=["stock"],
+        help="beside the usual recipe; compiling takes minutes (default: stock)",
+    )
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="0.5B")
     parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="for accuracy (default: 256)")
@@ -468,16 +599,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype)
     if args.variant:
         print(json.dumps(measure_memory(args)))
         return
     result = MODES[args.mode](args)
     if args.json:
-        args.json.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
+        args.json.write_text(json.dumps(result | {"machine": machine(args.device)}, indent=2) + "\n")
 
 
 MODES = {"step": bench_step, "decode": bench_decode, "memory": bench_memory, "accuracy": bench_accuracy}
-MODES |= {"limit": bench_limit, "targets": bench_targets, "start": bench_start}
+MODES |= {"prompts": bench_prompts, "limit": bench_limit, "targets": bench_targets, "start": bench_start}
 
 if __name__ == "__main__":
     main()
