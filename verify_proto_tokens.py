@@ -3068,7 +3068,8 @@ def experiment(
         models = with_fresh_weights(models, args.seed)
     if args.capacity:
         summary = find_capacity(models, reference.codes, earlier, record)
-        record.finish_capacity(summary)
+        with enough_memory_for("the results"):
+            record.finish_capacity(summary)
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
@@ -3081,7 +3082,8 @@ def experiment(
         reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_at_once)
         bits = information(models, reference, reconstruction.predictions)
     summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
-    record.finish(reference, reconstruction, proto_tokens, summary)
+    with enough_memory_for("the results"):
+        record.finish(reference, reconstruction, proto_tokens, summary)
     return summary
 
 

@@ -272,6 +272,19 @@ def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, tm
     assert vpt.read_state(folder / STATE)["learning"]["proto_tokens"]["e_t"].isfinite().all()
 
 
+def test_out_of_memory_while_drawing_costs_one_line_and_nothing_learned(call_tiny, tmp_path, monkeypatch):
+    arguments = ("--num-steps", 5, "--save-dir", "out", "--wandb-run-name", "run")
+    with monkeypatch.context() as patch:
+
+        def draw(*_):
+            raise MemoryError("Unable to allocate 13.5 MiB for an array")
+
+        patch.setattr(vpt, "draw_results", draw)
+        refused(call_tiny(*arguments), "out of memory for the results")
+    assert "resumed after step 5" in call_tiny(*arguments, "--resume").out
+    assert summary_in(tmp_path / "out" / "run")["steps"] == 5
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # An earlier run's proto-tokens
 

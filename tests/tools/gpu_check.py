@@ -1,0 +1,248 @@
+"""Proves the script on a device, and measures it there: `python tests/tools/gpu_check.py`. No network is needed.
+
+First whether it is right: greedy tokens against the CPU's; loss and gradient against the plain formula in each
+precision; a whole run, twice, then killed and resumed; and what running out of memory leaves. Then how quick it is:
+steps and tokens a second and peak memory for each size of picture, plain and compiled, beside the bare products, the
+bare reading of the weights and the README's formula. Ends with exit code 0 only if all that was checked holds, prints
+tables for the README, and writes gpu_check.json. At most some ten minutes on a GPU; on a CPU (--device cpu) the same
+on the demo model and less of it, which is one of the tests.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from support.contract import STATE  # noqa: E402
+from support.processes import ended, kill, start, start_pausing  # noqa: E402
+from support.results import results_of  # noqa: E402
+from tools import bench  # noqa: E402
+
+import verify_proto_tokens as vpt  # noqa: E402
+
+# After three steps the memory that the process may have is what it has, and a little.
+STARVING = """
+import contextlib, resource, sys
+from pathlib import Path
+import torch
+import verify_proto_tokens as vpt
+
+really_step, ballast = vpt.Recorder.step, []
+
+def step(record, row, learning):
+    really_step(record, row, learning)
+    if learning.step == 3 and learning.codes.is_cuda:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(learning.codes.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    elif learning.step == 3:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), -1))
+        with contextlib.suppress(MemoryError):
+            while True:
+                ballast.append(bytearray(2**17))
+        del ballast[-24:]
+
+vpt.Recorder.step = step
+vpt.main(vpt.parse_args(sys.argv[1:]))
+"""
+
+
+class Check:
+    """What holds and what does not, as it is found out."""
+
+    def __init__(self):
+        self.findings: list[dict] = []
+
+    def holds(self, what: str, condition: bool, detail: str = "") -> None:
+        self.findings.append({"what": what, "holds": bool(condition), "detail": detail})
+        print(f"{'ok  ' if condition else 'FAIL'} {what}{f': {detail}' if detail else ''}", flush=True)
+
+    def tried(self, what: str, work: Callable) -> None:
+        """A check that ends with an error does not hold; the next one goes on."""
+        try:
+            work()
+        except Exception as error:
+            self.holds(what, False, f"{type(error).__name__}: {vpt.line_of(error)}")
+
+
+def on(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    """The bench's own arguments."""
+    plain = {"device": args.device, "dtype": torch.float32, "shape": "demo", "vocabulary": "full", "num_tokens": None}
+    return argparse.Namespace(**plain | changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Is it right?
+
+
+def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens: int) -> None:
+    """Greedy tokens in float32 are those of the CPU."""
+    options = vpt.parse_args(["--demo", "--top-k", "1"])
+    codes = []
+    for device in (bench.CPU, args.device):
+        models = bench.build_models(on(args, shape=shape, device=bench.CPU))
+        moved = dataclasses.replace(models, generator=models.generator.to(device))
+        codes.append(vpt.generate_visual_codes(moved, ["a red apple", "a cat"], num_tokens, options).codes.cpu())
+    same = int((codes[0] == codes[1]).sum())
+    check.holds(f"greedy tokens of the {shape} shape are the CPU's", same == codes[0].numel(), f"{same} equal")
+
+
+def plain_loss_and_gradient(models: vpt.Models, proto_tokens: vpt.ProtoTokens, codes: torch.Tensor) -> tuple:
+    """The formula as one writes it, in float32."""
+    generator = models.generator
+    inputs = proto_tokens(codes.shape[1]).detach().requires_grad_()
+    logits = generator(inputs_embeds=inputs, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten() + models.visual_offset)
+    (gradient,) = torch.autograd.grad(loss, inputs)
+    return loss.item(), torch.cat((gradient[0, 0], gradient[0, 1:].sum(0))).cpu()
+
+
+def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
+    """Loss and gradient in each precision against the plain formula in float32."""
+    models = bench.build_models(on(args, shape=shape))
+    codes = bench.random_codes(models, 64)
+    proto_tokens = vpt.initial_proto_tokens(models, 1, vpt.parse_args(["--demo"]))
+    loss, gradient = plain_loss_and_gradient(models, proto_tokens, codes)
+    for name, of_loss, of_gradient in (("float32", 1e-4, 0.9999), ("bfloat16", 0.02, 0.98), ("float16", 0.01, 0.99)):
+        generator = models.generator.to(getattr(torch, name))
+        generator.model.rotary_emb.float()
+        predictions = vpt.losses_and_gradient(models, proto_tokens, codes, targets_at_once=1)
+        ours = torch.cat([parameter.grad.flatten() for parameter in proto_tokens.trainable]).cpu()
+        difference = abs(predictions.losses.mean().item() / loss - 1)
+        likeness = F.cosine_similarity(ours, gradient, dim=0).item()
+        close = difference < of_loss and likeness > of_gradient
+        detail = f"loss differs by {difference:.1e}, cosine of the gradients {likeness:.6f}"
+        check.holds(f"loss and gradient of the {shape} shape in {name} are the plain formula's", close, detail)
+
+
+def check_runs(check: Check, args: argparse.Namespace, folder: Path) -> None:
+    """A run to the end, twice the same, and the same again when it was killed and resumed."""
+    options = ["--demo", "--device", str(args.device), "--save-dir", str(folder), "--save-every", "5"]
+    options += ["--num-steps", str(args.num_steps)]
+    for name in ("first", "second"):
+        vpt.main(vpt.parse_args([*options, "--wandb-run-name", name]))
+    first, second = (results_of(folder / name) for name in ("first", "second"))
+    accuracy = first[2]["best_accuracy"]
+    if args.small:
+        check.holds("a demo run learns", accuracy > 20, f"{accuracy:.1f} % in {args.num_steps} steps")
+    else:
+        check.holds("a demo run reaches every token", accuracy == 100, f"{accuracy:.1f} %, {first[2]['steps']} steps")
+    check.holds("two runs have the same tokens, history and summary", first == second)
+    killed = [*options, "--wandb-run-name", "killed", "--resume"]
+    kill(start_pausing(folder, 7, *killed))
+    vpt.main(vpt.parse_args(killed))
+    check.holds("a run killed and resumed has them too", results_of(folder / "killed") == first)
+
+
+def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
+    """Running out of memory in the middle costs one line and leaves a state to go on from."""
+    options = ("--demo", "--device", str(args.device), "--num-steps", "8", "--target-accuracy", "0")
+    options += ("--wandb-run-name", "starved", "--save-dir", str(folder))
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is given back can be refused
+    end = ended(start([sys.executable, "-c", STARVING, *options], folder, env))
+    lines = [line for line in end.err.splitlines() if "error" in line.lower()]
+    told = end.code == 2 and len(lines) == 1 and "out of memory for a step" in lines[0]
+    check.holds("running out of memory is one line", told, lines[-1][:160] if lines else f"exit code {end.code}")
+    state = folder / "starved" / STATE
+    check.holds("and leaves the state", state.exists() and vpt.read_state(state)["learning"]["step"] >= 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How quick is it?
+
+
+def measured(args: argparse.Namespace, shape: str, num_tokens: int, choice: str) -> dict:
+    """Steps a second, tokens a second and peak memory, --compile as `choice` says, and their shares of the floor."""
+    dtype = vpt.pick_dtype("auto", args.device)
+    models = bench.build_models(on(args, shape=shape, dtype=dtype))
+    codes = bench.random_codes(models, num_tokens)
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+    steps = bench.endless_steps(on(args), models, codes, "--compile", choice)
+    seconds = bench.interleaved(
+        {"step": lambda: next(steps), "floor": bench.matrix_products(models, num_tokens)}, args.repeats, args.device
+    )
+    step, floor = (min(seconds[name]) for name in ("step", "floor"))
+    figures = {"steps/s": 1 / step, "of the products": floor / step}
+    if args.device.type == "cuda":
+        weights = sum(p.numel() * p.itemsize for p in models.generator.parameters())
+        figures["peak GB"] = torch.cuda.max_memory_allocated(args.device) / 1e9
+        figures["formula GB"] = (weights + vpt.step_bytes(models, num_tokens, recomputes=False)) / 1e9 + 0.6
+    options = vpt.parse_args(["--demo", "--device", str(args.device), "--compile", choice])
+    decoded = vpt.generate_visual_codes(models, ["a red apple"], min(num_tokens, args.decoded), options)
+    read = bench.read_weights(models)
+    floor = min(bench.interleaved({"read": read}, 3, args.device)["read"])
+    rate = decoded.codes.numel() / decoded.seconds
+    return figures | {"tokens/s": rate, "of the reading": rate * floor}
+
+
+def measure(check: Check, args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for shape in args.shapes:
+        for num_tokens in args.sizes:
+            for choice in args.compile:
+                row = {"shape": shape, "N": num_tokens, "compiled": choice}
+                try:
+                    rows.append(row | measured(args, shape, num_tokens, choice))
+                except (vpt.UserError, RuntimeError) as error:
+                    check.holds(f"{shape}, N = {num_tokens}, --compile {choice} can be run", False, vpt.line_of(error))
+                if args.device.type == "cuda":
+                    torch.cuda.empty_cache()
+    return rows
+
+
+def print_table(rows: list[dict], machine: str) -> None:
+    """As Markdown, for the README."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    print(f"\n{machine}, {time.strftime('%Y-%m-%d')}: `python tests/tools/gpu_check.py`\n")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        cells = [row.get(name, "") for name in head]
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=default, help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
+    args = parser.parse_args()
+    args.small = args.device.type == "cpu"
+    args.num_steps = 10 if args.small else 1000
+    args.repeats = 2 if args.small else 20
+    args.decoded = 16 if args.small else 128
+    args.shapes = ("demo",) if args.small else ("0.5B", "1.5B")
+    args.sizes = (16,) if args.small else (256, 1024, 2304, 4096)
+    args.compile = ("off",) if args.small else ("off", "on")
+    check, started, folder = Check(), time.monotonic(), Path(tempfile.mkdtemp(prefix="gpu_check-"))
+    try:
+        for shape, num_tokens in (("demo", 8),) if args.small else (("demo", 64), ("0.5B", 16), ("1.5B", 8)):
+            check.tried(f"tokens of {shape}", lambda s=shape, n=num_tokens: check_tokens(check, args, s, n))
+        for shape in ("demo",) if args.small else ("demo", "0.5B", "1.5B"):
+            check.tried(f"gradients of {shape}", lambda s=shape: check_gradients(check, args, s))
+        check.tried("runs", lambda: check_runs(check, args, folder))
+        check.tried("memory", lambda: check_memory(check, args, folder))
+        rows = measure(check, args)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    machine = bench.machine(args.device)
+    print_table(rows, machine)
+    failed = [finding for finding in check.findings if not finding["holds"]]
+    args.json.write_text(json.dumps({"machine": machine, "findings": check.findings, "figures": rows}, indent=2) + "\n")
+    print(f"\n{len(check.findings)} checks, {len(failed)} failed, in {time.monotonic() - started:.0f} s; {args.json}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
