@@ -14,10 +14,10 @@
 # ///
 """Can a frozen autoregressive image generator emit a whole image in one forward pass from two learned embeddings?
 
-The script generates a reference image from a prompt with SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's
-Cosmos tokenizer), freezes the generator, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
+The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer) frozen (see `freeze`),
+generates a reference image from a prompt, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
 one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes what the two embeddings
-reconstruct and reports how close it comes. (Frozen it is since loading: see `freeze`.)
+reconstruct and reports how close it comes.
 
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
@@ -586,7 +586,9 @@ def line_of(error: BaseException, number: int = 0) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    """Also where TorchScript, cuBLAS or the host's allocator say so in their own words."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -709,11 +711,15 @@ class Models:
         return 0 if self.vocabulary == "visual" else self.visual_offset
 
     def num_tokens(self, image_size: int) -> int:
-        return (image_size // self.factor) ** 2
+        return num_tokens_of(image_size, self.factor)
 
     def has(self, codes: Tensor) -> bool:
         """Whether all are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
+
+
+def num_tokens_of(image_size: int, factor: int) -> int:
+    return (image_size // factor) ** 2
 
 
 @enough_memory_for("the models")
@@ -735,7 +741,7 @@ def load_models(args: argparse.Namespace) -> Models:
             vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor), factor
         )  # else found out after the generator came
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
-    refuse_too_few_positions(config, text_tokenizer, args.prompts, (args.image_size // factor) ** 2)
+    refuse_too_few_positions(config, text_tokenizer, args.prompts, num_tokens_of(args.image_size, factor))
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
         raise UserError(
@@ -991,7 +997,7 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
     if image_size != below:
         nearest = f"{below} or {below + factor}" if below else f"{factor}"
         raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}")
-    num_tokens = (image_size // factor) ** 2
+    num_tokens = num_tokens_of(image_size, factor)
     if num_e_tokens > num_tokens:
         raise UserError(f"--num-e-tokens {num_e_tokens} exceeds the {num_tokens} tokens of --image-size {image_size}")
 
@@ -1022,7 +1028,8 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Visual codes [B, N] of square images in raster order -> pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
-    with said_if_slow("decoding pictures"):
+    # Unoptimised: from a second call on, fused kernels could round the same codes to other pixels.
+    with said_if_slow("decoding pictures"), torch.jit.optimized_execution(False):
         # A few at a time: the decoder needs far more memory than its pictures.
         videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
     return ((videos[:, :, 0].float() + 1) / 2).clamp(0, 1)
@@ -1043,7 +1050,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
             f"--image: encoder.jit cannot run here ({line_of(error, -1)}): the bfloat16 encoder of Cosmos needs a GPU; "
             "or it is no Cosmos-style encoder"
         ) from None
-    if codes.shape[1] != (pixels.shape[-1] // factor) ** 2:
+    if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
         raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are more or fewer")
     return codes
 
@@ -1148,12 +1155,18 @@ def make_reference(
     cache: ReferenceCache,
     earlier: EarlierRun | None = None,
     pictures: Tensor | None = None,
+    interrupted: dict | None = None,
 ) -> Reference:
-    """The targets of a run: those of an earlier one, pictures of one's own, or what the generator draws."""
+    """The targets of a run: those of an earlier one, pictures of one's own, or what the generator draws.
+
+    An interrupted run's are not drawn again: on another device, or by another torch, they would be others.
+    """
     num_tokens, rng = models.num_tokens(args.image_size), torch.Generator().manual_seed(args.seed)
-    seconds = None
+    seconds, final = None, False
     if args.from_proto_tokens:
-        codes = earlier.target_ids - models.visual_offset
+        codes, final = earlier.target_ids - models.visual_offset, True
+    elif interrupted and not args.images:
+        codes, seconds, final = interrupted["codes"], interrupted["autoregressive_seconds"], True
     elif args.control == "random":
         codes = torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng)
     elif args.images:
@@ -1162,7 +1175,7 @@ def make_reference(
             raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
-    if args.control == "shuffled" and not args.from_proto_tokens:  # those were shuffled before they were learned
+    if args.control == "shuffled" and not final:
         codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
     codes = codes.to(models.device)
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
@@ -1186,7 +1199,7 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
             decoded[prompt] = row, seconds / len(codes)
             cache.write(prompt, compiled, row, seconds / len(codes))
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
-    return codes, sum(seconds for _, seconds in decoded.values())
+    return codes, sum(decoded[prompt][1] for prompt in args.prompts)
 
 
 def targets_decoded_at_once(models: Models, num_tokens: int) -> int:
@@ -1383,6 +1396,7 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bool]:
     """The layers compiled, after they were used twice, which no clock is to pay for, or as they are; and which."""
     mode = "reduce-overhead" if layers.device.type == "cuda" else "default"
+    torch.compiler.reset()  # of another shape's; after eight of them the library goes on uncompiled, and says it once
     compiled = torch.compile(layers, dynamic=False, mode=mode)
     try:
         with said_if_slow("compiling"):
@@ -1400,7 +1414,7 @@ def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bo
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-LOGITS_AT_ONCE = 2**24  # that exist at a time; in float32, a few copies of 64 MB
+LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
 # Numbers that autograd keeps of a layer for each token, in units of the hidden size, of the keys' and of the MLP's;
 # and in half precision float32 copies of its norms' inputs, in units of the hidden size.
 KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
@@ -1476,7 +1490,7 @@ class Predictions(NamedTuple):
     losses: Tensor  # cross-entropy, in nats
     rank: Tensor  # 0 where the target is the argmax; else how many ids are likelier, and at least 1
     ids: Tensor  # the argmax, as a token id
-    codes: Tensor  # the likeliest visual code
+    drawable_codes: Tensor  # the likeliest visual code, which is the argmax unless that is a text id
 
     @property
     def num_correct(self) -> Tensor:
@@ -1491,7 +1505,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
     """What hidden_states [P, D] predict, against the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
     target_rows = codes + models.first_code
-    losses = F.cross_entropy(logits, target_rows, reduction="none")
+    losses = F.cross_entropy(logits, target_rows, reduction="none")  # the loss's terms: see losses_and_gradient
     predicted_rows = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
     # A tie is right where argmax decides it so.
@@ -1506,8 +1520,9 @@ def predict(models: Models, hidden_states: Tensor, codes: Tensor, backward: bool
 
     With `backward` the gradient of the summed losses is added up in `hidden_states.grad`.
     """
-    positions_at_once = max(1, LOGITS_AT_ONCE // len(models.head))
     all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
+    num_chunks = math.ceil(len(all_codes) * len(models.head) / LOGITS_AT_ONCE)
+    positions_at_once = math.ceil(len(all_codes) / num_chunks)  # of one size, since products of few rows are slow
     chunks = []
     for positions in slices(len(all_codes), positions_at_once):
         chunk = predict_positions(models, all_states[positions], all_codes[positions])
@@ -1533,7 +1548,7 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
 def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Predictions:
     """One pass for the targets codes [B, N], and the way back: leaves the loss's gradient in `.grad`.
 
-    The loss is the cross-entropy, meant over each target's N positions and summed over the targets, so that a target
+    The loss is the cross-entropy, averaged over each target's N positions and summed over the targets, so that a target
     with an m of its own learns as it would alone: sum_b 1/N sum_i -log p(code_bi | e_t, m).
     """
     proto_tokens.zero_grad()
@@ -1592,7 +1607,9 @@ class Optimisation:
         self.best_step = torch.zeros(batch, dtype=torch.long)
         self.best_accuracy = torch.full((batch,), -1.0, dtype=torch.float64)  # percent
         self.best_loss = torch.full((batch,), math.inf, dtype=torch.float64)  # nats, at the best step
-        if args.compile == "on" and not self.recomputes:
+        if args.compile == "on" and self.recomputes:
+            print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
+        elif args.compile == "on":
             self.stepping_models = self.with_compiled_layers()
         self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
         self.diverged = False
@@ -1653,8 +1670,11 @@ class Optimisation:
         def judged(values: Tensor) -> Tensor:
             return values.mean().expand(len(values)) if judged_together else values
 
-        was_reached = judged((self.best_accuracy >= self.goal).double()) == 1
-        is_reached = judged((numbers.accuracy >= self.goal).double()) == 1
+        def met(accuracy: Tensor) -> Tensor:
+            reached = accuracy >= self.goal
+            return reached.all().expand(len(reached)) if judged_together else reached
+
+        was_reached, is_reached = met(self.best_accuracy), met(numbers.accuracy)
         before, now = judged(self.best_accuracy), judged(numbers.accuracy)
         closer = (now == before) & (judged(numbers.loss) < judged(self.best_loss))
         better = ~was_reached & (is_reached | (now > before) | closer)  # [B]
@@ -1678,9 +1698,9 @@ class Optimisation:
             "train/correct_tokens": int(sum(numbers.num_correct.tolist())),
             "train/best_accuracy": statistics.fmean(best_accuracy),
             "train/learning_rate": rate,
-            "embeddings/e_t_norm": numbers.e_t_norm.tolist()[0],
-            "embeddings/m_norm": numbers.m_norm.tolist()[0],
-            "gradients/grad_norm": numbers.grad_norm.tolist()[0],
+            "embeddings/e_t_norm": numbers.e_t_norm,
+            "embeddings/m_norm": numbers.m_norm,
+            "gradients/grad_norm": numbers.grad_norm,
         }
         if len(loss) > 1:
             for k in range(len(loss)):
@@ -1693,7 +1713,7 @@ class Optimisation:
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
         predictions = predict_in_one_pass(self.models, self.best, self.codes, self.targets_at_once)
-        return decode_codes(self.models.vq_decoder, predictions.codes[:SHOWN_TARGETS])
+        return decode_codes(self.models.vq_decoder, predictions.drawable_codes[:SHOWN_TARGETS])
 
     def summary(self) -> dict:
         """What belongs to the last step, and to the whole."""
@@ -1723,36 +1743,30 @@ class Optimisation:
 
 
 class StepNumbers(NamedTuple):
-    """What a step says of each target, on the CPU; [B] each, the norms' means the same for all."""
+    """What a step says, on the host: of each target [B], and the norms' means."""
 
     loss: Tensor  # nats
     num_correct: Tensor
     accuracy: Tensor  # percent
     top5_accuracy: Tensor  # percent
-    grad_norm: Tensor
-    e_t_norm: Tensor
-    m_norm: Tensor
+    grad_norm: float
+    e_t_norm: float
+    m_norm: float
 
     def are_finite(self) -> bool:
-        return all(math.isfinite(number) for numbers in self for number in numbers.tolist())
+        return all(map(math.isfinite, [*self.loss.tolist(), self.grad_norm, self.e_t_norm, self.m_norm]))
 
 
 @torch.no_grad()
 def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
     """In one read of the device."""
     batch, num_tokens = predictions.losses.shape
+    of_targets = torch.cat((predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5))
     norms = grad_norms.mean(), proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean()
-    numbers = [predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5]
-    numbers += [norm.expand(batch) for norm in norms]
-    loss, correct, in_top5, grad_norm, e_t_norm, m_norm = torch.stack(numbers).cpu().double()
+    numbers = torch.cat((of_targets, torch.stack(norms))).cpu().double()
+    loss, num_correct, num_in_top5, norms = numbers.split((batch, batch, batch, 3))
     return StepNumbers(
-        loss=loss,
-        num_correct=correct,
-        accuracy=100 * correct / num_tokens,
-        top5_accuracy=100 * in_top5 / num_tokens,
-        grad_norm=grad_norm,
-        e_t_norm=e_t_norm,
-        m_norm=m_norm,
+        loss, num_correct, 100 * num_correct / num_tokens, 100 * num_in_top5 / num_tokens, *norms.tolist()
     )
 
 
@@ -1771,6 +1785,9 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     kept = numbers * itemsize
     if itemsize < 4:
         kept += KEPT_PER_TOKEN["float32_copies"] * config.hidden_size * 4
+    if models.device.type == "cuda" and itemsize == 4:
+        # In float32, CUDA's attention for grouped queries holds its weights (by torch's documentation; not measured).
+        kept += config.num_attention_heads * num_tokens * itemsize
     of_all_layers = config.num_hidden_layers * kept
     if recomputes:
         of_all_layers = config.num_hidden_layers * config.hidden_size * itemsize + kept
@@ -1845,7 +1862,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Reconstruction:
-    """One forward pass, argmax, VQ decode; the pass is timed too: the median of what fits into two seconds.
+    """One forward pass, likeliest codes, VQ decode; the pass is timed too: the median of what fits into two seconds.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
@@ -1856,7 +1873,7 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
             predictions = predict_in_one_pass(models, proto_tokens, codes, targets_at_once)
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
-    return Reconstruction(predictions, decode_codes(models.vq_decoder, predictions.codes), one_pass_seconds)
+    return Reconstruction(predictions, decode_codes(models.vq_decoder, predictions.drawable_codes), one_pass_seconds)
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> float:
@@ -2240,7 +2257,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 2
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 3
 HISTORY_FILE = "history.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
@@ -2778,6 +2795,7 @@ class Recorder:
         self.args, self.folder, self.settings = args, folder, settings
         self.saved = read_state(folder / STATE_FILE) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
+        self.reference: Reference | None = None
         self.history: HistoryFile | None = None
         self.wandb_run: object | None = None
         self.recorded_step = 0
@@ -2801,9 +2819,10 @@ class Recorder:
 
         Raises UserError where the interrupted run had another target.
         """
+        self.reference = reference
         if self.saved is None:
             remove_results(self.folder)
-        elif not torch.equal(self.saved["codes"], reference.codes[:, : self.saved["codes"].shape[1]].cpu()):
+        elif not torch.equal(self.saved["codes"], reference.codes.cpu()):
             raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
@@ -2855,7 +2874,8 @@ class Recorder:
         state = {
             "format": STATE_FORMAT,
             "learning": learning.state_dict(),
-            "codes": learning.codes.cpu(),
+            "codes": self.reference.codes.cpu(),
+            "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history_size": self.history.size if self.history else 0,
             "run_id": self.wandb_run.id if self.wandb_run else None,
@@ -2962,7 +2982,8 @@ class Recorder:
 
 def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> Optimisation:
     """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
-    learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
+    with enough_memory_for("the optimisation"):
+        learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
     record.restore(learning)
     bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
     try:
@@ -3045,7 +3066,7 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
-        lines["optimisation"] = f"{took}, the best after {s['best_step']}"
+        lines["optimisation"] = f"{took}, the best at {s['best_step']}"
     lines["one pass"] = f"{s['one_pass_seconds']:.4f} s"
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
@@ -3062,7 +3083,7 @@ def experiment(
     """The experiment itself. Returns its summary."""
     # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
-    reference = make_reference(models, args, cache, earlier, pictures)
+    reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
     if args.control == "untrained":
         models = with_fresh_weights(models, args.seed)

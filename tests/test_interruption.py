@@ -117,6 +117,15 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_scri
     assert not (folder / STATE).exists()
 
 
+def test_a_resumed_run_keeps_its_target_where_it_could_not_be_drawn_again(interrupted, call_script, monkeypatch):
+    """On another device, or by another torch, whose random numbers and cache are others."""
+    arguments, _, folder = interrupted
+    monkeypatch.setattr(vpt.torch, "__version__", "99.0")
+    monkeypatch.setattr(vpt, "generate_visual_codes", None)
+    assert call_script(*arguments, "--resume").code == 0
+    assert steps_in(folder) == list(range(1, 21))
+
+
 def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, call_script):
     arguments, _, folder = interrupted
     before = (folder / STATE).read_bytes()

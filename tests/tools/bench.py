@@ -240,9 +240,9 @@ def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
     config, head = models.generator.config, models.head
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     like = {"device": head.device, "dtype": head.dtype}
-    x = {size: torch.zeros(num_tokens, size, **like) for size in {config.hidden_size, config.intermediate_size}}
-    query = torch.zeros(heads, num_tokens, width, **like)
-    scores = torch.zeros(heads, num_tokens, num_tokens, **like)
+    x = {size: torch.randn(num_tokens, size, **like) for size in {config.hidden_size, config.intermediate_size}}
+    query = torch.randn(heads, num_tokens, width, **like)
+    scores = torch.randn(heads, num_tokens, num_tokens, **like)
 
     @torch.no_grad()
     def products() -> None:
@@ -270,7 +270,11 @@ def as_graph(work: Callable) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(keeps: Callable = work) -> None:  # the tensors that the kernels read and write
+        graph.replay()
+
+    return replay
 
 
 def step_operations(models: vpt.Models, num_tokens: int) -> int:
