@@ -108,7 +108,17 @@ def test_a_page_names_no_option_that_does_not_exist():
     for page in (ROOT / "README.md", ROOT / "tests" / "README.md", DEMO / "README.md"):
         text = re.sub("`python tests/[^`]*`", "", page.read_text())  # tools have options of their own
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
-        of_other_tools = {"--array", "--gres", "--count", "--root", "--num_steps"}
+        of_other_tools = {
+            "--array",
+            "--gres",
+            "--signal",
+            "--requeue",
+            "--open-mode",
+            "--count",
+            "--root",
+            "--num_steps",
+        }
+        of_other_tools |= {"--peers"}  # in a block of commands
         assert named - of_other_tools <= OPTIONS, page
 
 
@@ -131,7 +141,9 @@ def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(p
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
-    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!=)", re.sub("WANDB_MODE|HF_HOME|CUDA_VISIBLE_DEVICES", "", text))
+    assert not re.findall(
+        r"\b[A-Z]+_[A-Z]+\b(?!=)", re.sub("WANDB_[A-Z]+|HF_HOME|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID", "", text)
+    )
 
 
 def test_the_demo_model_stays_within_40_megabytes():
