@@ -1218,7 +1218,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     """
     refuse_pointer(file)
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings are of damaged EXIF
             if image.width * image.height > LARGEST_PICTURE:
                 raise ValueError(f"it has {image.width * image.height / 1e6:.0f} million pixels: make it smaller")
             if image.mode == "F":
@@ -1246,8 +1246,7 @@ def read_picture(file: Path, size: int) -> Tensor:
 def orientation_of(image: Image.Image) -> object:
     """What EXIF says of it; damaged EXIF is none."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # whatever the bytes suggest
         return None
 
