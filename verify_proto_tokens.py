@@ -247,11 +247,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", "reference", type=PROBABILITY, default=1.0, metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
     add("--repetition-penalty", "reference", type=POSITIVE, metavar="P",
-        help="divide the logits of codes that the picture has already, under the prompt and before guidance, as "
+        help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
-        help="compile decoding and step, on CUDA to CUDA graphs, which costs minutes first (default: auto, that is off "
-        "wherever no measurement says that it gains, which today is everywhere)")
+        help="compile decoding and step, on CUDA to CUDA graphs, which costs minutes first (default: auto, that is off: no "
+        "measurement says yet where it gains)")
     add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
     add("--seed", "reference", int, type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
