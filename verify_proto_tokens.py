@@ -250,7 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
-        help="compile decoding and step, on CUDA to CUDA graphs, which costs minutes first (default: auto, that is off: no "
+        help="compile decoding and step, on CUDA to CUDA graphs; costs minutes first (default: auto, that is off: no "
         "measurement says yet where it gains)")
     add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
     add("--seed", "reference", int, type=COUNT_OR_0, default=42,
