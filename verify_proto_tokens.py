@@ -448,7 +448,7 @@ def keep_outputs_open() -> None:
     """No experiment ends because of something that cannot be printed: a letter is escaped, a lost output is quiet."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):  # neither a closed one nor a notebook's own
             buffer = io.BufferedWriter(LastingOutput(stream))
             lasting = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, lasting)
