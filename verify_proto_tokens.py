@@ -777,7 +777,7 @@ def pick_device(name: str | None) -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # not built for it, not there, not known
+    except (RuntimeError, AssertionError) as error:  # not known, not there; not built for it
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
     return torch.device(name)
 
