@@ -2633,16 +2633,24 @@ def read_state(file: Path) -> dict | None:
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 
 
-def wandb_names(args: argparse.Namespace) -> dict:
-    """The settings of a W&B run that options decide; None leaves one to the environment."""
+def wandb_settings(args: argparse.Namespace) -> object:
+    """The settings of a W&B run that options decide; one that is left out here is the environment's."""
+    import wandb
+
     named_by_environment = os.environ.get("WANDB_NAME") and args.wandb_run_name == default_run_name(args)
-    return {
+    names = {
         "project": None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
         "entity": args.wandb_entity,
         "run_name": None if named_by_environment else args.wandb_run_name,
         "run_group": args.wandb_group,
         "run_tags": args.wandb_tags,
     }
+    return wandb.Settings(
+        **{name: value for name, value in names.items() if value is not None},
+        init_timeout=WANDB_START_SECONDS,
+        finish_timeout=WANDB_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
 
 
 def check_wandb(args: argparse.Namespace) -> None:
@@ -2654,7 +2662,7 @@ def check_wandb(args: argparse.Namespace) -> None:
 
     try:
         wandb.setup()  # reads the environment, and what `wandb offline` and the like left in a folder
-        wandb.Settings(**{name: value for name, value in wandb_names(args).items() if value is not None})
+        wandb_settings(args)
     except (wandb.Error, ValueError) as error:
         raise UserError(f"W&B does not take these settings: {refused_setting(error)}") from None
 
@@ -2686,29 +2694,13 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     """
     import wandb
 
-    names = wandb_names(args)
     if args.resume:
         resume = "allow"
     elif in_sweep():
         resume = None  # the server may know of an agent's run before it begins
     else:
         resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
-    start = functools.partial(
-        wandb.init,
-        project=names["project"],
-        entity=names["entity"],
-        name=names["run_name"],
-        group=names["run_group"],
-        tags=names["run_tags"],
-        config=settings,
-        id=run_id,
-        resume=resume,
-        settings=wandb.Settings(
-            init_timeout=WANDB_START_SECONDS,
-            finish_timeout=WANDB_FINISH_SECONDS,
-            finish_timeout_raises=True,
-        ),
-    )
+    start = functools.partial(wandb.init, config=settings, id=run_id, resume=resume, settings=wandb_settings(args))
     mode = args.wandb_mode or wandb.setup().settings.mode
     if mode == "online":
         try:
@@ -2730,8 +2722,8 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
         raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
     run.define_metric("optimisation_step", hidden=True)
     run.define_metric("capacity/*", step_metric="capacity/num_tokens")
-    for names in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
-        run.define_metric(names, step_metric="optimisation_step")
+    for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
+        run.define_metric(metrics, step_metric="optimisation_step")
     run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
     return run
 
