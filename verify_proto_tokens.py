@@ -737,9 +737,8 @@ def load_models(args: argparse.Namespace) -> Models:
     vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
     if vq_encoder:
-        encode_pixels(
-            vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor), factor
-        )  # else found out after the generator came
+        small = torch.zeros(1, 3, 2 * factor, 2 * factor)
+        encode_pixels(vq_encoder, small, factor)  # else what is wrong with it comes to light after the generator loaded
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     refuse_too_few_positions(config, text_tokenizer, args.prompts, num_tokens_of(args.image_size, factor))
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
@@ -865,7 +864,7 @@ def read_config(folder: Path) -> Qwen2Config:
         raise UserError(f"{file} is damaged or no model configuration: download it again") from None
     if kind != "qwen2":
         raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
-    if "quantization_config" in fields:
+    if fields.get("quantization_config"):
         raise UserError(
             f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from gradients "
             "through the weights, so take the checkpoint before its quantisation"

@@ -21,6 +21,11 @@ def test_a_quantised_checkpoint_is_refused_and_told_why(call_tiny, model_folders
     refused(call_tiny(), "quantised", "gradients")
 
 
+def test_a_checkpoint_that_says_it_is_not_quantised_loads(call_tiny, model_folders):
+    change(model_folders[0] / "config.json", quantization_config=None)
+    assert call_tiny().code == 0
+
+
 def test_a_vocabulary_unlike_the_rows_in_the_file_names_both_numbers(call_tiny, model_folders):
     change(model_folders[0] / "config.json", vocab_size=1500)
     refused(call_tiny(), "lm_head.weight has [1412, 32], not [1500, 32]")
