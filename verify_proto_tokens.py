@@ -713,6 +713,9 @@ class Models:
     def num_tokens(self, image_size: int) -> int:
         return num_tokens_of(image_size, self.factor)
 
+    def size_token(self, num_tokens: int) -> str:
+        return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
+
     def has(self, codes: Tensor) -> bool:
         """Whether all are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
@@ -740,7 +743,7 @@ def load_models(args: argparse.Namespace) -> Models:
         small = torch.zeros(1, 3, 2 * factor, 2 * factor)
         encode_pixels(vq_encoder, small, factor)  # else what is wrong with it comes to light after the generator loaded
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
-    refuse_too_few_positions(config, text_tokenizer, args.prompts, num_tokens_of(args.image_size, factor))
+    refuse_too_few_positions(config, text_tokenizer, args, factor)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
         raise UserError(
@@ -1002,10 +1005,11 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
 
 
 def refuse_too_few_positions(
-    config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, prompts: list[str], num_tokens: int
+    config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, factor: int
 ) -> None:
     """Raises UserError where the model has no positions for a prompt and the image's N tokens behind it."""
-    texts = [*map(conditional_prompt, prompts), negative_prompt()]
+    size, num_tokens = size_token(text_tokenizer, args.image_size), num_tokens_of(args.image_size, factor)
+    texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
     longest = max(len(ids) for ids in text_tokenizer(texts)["input_ids"])
     if longest + num_tokens > config.max_position_embeddings:
         raise UserError(
@@ -1137,14 +1141,20 @@ class Reference:
     prompts: list[str]
 
 
-def conditional_prompt(prompt: str) -> str:
-    """SimpleAR's template, word for word."""
-    return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{START_OF_IMAGE}"
+def conditional_prompt(prompt: str, size: str = "") -> str:
+    """SimpleAR's template, word for word, and the `size_token` where the generator knows one."""
+    return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{size}{START_OF_IMAGE}"
 
 
-def negative_prompt() -> str:
+def negative_prompt(size: str = "") -> str:
     """SimpleAR's again: what guidance leads away from. It is its unconditional prompt."""
-    return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{START_OF_IMAGE}"
+    return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size}{START_OF_IMAGE}"
+
+
+def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
+    """How a generator trained on several sizes is told one, `<|512px|>`; empty for SimpleAR's, which is told none."""
+    token = f"<|{image_size}px|>"
+    return token if token in text_tokenizer.get_vocab() else ""
 
 
 @enough_memory_for("the reference")
@@ -1289,7 +1299,8 @@ class PromptedLayers:
     """
 
     def __init__(self, models: Models, prompts: list[str], num_tokens: int):
-        texts = [conditional_prompt(prompt) for prompt in prompts] + [negative_prompt()] * len(prompts)
+        size = models.size_token(num_tokens)
+        texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
         ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
         length = max(map(len, ids))
         padded = [[0] * (length - len(row)) + row for row in ids]
@@ -1898,11 +1909,11 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     unprompted - proto, is what the embeddings tell the generator of its target.
     """
     batch, num_tokens = reference.codes.shape
-    prompted, unprompted = [], []
+    size, prompted, unprompted = models.size_token(num_tokens), [], []
     with said_if_slow("what the targets cost in bits"):
         for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
-            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt), codes))
-            unprompted.append(teacher_forced_bits(models, negative_prompt(), codes))
+            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes))
+            unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes))
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
@@ -2358,13 +2369,14 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
             versions[package] = importlib.metadata.version(package)
     versions["torch"] = torch.__version__  # which says the build, too
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    prompts = settings.pop("prompts")
+    prompts, num_tokens = settings.pop("prompts"), models.num_tokens(args.image_size)
+    size = models.size_token(num_tokens)
     settings |= {
         "prompt": prompts[0] if len(prompts) == 1 else prompts,
         "images": [str(image) for image in args.images],
-        "num_tokens": models.num_tokens(args.image_size),
+        "num_tokens": num_tokens,
         "final_learning_rate": FINAL_RATE,
-        "prompt_templates": [conditional_prompt(""), negative_prompt()],
+        "prompt_templates": [conditional_prompt("", size), negative_prompt(size)],
         "codebook_size": models.codebook_size,
         "visual_offset": models.visual_offset,
         "factor": models.factor,

@@ -20,6 +20,15 @@ def test_prompts_follow_the_template_word_for_word():
     )
 
 
+def test_a_generator_whose_tokenizer_names_sizes_is_told_its_size(tiny_models, make_args):
+    """Told nothing, a generator trained on several sizes could but guess the first token."""
+    assert vpt.describe_run(make_args(), tiny_models)["prompt_templates"][0] == vpt.conditional_prompt("")
+    tiny_models.text_tokenizer.add_special_tokens({"additional_special_tokens": ["<|16px|>"]})
+    conditional, negative = vpt.describe_run(make_args(), tiny_models)["prompt_templates"]
+    assert conditional == "<|t2i|>A highly realistic image of <|16px|><|soi|>"
+    assert negative.endswith(" distortion<|16px|><|soi|>")
+
+
 def test_guidance_matches_numbers_worked_by_hand():
     cond, uncond = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
     scores = vpt.guided_scores(cond, uncond, cfg_scale=3.0)
