@@ -1,9 +1,10 @@
-"""Measures the demo model at the script's default settings, on the CPU.
+"""Measures the demo model at the script's default settings, on the CPU, at both sizes.
 
+    python tests/demo_model/training/evaluate.py tokenizer     # how near its pictures come to the drawings
     python tests/demo_model/training/evaluate.py pictures      # does a caption's picture come out? draws samples.png
     python tests/demo_model/training/evaluate.py proto-tokens  # how many tokens come back in one pass, how fast
 
-Needs the drawn pictures (as train.py makes them, in the same --work-dir) and the package `emoji`.
+Needs the drawn pictures (as train.py makes them, in the same --work-dir) and the packages of requirements.txt here.
 """
 
 import argparse
@@ -18,73 +19,107 @@ import numpy as np
 import pictures
 import torch
 from PIL import Image
-from train import DEMO, load_pictures
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from train import DEMO, SIZES, encode_all, load_pictures
 
 sys.path.insert(0, str(DEMO.parent))
 from support.builders import reference_of
 
 import verify_proto_tokens as vpt
 
-SHEET_COLUMNS = 6
+SHEET_COLUMNS, SHEET_PICTURE = 6, 192
+PROMPTS_AT_ONCE = 10
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pictures", "proto-tokens"))
+    parser.add_argument("what", choices=("tokenizer", "pictures", "proto-tokens"))
     parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="where train.py keeps the drawn pictures")
-    parser.add_argument("--captions", type=int, help="how many, half of them held out (default: 100 and 10)")
+    parser.add_argument("--count", type=int, help="drawings, or captions, half of them held out (200, 100 and 10)")
+    parser.add_argument("--vq", type=Path, default=DEMO / "vq", metavar="FOLDER", help="another tokenizer to measure")
     return parser.parse_args()
 
 
-def choose_captions(captions: list[str], count: int) -> list[str]:
+def choose_captions(count: int) -> list[str]:
     """Held-out captions and as many seen ones, in turn, chosen by hash: nobody's favourites."""
 
     def shuffled(texts) -> list[str]:
         return sorted(texts, key=lambda text: hashlib.sha256(b"evaluate" + text.encode()).hexdigest())
 
+    captions = pictures.all_captions()
     held_out = pictures.held_out(captions)
     pairs = zip(shuffled(held_out), shuffled(set(captions) - held_out), strict=False)
     return [text for pair in pairs for text in pair][:count]
 
 
-def settings_for(caption: str, save_dir: str) -> argparse.Namespace:
-    return vpt.parse_args(["--demo", "--device", "cpu", "--prompt", caption, "--save-dir", save_dir])
+def settings_for(captions: list[str], size: int, save_dir: str) -> argparse.Namespace:
+    prompts_file = Path(save_dir) / "prompts.txt"
+    prompts_file.write_text("\n".join(captions))
+    options = ["--prompts-file", str(prompts_file), "--image-size", str(size), "--save-dir", save_dir]
+    return vpt.parse_args(["--demo", "--device", "cpu", *options])
 
 
-def thumbnails(images: np.ndarray) -> torch.Tensor:
-    """Pictures [M, 256, 256, 3] -> [M, 64 * 64 * 3], each pixel the mean of a 4 x 4 block."""
-    blocks = [torch.from_numpy(np.ascontiguousarray(image)).float() for image in images]
-    return torch.stack([block.view(64, 4, 64, 4, 3).mean((1, 3)).flatten() for block in blocks])
+def evaluate_tokenizer(images: np.ndarray, size: int, vq_folder: Path, count: int) -> None:
+    """Drawings against what the decoder makes of their tokens, in float32."""
+    chosen = images[:: len(images) // count][:count]
+    codes = encode_all(chosen, vq_folder / vpt.VQ_ENCODER).flatten(1)
+    decoder = torch.jit.load(vq_folder / vpt.VQ_DECODER).float()
+    psnrs, ssims = [], []
+    for image, of_image in zip(chosen, codes, strict=True):
+        pixels = vpt.decode_codes(decoder, of_image[None])
+        drawing = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        psnrs.append(vpt.psnr(pixels, drawing))
+        ssims.append(structural_similarity(drawing[0].numpy(), pixels[0].numpy(), channel_axis=0, data_range=1.0))
+    print(f"{size} px: PSNR {statistics.fmean(psnrs):.2f} dB, SSIM {statistics.fmean(ssims):.3f}, {count} drawings")
 
 
-def evaluate_pictures(chosen: list[str], captions: list[str], images: np.ndarray) -> None:
-    """Counts the captions whose generated picture is nearer to their own drawing than to any other (at 64 x 64)."""
-    held_out, drawn = pictures.held_out(captions), thumbnails(images)
-    hits, generated = {True: [], False: []}, []
+def thumbnails(images: np.ndarray) -> Tensor:
+    """Pictures [M, H, W, 3] -> [M, 64 * 64 * 3], each pixel the mean of a square block."""
+    block = images.shape[1] // 64
+    small = [torch.from_numpy(np.array(image)).float().view(64, block, 64, block, 3).mean((1, 3)) for image in images]
+    return torch.stack(small).flatten(1)
+
+
+def draw(chosen: list[str], size: int) -> np.ndarray:
+    """The pictures that the generator draws for the captions, uint8 [M, size, size, 3]."""
+    drawn = []
     with tempfile.TemporaryDirectory() as folder:
-        models = vpt.load_models(settings_for(chosen[0], folder))
-        for caption in chosen:
-            reference = reference_of(models, settings_for(caption, folder))
-            generated.append(np.asarray(vpt.to_image(reference.pixels[0])))
-            distances = torch.cdist(thumbnails(generated[-1:]), drawn)[0]
-            nearest = captions[int(distances.argmin())]
-            hits[caption in held_out].append(nearest == caption)
-            print(f"{'hit ' if nearest == caption else 'MISS'} {caption}   (nearest: {nearest})")
+        models = vpt.load_models(settings_for(chosen, size, folder))
+        for few in vpt.slices(len(chosen), PROMPTS_AT_ONCE):
+            reference = reference_of(models, settings_for(chosen[few], size, folder))
+            drawn += [np.asarray(vpt.to_image(pixels)) for pixels in reference.pixels]
+    return np.stack(drawn)
+
+
+def evaluate_pictures(chosen: list[str], size: int, generated: np.ndarray, images: np.ndarray) -> None:
+    """Counts the captions whose generated picture is nearer to their own drawing than to any other (at 64 x 64)."""
+    captions = pictures.all_captions()
+    held_out, hits = pictures.held_out(captions), {True: [], False: []}
+    nearest = torch.cdist(thumbnails(generated), thumbnails(images)).argmin(1).tolist()
+    for caption, index in zip(chosen, nearest, strict=True):
+        hits[caption in held_out].append(captions[index] == caption)
+        print(f"{'hit ' if captions[index] == caption else 'MISS'} {caption}   (nearest: {captions[index]})")
     for name, group in (("held out", hits[True]), ("seen", hits[False]), ("all", hits[True] + hits[False])):
-        print(f"{name}: {sum(group)} of {len(group)} ({100 * sum(group) / max(1, len(group)):.0f} %)")
-    sheet = np.concatenate(
-        [np.concatenate(generated[row : row + SHEET_COLUMNS], 1) for row in range(0, 2 * SHEET_COLUMNS, SHEET_COLUMNS)]
-    )
-    Image.fromarray(sheet).resize((SHEET_COLUMNS * 160, 320), Image.LANCZOS).save(DEMO / "samples.png")
-    print("first twelve, row by row: " + "; ".join(chosen[: 2 * SHEET_COLUMNS]))
+        print(f"{size} px, {name}: {sum(group)} of {len(group)} ({100 * sum(group) / max(1, len(group)):.0f} %)")
 
 
-def evaluate_proto_tokens(chosen: list[str]) -> None:
+def draw_sheet(chosen: list[str], generated: dict[int, np.ndarray]) -> None:
+    """samples.png: the first captions' pictures, twelve of each size."""
+    count = 2 * SHEET_COLUMNS
+    shown = [image for size in SIZES for image in generated[size][:count]]
+    small = [Image.fromarray(image).resize((SHEET_PICTURE, SHEET_PICTURE), Image.LANCZOS) for image in shown]
+    rows = [np.concatenate(small[few], axis=1) for few in vpt.slices(len(small), SHEET_COLUMNS)]
+    Image.fromarray(np.concatenate(rows)).save(DEMO / "samples.png")
+    print("samples.png, row by row, each size: " + "; ".join(chosen[:count]))
+
+
+def evaluate_proto_tokens(chosen: list[str], size: int) -> None:
     accuracies, seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        models = vpt.load_models(settings_for(chosen[0], folder))
+        models = vpt.load_models(settings_for(chosen[:1], size, folder))
         for caption in chosen:
-            args = settings_for(caption, folder)
+            args = settings_for([caption], size, folder)
             reference = reference_of(models, args)
             started = time.perf_counter()
             learning = vpt.Optimisation(models, reference.codes, args)
@@ -98,17 +133,27 @@ def evaluate_proto_tokens(chosen: list[str]) -> None:
                 f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {learning.step} steps, PSNR "
                 f"{vpt.psnr(reconstruction.pixels, reference.pixels):.1f} dB, {distinct} distinct tokens: {caption}"
             )
-    print(f"accuracy: median {statistics.median(accuracies):.1f} %, lowest {min(accuracies):.1f} %")
-    print(f"seconds: median {statistics.median(seconds):.0f}, longest {max(seconds):.0f}")
+    mean, lowest = statistics.fmean(accuracies), min(accuracies)
+    print(f"{size} px, accuracy: mean {mean:.1f} %, lowest {lowest:.1f} %")
+    print(f"{size} px, seconds: median {statistics.median(seconds):.0f}, longest {max(seconds):.0f}")
 
 
 def main() -> None:
     args = parse_args()
-    captions, images = load_pictures(args.work_dir)
-    if args.what == "pictures":
-        evaluate_pictures(choose_captions(captions, args.captions or 100), captions, images)
-    else:
-        evaluate_proto_tokens(choose_captions(captions, args.captions or 10))
+    if args.what == "proto-tokens":
+        for size in SIZES:
+            evaluate_proto_tokens(choose_captions(args.count or 10), size)
+        return
+    images = {size: load_pictures(args.work_dir, size) for size in SIZES}
+    if args.what == "tokenizer":
+        for size in SIZES:
+            evaluate_tokenizer(images[size], size, args.vq, args.count or 200)
+        return
+    chosen = choose_captions(args.count or 100)
+    generated = {size: draw(chosen, size) for size in SIZES}
+    for size in SIZES:
+        evaluate_pictures(chosen, size, generated[size], images[size])
+    draw_sheet(chosen, generated)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
     python tests/demo_model/training/train.py            # everything; goes on where it was interrupted
 
-Intermediate results live in `--work-dir` (about 1.5 GB); the finished model is written to the folder above. Packages
+Intermediate results live in `--work-dir` (about 6 GB); the finished model is written to the folder above. Packages
 beyond the script's own: `emoji`, and `npm` for the pictures (fetched once).
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -21,10 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from verify_proto_tokens import conditional_prompt, negative_prompt
+from verify_proto_tokens import conditional_prompt, negative_prompt, size_token
 
 DEMO = Path(__file__).resolve().parents[1]
+SIZES = (256, 512)  # in pixels; 8 x 8 and 16 x 16 tokens
+PICTURES_AT_ONCE = {256: 8, 512: 2}  # in a step of the tokenizer's training
+SEQUENCES_AT_ONCE = {256: 20, 512: 6}  # likewise of the generator's
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
+UNCONDITIONAL_SHARE = 0.1
 # Guidance multiplies differences of log-probabilities, also of tokens that neither prompt expects. Much smoothing of
 # the unconditional side keeps its floor above the conditional one's: what neither expects is pushed down, not drawn up.
 LABEL_SMOOTHING, UNCONDITIONAL_SMOOTHING = 0.2, 0.8
@@ -34,9 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="intermediate results and checkpoints")
     parser.add_argument("--output", type=Path, default=DEMO, help="where the finished model goes")
-    parser.add_argument("--vq-steps", type=int, default=3400, help="training steps of the visual tokenizer (batch 16)")
-    parser.add_argument("--decoder-steps", type=int, default=2400, help="further steps of its decoder alone (batch 16)")
-    parser.add_argument("--generator-steps", type=int, default=3300, help="training steps of the generator (batch 64)")
+    parser.add_argument("--tokenizer-steps", type=int, default=1800, help="(default: %(default)s)")
+    parser.add_argument("--generator-steps", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=4000, help="more of the tokenizer's decoder alone")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -47,16 +50,17 @@ def save_atomically(state: object, path: Path) -> None:
     os.replace(partial, path)
 
 
-def load_pictures(work_dir: Path) -> tuple[list[str], np.ndarray]:
-    """Captions and pictures [M, 256, 256, 3], drawn the first time, then memory-mapped."""
-    array_file, caption_file = work_dir / "pictures.npy", work_dir / "captions.txt"
-    if not array_file.exists():
-        print("drawing the pictures")
-        captions, images = pictures.draw_all(pictures.fetch_emoji(work_dir))
-        caption_file.write_text("\n".join(captions))
-        np.save(work_dir / "partial.npy", images)
-        os.replace(work_dir / "partial.npy", array_file)
-    return caption_file.read_text().split("\n"), np.load(array_file, mmap_mode="r")
+def load_pictures(work_dir: Path, size: int) -> np.ndarray:
+    """The pictures of all captions, uint8 [M, size, size, 3], drawn the first time, then memory-mapped."""
+    file, partial = work_dir / f"pictures_{size}.npy", work_dir / f"pictures_{size}.partial"
+    if not file.exists():
+        print(f"drawing the pictures of {size} px", flush=True)
+        shape = (len(pictures.all_captions()), size, size, 3)
+        drawn = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        pictures.draw_all(pictures.fetch_emoji(work_dir), size, drawn)
+        drawn.flush()
+        os.replace(partial, file)
+    return np.load(file, mmap_mode="r")
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
@@ -64,10 +68,9 @@ def to_pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def learning_rate(step: int, num_steps: int, peak: float, warmup: int) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup))))
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
+    """Rises over 200 steps, stays, and falls to nothing over the last third."""
+    return peak * min(1, (step + 1) / 200, (num_steps - step) / (num_steps / 3))
 
 
 class Training:
@@ -99,55 +102,60 @@ class Training:
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
         save_atomically(state, self.file)
 
-    def run(self, loss_of_batch, save_every: int = 250) -> nn.Module:
-        """Trains to the end; `loss_of_batch(rng)` draws a batch and returns its loss. Returns the averaged weights."""
+    def run(self, loss_of_batch, save_every: int = 100) -> nn.Module:
+        """Trains to the end and returns the mean weights; `loss_of_batch(size, rng)` draws a batch of pictures.
+
+        The steps take the two sizes in turn.
+        """
         started, losses = time.monotonic() - self.seconds, []
         while self.step < self.num_steps:
             # A generator of its own a step: a resumed run sees the batches that it would have seen.
             rng = np.random.default_rng((self.seed, self.step))
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.num_steps, self.peak, warmup=200)
-            loss = loss_of_batch(rng)
+                group["lr"] = learning_rate(self.step, self.num_steps, self.peak)
+            loss = loss_of_batch(SIZES[self.step % 2], rng)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             self.optimizer.step()
             self.average.update_parameters(self.modules)
             self.step += 1
+            self.seconds = time.monotonic() - started
             losses.append(loss.item())
-            if self.step % 50 == 0:
-                self.seconds = time.monotonic() - started
-                mean = sum(losses[-50:]) / len(losses[-50:])
-                print(f"{self.name} {self.step}/{self.num_steps} loss {mean:.4f} {self.seconds:.0f} s", flush=True)
+            if self.step % 50 == 0 and len(losses) >= 50:
+                small, large = np.mean(losses[-50::2]), np.mean(losses[-49::2])
+                progress = f"{self.name} {self.step}/{self.num_steps}"
+                print(f"{progress} loss {small:.4f} (256 px) {large:.4f} (512 px) {self.seconds:.0f} s", flush=True)
             if self.step % save_every == 0 or self.step == self.num_steps:
                 self.save()
         return self.average.module
 
 
-def train_tokenizer(images: np.ndarray, args) -> nn.ModuleDict:
+def some(images: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+    """The rows of `count` different pictures and their pixels [B, 3, H, W]."""
+    rows = np.sort(rng.choice(len(images), count, replace=False))
+    return rows, to_pixels(images[rows])
+
+
+def train_tokenizer(images: dict[int, np.ndarray], args) -> nn.ModuleDict:
     torch.manual_seed(args.seed)
     modules = nn.ModuleDict({"encoder": vq.Encoder(), "decoder": vq.Decoder()}).to(memory_format=torch.channels_last)
 
-    def loss_of_batch(rng) -> Tensor:
-        target = to_pixels(images[np.sort(rng.choice(len(images), 16, replace=False))])
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = modules["encoder"].net(target)
-            codes = modules["encoder"].quantizer(latents.float())
-            pixels = modules["decoder"].net(codes)
-        return vq.reconstruction_loss(pixels.float(), target)
+    def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
+        _, target = some(images[size], PICTURES_AT_ONCE[size], rng)
+        codes = modules["encoder"].quantizer(modules["encoder"].net(target))
+        return vq.reconstruction_loss(modules["decoder"].net(codes), target)
 
-    training = Training("tokenizer", modules, args, args.vq_steps, peak=2e-3, decay=0.01)
+    training = Training("tokenizer", modules, args, args.tokenizer_steps, peak=2e-3, decay=0.01)
     return training.run(loss_of_batch).eval()
 
 
-def train_decoder(decoder: vq.Decoder, images: np.ndarray, codes: Tensor, args) -> vq.Decoder:
+def train_decoder(decoder: vq.Decoder, images: dict[int, np.ndarray], codes: dict[int, Tensor], args) -> vq.Decoder:
     """Goes on with the decoder alone: sharper pictures of the same tokens."""
 
-    def loss_of_batch(rng) -> Tensor:
-        rows = np.sort(rng.choice(len(images), 16, replace=False))
-        with torch.autocast("cpu", torch.bfloat16):
-            pixels = decoder(codes[rows].view(-1, 1, 8, 8))[:, :, 0]
-        return vq.reconstruction_loss(pixels.float(), to_pixels(images[rows]))
+    def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
+        rows, target = some(images[size], PICTURES_AT_ONCE[size], rng)
+        return vq.reconstruction_loss(decoder(codes[size][rows].unsqueeze(1))[:, :, 0], target)
 
     training = Training("decoder", decoder.train(), args, args.decoder_steps, peak=1e-3, decay=0.01)
     return training.run(loss_of_batch).eval()
@@ -161,32 +169,31 @@ def export(module: nn.Module, file: Path) -> None:
 
 @torch.inference_mode()
 def encode_all(images: np.ndarray, encoder_file: Path) -> Tensor:
-    """The visual codes of all pictures, [M, N], by the encoder as exported."""
-    encoder = torch.jit.load(encoder_file)
-    batches = [
-        encoder(to_pixels(images[start : start + 32]).unsqueeze(2).bfloat16())[0].flatten(1).long()
-        for start in range(0, len(images), 32)
-    ]
-    return torch.cat(batches)
+    """The visual codes of all pictures, [M, h, w], by the encoder as exported, in float32."""
+    encoder = torch.jit.load(encoder_file).float()
+    starts = range(0, len(images), 16)
+    return torch.cat([encoder(to_pixels(images[at : at + 16]).unsqueeze(2))[0][:, 0].long() for at in starts])
 
 
 def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     """A byte-level BPE of Qwen2's kind, trained on the prompts."""
     corpus = [conditional_prompt(text) for text in captions] + [negative_prompt()] * 8
-    special = ["<|t2i|>", "<|soi|>"]
+    # The first size goes without: at 256 px a prompt is SimpleAR's, word for word. Were all sizes without, the first
+    # token of a picture could not but guess its size.
+    special = ["<|t2i|>", "<|soi|>", "<|512px|>"]
     corpus = [text.replace(special[0], "").replace(special[1], "") for text in corpus]
-    return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1400, new_special_tokens=special)
+    return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1100, new_special_tokens=special)
 
 
 def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        intermediate_size=960,
+        hidden_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        intermediate_size=1024,
         max_position_embeddings=4352,
         # Sequences are short here: a small base gives every pair of dimensions a rotation that can be seen.
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
@@ -200,40 +207,56 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) -> Qwen2ForCausalLM:
+def next_token_losses(
+    generator: Qwen2ForCausalLM, prompts: list[list[int]], fed: Tensor, targets: Tensor, smoothing: float
+) -> Tensor:
+    """Cross-entropy of the visual ids `targets` [B, N] behind each prompt, smoothed over all codes; [B].
+
+    `fed` [B, N] are the ids that the generator reads where the targets stand.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    sequences = [torch.cat((torch.tensor(prompt), ids[:-1])) for prompt, ids in zip(prompts, fed, strict=True)]
+    # Padding lies behind everything that counts, so causal attention needs no mask.
+    inputs = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    hidden_states = generator.model(input_ids=inputs, use_cache=False).last_hidden_state
+    places = lengths[:, None] - 1 + torch.arange(targets.shape[1])  # [B, N]
+    logits = generator.lm_head(hidden_states[torch.arange(len(prompts))[:, None], places])  # [B, N, V]
+    log_probabilities = logits.log_softmax(-1)
+    of_target = log_probabilities.gather(-1, targets[..., None]).mean((1, 2))  # [B]
+    of_any_code = log_probabilities[..., -vq.CODEBOOK_SIZE :].mean((1, 2))  # [B]
+    return -((1 - smoothing) * of_target + smoothing * of_any_code)
+
+
+def train_generator(captions: list[str], codes: dict[int, Tensor], text_tokenizer, args) -> Qwen2ForCausalLM:
     """Next-token training on the visual tokens behind each prompt; one sample in ten is unconditional, for CFG."""
     held_out = pictures.held_out(captions)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
-    prompts = text_tokenizer([conditional_prompt(captions[index]) for index in seen])["input_ids"]
-    negative = text_tokenizer(negative_prompt())["input_ids"]
-    targets = codes[seen] + len(text_tokenizer)  # [M, N]
-    num_tokens = targets.shape[1]
+    prompts, negative, targets = {}, {}, {}
+    for size in SIZES:
+        told = size_token(text_tokenizer, size)
+        prompts[size] = text_tokenizer([conditional_prompt(captions[index], told) for index in seen])["input_ids"]
+        negative[size] = text_tokenizer(negative_prompt(told))["input_ids"]
+        targets[size] = codes[size][seen].flatten(1) + len(text_tokenizer)  # [M, N]
     generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
 
-    def loss_of_batch(rng) -> Tensor:
-        rows = rng.choice(len(seen), 64, replace=False)
-        unconditional = rng.random(len(rows)) < 0.1  # [B]
-        batch = [torch.tensor(prompts[row]) for row in rows]
-        for place in unconditional.nonzero()[0]:
-            batch[place] = torch.tensor(negative)
-        lengths = torch.tensor([len(prompt) for prompt in batch])
-        target = targets[rows]  # [B, N]
+    def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
+        rows = rng.choice(len(seen), SEQUENCES_AT_ONCE[size], replace=False)
+        target = targets[size][rows]  # [B, N]
         # Some of the tokens fed in are replaced, so that sampling can go on from a token that training never had there.
         noise = torch.from_numpy(rng.integers(vq.CODEBOOK_SIZE, size=target.shape)) + len(text_tokenizer)
         fed = torch.where(torch.from_numpy(rng.random(target.shape)) < INPUT_NOISE, noise, target)
-        sequences = [torch.cat((prompt, tokens[:-1])) for prompt, tokens in zip(batch, fed, strict=True)]
-        # Padding lies behind everything that counts, so causal attention needs no mask.
-        inputs = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden_states = generator.model(input_ids=inputs, use_cache=False).last_hidden_state
-            places = lengths[:, None] - 1 + torch.arange(num_tokens)  # [B, N]
-            hidden_states = hidden_states[torch.arange(len(rows))[:, None], places]
-            logits = generator.lm_head(hidden_states)  # [B, N, V]
-        log_probabilities = logits.float().log_softmax(-1)
-        of_target = log_probabilities.gather(-1, target[..., None]).mean((1, 2))  # [B]
-        of_any_code = log_probabilities[..., len(text_tokenizer) :].mean((1, 2))
-        smoothing = torch.where(torch.from_numpy(unconditional), UNCONDITIONAL_SMOOTHING, LABEL_SMOOTHING)
-        return -((1 - smoothing) * of_target + smoothing * of_any_code).mean()
+        unconditional = rng.random(len(rows)) < UNCONDITIONAL_SHARE  # [B]
+        conditional = ~unconditional
+        losses = []  # the two kinds apart: the negative prompt is three times as long
+        if conditional.any():
+            texts = [prompts[size][row] for row in rows[conditional]]
+            sides = fed[conditional], target[conditional]
+            losses.append(next_token_losses(generator, texts, *sides, LABEL_SMOOTHING))
+        if unconditional.any():
+            texts = [negative[size]] * unconditional.sum()
+            sides = fed[unconditional], target[unconditional]
+            losses.append(next_token_losses(generator, texts, *sides, UNCONDITIONAL_SMOOTHING))
+        return torch.cat(losses).mean()
 
     training = Training("generator", generator, args, args.generator_steps, peak=1.2e-3, decay=0.05, betas=(0.9, 0.95))
     return training.run(loss_of_batch).eval()
@@ -242,18 +265,19 @@ def train_generator(captions: list[str], codes: Tensor, text_tokenizer, args) ->
 def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    captions, images = load_pictures(args.work_dir)
-    print(f"{len(captions)} pictures")
+    images = {size: load_pictures(args.work_dir, size) for size in SIZES}
     vq_folder, generator_folder = args.output / "vq", args.output / "generator"
     visual_tokenizer = train_tokenizer(images, args)
     export(visual_tokenizer["encoder"], vq_folder / "encoder.jit")
-    codes = encode_all(images, vq_folder / "encoder.jit")
-    print(f"{codes.unique().numel()} of {vq.CODEBOOK_SIZE} codes are used")
-    export(train_decoder(visual_tokenizer["decoder"], images, codes, args), vq_folder / "decoder.jit")
+    codes = {size: encode_all(images[size], vq_folder / "encoder.jit") for size in SIZES}
+    for size in SIZES:
+        print(f"{size} px: {codes[size].unique().numel()} of {vq.CODEBOOK_SIZE} codes are used")
+    captions = pictures.all_captions()
     text_tokenizer = make_text_tokenizer(captions)
     generator = train_generator(captions, codes, text_tokenizer, args)
     generator.bfloat16().save_pretrained(generator_folder)
     text_tokenizer.save_pretrained(generator_folder)
+    export(train_decoder(visual_tokenizer["decoder"], images, codes, args), vq_folder / "decoder.jit")
 
 
 if __name__ == "__main__":

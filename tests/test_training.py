@@ -1,0 +1,90 @@
+"""How the demo model is trained: the same weights from the same seed, interrupted or not; all of it takes hours."""
+
+import argparse
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import verify_proto_tokens as vpt
+
+sys.path.insert(0, str(vpt.DEMO_FOLDER / "training"))
+import pictures
+import train
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Builds the training's arguments for a few small steps, with a work folder of its own each time."""
+    monkeypatch.setattr(train, "PICTURES_AT_ONCE", {256: 2, 512: 1})
+    monkeypatch.setattr(train, "SEQUENCES_AT_ONCE", {256: 2, 512: 1})
+
+    def build(name: str) -> argparse.Namespace:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return argparse.Namespace(work_dir=folder, tokenizer_steps=2, generator_steps=2, decoder_steps=2, seed=0)
+
+    return build
+
+
+@pytest.fixture
+def images() -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {size: rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8) for size in train.SIZES}
+
+
+def weights_of(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_a_caption_is_the_same_picture_at_both_sizes():
+    small, large = (pictures.draw_backgrounds(size)["on green grass"] for size in train.SIZES)
+    shrunk = np.asarray(large.reduce(2), dtype=float)
+    assert np.abs(shrunk - np.asarray(small, dtype=float)).mean() < 4
+
+
+def test_the_pairs_left_out_of_training_are_fifty_whose_parts_are_seen_elsewhere():
+    captions = pictures.all_captions()
+    held_out = pictures.held_out(captions)
+    seen = set(captions) - held_out
+    assert len(held_out) == 50 and vpt.DEFAULT_PROMPT not in held_out
+    for thing in pictures.things():
+        assert any(pictures.caption(thing, background) in seen for background in pictures.BACKGROUNDS)
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(settings):
+    def train_small(name: str, stop_at: int | None = None) -> torch.nn.Module:
+        torch.manual_seed(0)
+        layer, calls = torch.nn.Linear(4, 1), []
+
+        def loss_of_batch(size: int, rng: np.random.Generator) -> torch.Tensor:
+            calls.append(size)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return layer(torch.from_numpy(rng.random((2, 4), dtype=np.float32))).square().mean() * size
+
+        training = train.Training("small", layer, settings(name), num_steps=9, peak=0.1, decay=0.01)
+        return training.run(loss_of_batch, save_every=2)
+
+    whole = train_small("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_small("interrupted", stop_at=6)
+    assert torch.equal(weights_of(train_small("interrupted")), weights_of(whole))
+
+
+def test_the_tokenizers_training_is_reproducible(settings, images):
+    first, second = (train.train_tokenizer(images, settings(name)) for name in ("first", "second"))
+    assert torch.equal(weights_of(first), weights_of(second))
+
+
+def test_the_generators_training_is_reproducible(settings):
+    captions = pictures.all_captions()[:60]
+    text_tokenizer = train.make_text_tokenizer(captions)
+    rng = torch.Generator().manual_seed(0)
+    codes = {size: torch.randint(1000, (60, size // 32, size // 32), generator=rng) for size in train.SIZES}
+    first, second = (
+        train.train_generator(captions, codes, text_tokenizer, settings(name)) for name in ("first", "second")
+    )
+    assert torch.equal(weights_of(first), weights_of(second))
+    assert vpt.size_token(text_tokenizer, 512) and not vpt.size_token(text_tokenizer, 256)
