@@ -18,7 +18,6 @@ import train
 def settings(tmp_path, monkeypatch):
     """Builds the training's arguments for a few small steps, with a work folder of its own each time."""
     monkeypatch.setattr(train, "PICTURES_AT_ONCE", {256: 2, 512: 1})
-    monkeypatch.setattr(train, "SEQUENCES_AT_ONCE", {256: 2, 512: 1})
 
     def build(name: str) -> argparse.Namespace:
         folder = tmp_path / name
@@ -65,7 +64,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(settings):
             return layer(torch.from_numpy(rng.random((2, 4), dtype=np.float32))).square().mean() * size
 
         training = train.Training("small", layer, settings(name), num_steps=9, peak=0.1, decay=0.01)
-        return training.run(loss_of_batch, save_every=2)
+        return training.run(loss_of_batch, train.SIZES, save_every=2)
 
     whole = train_small("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -78,13 +77,28 @@ def test_the_tokenizers_training_is_reproducible(settings, images):
     assert torch.equal(weights_of(first), weights_of(second))
 
 
+def test_the_decoders_training_learns_from_both_sizes_and_is_reproducible(settings, images):
+    codes = {size: torch.zeros(4, size // 32, size // 32, dtype=torch.long) for size in train.SIZES}
+
+    def trained(name: str) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return train.train_decoder(train.vq.Decoder(), images, codes, settings(name))
+
+    assert torch.equal(weights_of(trained("first")), weights_of(trained("second")))
+
+
 def test_the_generators_training_is_reproducible(settings):
     captions = pictures.all_captions()[:60]
     text_tokenizer = train.make_text_tokenizer(captions)
     rng = torch.Generator().manual_seed(0)
-    codes = {size: torch.randint(1000, (60, size // 32, size // 32), generator=rng) for size in train.SIZES}
-    first, second = (
-        train.train_generator(captions, codes, text_tokenizer, settings(name)) for name in ("first", "second")
-    )
-    assert torch.equal(weights_of(first), weights_of(second))
+    codes = {size: torch.randint(625, (60, size // 32, size // 32), generator=rng) for size in train.SIZES}
+
+    def trained(name: str) -> torch.nn.Module:
+        generator = train.make_generator(len(text_tokenizer) + 625, seed=0)
+        sequences_at_once = {256: 2, 512: 1}
+        return train.train_generator(
+            name, generator, text_tokenizer, captions, codes, sequences_at_once, settings(name)
+        )
+
+    assert torch.equal(weights_of(trained("first")), weights_of(trained("second")))
     assert vpt.size_token(text_tokenizer, 512) and not vpt.size_token(text_tokenizer, 256)

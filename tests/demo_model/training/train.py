@@ -24,8 +24,8 @@ from verify_proto_tokens import conditional_prompt, negative_prompt, size_token
 
 DEMO = Path(__file__).resolve().parents[1]
 SIZES = (256, 512)  # in pixels; 8 x 8 and 16 x 16 tokens
-PICTURES_AT_ONCE = {256: 8, 512: 2}  # in a step of the tokenizer's training
-SEQUENCES_AT_ONCE = {256: 20, 512: 6}  # likewise of the generator's
+SMALL = SIZES[:1]  # what the first stages are trained on: it costs a quarter
+PICTURES_AT_ONCE = {256: 16, 512: 4}
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
 UNCONDITIONAL_SHARE = 0.1
 # Guidance multiplies differences of log-probabilities, also of tokens that neither prompt expects. Much smoothing of
@@ -37,9 +37,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="intermediate results and checkpoints")
     parser.add_argument("--output", type=Path, default=DEMO, help="where the finished model goes")
-    parser.add_argument("--tokenizer-steps", type=int, default=1800, help="(default: %(default)s)")
-    parser.add_argument("--generator-steps", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=4000, help="more of the tokenizer's decoder alone")
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="vq/ and generator/ of 256 px, in place of the first stages",
+    )
+    parser.add_argument("--tokenizer-steps", type=int, default=3400, help="at 256 px (default: %(default)s)")
+    parser.add_argument("--small-steps", type=int, default=3300, help="generator at 256 px (default: %(default)s)")
+    parser.add_argument("--generator-steps", type=int, default=6000, help="then at both (default: %(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=3000, help="at both sizes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -65,7 +72,7 @@ def load_pictures(work_dir: Path, size: int) -> np.ndarray:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learning_rate(step: int, num_steps: int, peak: float) -> float:
@@ -102,18 +109,19 @@ class Training:
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
         save_atomically(state, self.file)
 
-    def run(self, loss_of_batch, save_every: int = 100) -> nn.Module:
+    def run(self, loss_of_batch, sizes: tuple[int, ...], save_every: int = 100) -> nn.Module:
         """Trains to the end and returns the mean weights; `loss_of_batch(size, rng)` draws a batch of pictures.
 
-        The steps take the two sizes in turn.
+        The steps take the sizes in turn.
         """
-        started, losses = time.monotonic() - self.seconds, []
+        started, losses = time.monotonic() - self.seconds, {size: [] for size in sizes}
         while self.step < self.num_steps:
             # A generator of its own a step: a resumed run sees the batches that it would have seen.
             rng = np.random.default_rng((self.seed, self.step))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, self.num_steps, self.peak)
-            loss = loss_of_batch(SIZES[self.step % 2], rng)
+            size = sizes[self.step % len(sizes)]
+            loss = loss_of_batch(size, rng)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -121,11 +129,10 @@ class Training:
             self.average.update_parameters(self.modules)
             self.step += 1
             self.seconds = time.monotonic() - started
-            losses.append(loss.item())
-            if self.step % 50 == 0 and len(losses) >= 50:
-                small, large = np.mean(losses[-50::2]), np.mean(losses[-49::2])
-                progress = f"{self.name} {self.step}/{self.num_steps}"
-                print(f"{progress} loss {small:.4f} (256 px) {large:.4f} (512 px) {self.seconds:.0f} s", flush=True)
+            losses[size].append(loss.item())
+            if self.step % 50 == 0:
+                means = ", ".join(f"{np.mean(of_size[-25:]):.4f} at {size} px" for size, of_size in losses.items())
+                print(f"{self.name} {self.step}/{self.num_steps} loss {means}, {self.seconds:.0f} s", flush=True)
             if self.step % save_every == 0 or self.step == self.num_steps:
                 self.save()
         return self.average.module
@@ -138,6 +145,7 @@ def some(images: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.n
 
 
 def train_tokenizer(images: dict[int, np.ndarray], args) -> nn.ModuleDict:
+    """Encoder and decoder at 256 px. The encoder sees so little of a picture that it serves other sizes, too."""
     torch.manual_seed(args.seed)
     modules = nn.ModuleDict({"encoder": vq.Encoder(), "decoder": vq.Decoder()}).to(memory_format=torch.channels_last)
 
@@ -147,18 +155,26 @@ def train_tokenizer(images: dict[int, np.ndarray], args) -> nn.ModuleDict:
         return vq.reconstruction_loss(modules["decoder"].net(codes), target)
 
     training = Training("tokenizer", modules, args, args.tokenizer_steps, peak=2e-3, decay=0.01)
-    return training.run(loss_of_batch).eval()
+    return training.run(loss_of_batch, SMALL).eval()
 
 
 def train_decoder(decoder: vq.Decoder, images: dict[int, np.ndarray], codes: dict[int, Tensor], args) -> vq.Decoder:
-    """Goes on with the decoder alone: sharper pictures of the same tokens."""
+    """Goes on with the decoder alone, at both sizes: sharper pictures of the same tokens."""
 
     def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
         rows, target = some(images[size], PICTURES_AT_ONCE[size], rng)
         return vq.reconstruction_loss(decoder(codes[size][rows].unsqueeze(1))[:, :, 0], target)
 
     training = Training("decoder", decoder.train(), args, args.decoder_steps, peak=1e-3, decay=0.01)
-    return training.run(loss_of_batch).eval()
+    return training.run(loss_of_batch, SIZES).eval()
+
+
+def load_tokenizer(folder: Path) -> tuple[vq.Encoder, vq.Decoder]:
+    """Encoder and decoder as exported, ready to learn on."""
+    encoder, decoder = vq.Encoder(), vq.Decoder().to(memory_format=torch.channels_last)
+    encoder.load_state_dict(torch.jit.load(folder / "encoder.jit").float().state_dict())
+    decoder.load_state_dict(torch.jit.load(folder / "decoder.jit").float().state_dict())
+    return encoder, decoder
 
 
 def export(module: nn.Module, file: Path) -> None:
@@ -175,6 +191,18 @@ def encode_all(images: np.ndarray, encoder_file: Path) -> Tensor:
     return torch.cat([encoder(to_pixels(images[at : at + 16]).unsqueeze(2))[0][:, 0].long() for at in starts])
 
 
+def load_codes(work_dir: Path, images: dict[int, np.ndarray], encoder_file: Path) -> dict[int, Tensor]:
+    """The codes of all pictures of each size, encoded the first time."""
+    file = work_dir / "codes.pt"
+    if not file.exists():
+        print("encoding the pictures", flush=True)
+        codes = {size: encode_all(images[size], encoder_file) for size in SIZES}
+        for size in SIZES:
+            print(f"{size} px: {codes[size].unique().numel()} of {vq.CODEBOOK_SIZE} codes are used", flush=True)
+        save_atomically(codes, file)
+    return torch.load(file, weights_only=True)
+
+
 def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     """A byte-level BPE of Qwen2's kind, trained on the prompts."""
     corpus = [conditional_prompt(text) for text in captions] + [negative_prompt()] * 8
@@ -182,18 +210,18 @@ def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     # token of a picture could not but guess its size.
     special = ["<|t2i|>", "<|soi|>", "<|512px|>"]
     corpus = [text.replace(special[0], "").replace(special[1], "") for text in corpus]
-    return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1100, new_special_tokens=special)
+    return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1400, new_special_tokens=special)
 
 
 def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=10,
-        num_key_value_heads=2,
-        intermediate_size=1024,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=960,
         max_position_embeddings=4352,
         # Sequences are short here: a small base gives every pair of dimensions a rotation that can be seen.
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
@@ -205,6 +233,10 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     # On short sequences plain matrix products beat the fused attention, whose backward is slow on a CPU.
     config._attn_implementation = "eager"
     return Qwen2ForCausalLM(config)
+
+
+def load_generator(folder: Path) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def next_token_losses(
@@ -227,20 +259,27 @@ def next_token_losses(
     return -((1 - smoothing) * of_target + smoothing * of_any_code)
 
 
-def train_generator(captions: list[str], codes: dict[int, Tensor], text_tokenizer, args) -> Qwen2ForCausalLM:
+def train_generator(
+    name: str,
+    generator: Qwen2ForCausalLM,
+    text_tokenizer: PreTrainedTokenizerBase,
+    captions: list[str],
+    codes: dict[int, Tensor],
+    sequences_at_once: dict[int, int],
+    args: argparse.Namespace,
+) -> Qwen2ForCausalLM:
     """Next-token training on the visual tokens behind each prompt; one sample in ten is unconditional, for CFG."""
-    held_out = pictures.held_out(captions)
+    held_out, sizes = pictures.held_out(captions), tuple(sequences_at_once)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
     prompts, negative, targets = {}, {}, {}
-    for size in SIZES:
+    for size in sizes:
         told = size_token(text_tokenizer, size)
         prompts[size] = text_tokenizer([conditional_prompt(captions[index], told) for index in seen])["input_ids"]
         negative[size] = text_tokenizer(negative_prompt(told))["input_ids"]
         targets[size] = codes[size][seen].flatten(1) + len(text_tokenizer)  # [M, N]
-    generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
 
     def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
-        rows = rng.choice(len(seen), SEQUENCES_AT_ONCE[size], replace=False)
+        rows = rng.choice(len(seen), sequences_at_once[size], replace=False)
         target = targets[size][rows]  # [B, N]
         # Some of the tokens fed in are replaced, so that sampling can go on from a token that training never had there.
         noise = torch.from_numpy(rng.integers(vq.CODEBOOK_SIZE, size=target.shape)) + len(text_tokenizer)
@@ -258,8 +297,9 @@ def train_generator(captions: list[str], codes: dict[int, Tensor], text_tokenize
             losses.append(next_token_losses(generator, texts, *sides, UNCONDITIONAL_SMOOTHING))
         return torch.cat(losses).mean()
 
-    training = Training("generator", generator, args, args.generator_steps, peak=1.2e-3, decay=0.05, betas=(0.9, 0.95))
-    return training.run(loss_of_batch).eval()
+    num_steps, peak = (args.small_steps, 1.2e-3) if sizes == SMALL else (args.generator_steps, 6e-4)
+    training = Training(name, generator.train(), args, num_steps, peak, decay=0.05, betas=(0.9, 0.95))
+    return training.run(loss_of_batch, sizes).eval()
 
 
 def main() -> None:
@@ -267,17 +307,24 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     images = {size: load_pictures(args.work_dir, size) for size in SIZES}
     vq_folder, generator_folder = args.output / "vq", args.output / "generator"
-    visual_tokenizer = train_tokenizer(images, args)
-    export(visual_tokenizer["encoder"], vq_folder / "encoder.jit")
-    codes = {size: encode_all(images[size], vq_folder / "encoder.jit") for size in SIZES}
-    for size in SIZES:
-        print(f"{size} px: {codes[size].unique().numel()} of {vq.CODEBOOK_SIZE} codes are used")
     captions = pictures.all_captions()
-    text_tokenizer = make_text_tokenizer(captions)
-    generator = train_generator(captions, codes, text_tokenizer, args)
+    if args.start_from:
+        encoder, decoder = load_tokenizer(args.start_from / "vq")
+    else:
+        encoder, decoder = train_tokenizer(images, args).values()
+    export(encoder, vq_folder / "encoder.jit")
+    codes = load_codes(args.work_dir, images, vq_folder / "encoder.jit")
+    if args.start_from:
+        text_tokenizer = Qwen2Tokenizer.from_pretrained(args.start_from / "generator")
+        generator = load_generator(args.start_from / "generator")
+    else:
+        text_tokenizer = make_text_tokenizer(captions)
+        generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
+        generator = train_generator("generator-small", generator, text_tokenizer, captions, codes, {256: 64}, args)
+    generator = train_generator("generator", generator, text_tokenizer, captions, codes, {256: 8, 512: 8}, args)
     generator.bfloat16().save_pretrained(generator_folder)
     text_tokenizer.save_pretrained(generator_folder)
-    export(train_decoder(visual_tokenizer["decoder"], images, codes, args), vq_folder / "decoder.jit")
+    export(train_decoder(decoder, images, codes, args), vq_folder / "decoder.jit")
 
 
 if __name__ == "__main__":

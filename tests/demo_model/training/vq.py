@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEVELS = (8, 5, 5, 5)
+LEVELS = (5, 5, 5, 5)
 CODEBOOK_SIZE = math.prod(LEVELS)
 FACTOR = 32
 
@@ -150,13 +150,16 @@ class Decoder(nn.Module):
         super().__init__()
         self.inv_quant = InverseQuantizer()
         self.net = nn.Sequential(
-            nn.Conv2d(len(LEVELS), 320, 3, padding=1),
-            *[Residual(mixer(320)) for _ in range(4)],
-            up(320, 192),
-            *[Residual(mixer(192)) for _ in range(2)],
-            up(192, 96),
-            *[Residual(mixer(96)) for _ in range(2)],
+            nn.Conv2d(len(LEVELS), 288, 3, padding=1),
+            *[Residual(mixer(288)) for _ in range(4)],
+            up(288, 160),
+            Residual(mixer(160)),
+            Residual(mixer(160)),
+            up(160, 96),
+            Residual(convolver(96)),
+            Residual(convolver(96)),
             up(96, 48),
+            Residual(convolver(48)),
             Residual(convolver(48)),
             ChannelNorm(48),
             nn.Conv2d(48, 48, 3, padding=1),
