@@ -72,6 +72,7 @@ except ImportError:  # Windows has no such locks
 # Arguments
 
 RECIPES = {
+    "optimizer": {"tuned": "lbfgs", "reference": "adamw"},
     "learning_rate": {"tuned": 0.2, "reference": 0.01},
     "warmup_steps": {"tuned": 20, "reference": 0},
     "betas": {"tuned": (0.9, 0.9), "reference": (0.9, 0.999)},  # the short memory gains most
@@ -268,18 +269,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--m-from", "result", str | None, type=FILE, metavar="FILE",
         help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
     add("--recipe", "result", choices=("tuned", "reference"), default="tuned",
-        help="the defaults of the next five options; `reference` is the usual one: 0.01, no warm-up, betas 0.9 and "
-        "0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
+        help="the defaults of the next six options; `reference` is the usual one: AdamW, 0.01, no warm-up, betas 0.9 "
+        "and 0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
+    add("--optimizer", "result", choices=("lbfgs", "adamw"),
+        help="L-BFGS, whose line search takes steps as well, or AdamW (default: adamw where an option of its own is "
+        "given, else lbfgs, that of the recipe)")
     add("--learning-rate", "result", type=POSITIVE, metavar="RATE",
-        help="peak rate of AdamW; from there a cosine (default: 0.2, that of the recipe)")
+        help="how much a step changes each number: at most, on average, by L-BFGS, and about by AdamW, whose peak rate "
+        "it is, with a cosine behind it (default: 0.2, that of the recipe)")
     add("--warmup-steps", "result", type=COUNT_OR_0, metavar="STEPS",
-        help="steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
+        help="AdamW's steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
     add("--betas", "result", type=BETAS, metavar="B1,B2",
         help="memory of AdamW's first and second moments (default: 0.9,0.9, those of the recipe)")
     add("--initial-scale", "result", type=UP_TO_1000, metavar="STD",
         help="standard deviation of the initial values (default: 0.25, that of the recipe)")
     add("--grad-clip", "result", type=AT_LEAST_0, metavar="NORM",
-        help="clip the joint gradient of e_t and m to this norm; 0 is off (default: 0, that of the recipe)")
+        help="clip the joint gradient of e_t and m to this norm, for AdamW; 0 is off (default: 0, that of the recipe)")
     add("--vocabulary", "result", str, choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
@@ -357,13 +362,25 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         exit_with_error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
         exit_with_error("--m-from gives all targets one m: leave out --m own")
+    if args.optimizer == "lbfgs" and options_of_adamw(args):
+        exit_with_error(f"{options_of_adamw(args)[0]} is of AdamW: leave it out, or --optimizer lbfgs")
+
+
+def options_of_adamw(args: argparse.Namespace) -> list[str]:
+    """Those that were given."""
+    options = {"--warmup-steps": args.warmup_steps, "--betas": args.betas, "--grad-clip": args.grad_clip}
+    return [name for name, value in options.items() if value is not None]
 
 
 def fill_in_defaults(args: argparse.Namespace) -> None:
     """Puts what follows from other options in the place of each one that was not given."""
+    if args.optimizer is None and options_of_adamw(args):
+        args.optimizer = "adamw"
     for name, values in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.recipe])
+    if args.optimizer == "lbfgs":
+        args.grad_clip = 0.0  # it could not tell a clipped gradient from the loss's own
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
     args.images = args.images or []
@@ -1460,6 +1477,17 @@ class ProtoTokens(torch.nn.Module):
     def trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def by_group(self, tensors: list[Tensor]) -> Tensor:
+        """The learned numbers, or what belongs to them, a row a group: [G, P]."""
+        return torch.cat([tensor.view(self.groups, -1) for tensor in tensors], dim=1)
+
+    @torch.no_grad()
+    def move_to(self, points: Tensor) -> None:
+        """Sets the learned numbers to points [G, P]."""
+        sizes = [parameter.numel() // self.groups for parameter in self.trainable]
+        for parameter, values in zip(self.trainable, points.split(sizes, dim=1), strict=True):
+            parameter.copy_(values.reshape_as(parameter))
+
     def learned_numbers(self, num_tokens: int) -> int:
         m_is_used = num_tokens > self.e_t.shape[1]
         return self.e_t.numel() + (self.m.numel() if self.m.requires_grad and m_is_used else 0)
@@ -1576,12 +1604,11 @@ def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor
 @torch.no_grad()
 def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
     """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
-    groups = proto_tokens.groups
-    gradients = [parameter.grad.view(groups, -1) for parameter in proto_tokens.trainable]
-    norms = torch.cat(gradients, dim=1).norm(dim=1)
+    gradients = [parameter.grad for parameter in proto_tokens.trainable]
+    norms = proto_tokens.by_group(gradients).norm(dim=1)
     if limit > 0:
         for gradient in gradients:
-            gradient *= (limit / (norms + 1e-6)).clamp(max=1)[:, None]
+            gradient.view(proto_tokens.groups, -1).mul_((limit / (norms + 1e-6)).clamp(max=1)[:, None])
     return norms
 
 
@@ -1593,6 +1620,113 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     progress = (step - warmup - 1) / max(1, num_steps - warmup - 1)
     final = min(FINAL_RATE, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LBFGS:
+    """Limited-memory BFGS for G problems at once, each of P numbers and as it would go alone; a step, one evaluation.
+
+    From the last point accepted it goes along -H g, H from the newest pairs of steps and changes of the gradient, by at
+    most `rate` a number (root mean square). Where the loss falls too little there (Armijo's condition), the next step
+    tries a shorter way along the same direction; after TRIES of them the pairs are forgotten.
+    Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    """
+
+    PAIRS = 60
+    TRIES = 10
+    SUFFICIENT_DECREASE = 1e-4
+    LEAST_CURVATURE = 1e-6  # cosine of a step and its change, below which the pair is left out
+
+    def __init__(self, proto_tokens: ProtoTokens, rate: float, rounding: float):
+        """`rounding`: the relative error of a loss in the generator's precision."""
+        self.proto_tokens, self.rate, self.rounding = proto_tokens, rate, rounding
+        self.point = proto_tokens.by_group(proto_tokens.trainable).detach()  # [G, P], the last one accepted
+        self.loss = torch.full_like(self.point[:, 0], math.inf)  # [G], there
+        self.gradient = torch.zeros_like(self.point)
+        self.direction = torch.zeros_like(self.point)
+        self.length = torch.zeros_like(self.loss)  # of the way tried, in directions
+        self.failures = torch.zeros_like(self.loss)  # along the direction
+        self.steps = self.point.new_zeros(len(self.point), self.PAIRS, self.point.shape[1])  # newest last; 0 is no pair
+        self.changes = torch.zeros_like(self.steps)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        """Takes the loss [G] of the proto-tokens as they stand, and its gradient in their `.grad`, and moves them."""
+        tried = self.proto_tokens.by_group(self.proto_tokens.trainable)
+        gradient = self.proto_tokens.by_group([parameter.grad for parameter in self.proto_tokens.trainable])
+        slope = (self.gradient * self.direction).sum(1)
+        enough = self.loss + self.SUFFICIENT_DECREASE * self.length * slope + self.rounding * loss.abs()
+        accepted = loss <= enough
+        self.failures = torch.where(accepted, 0, self.failures + 1)
+        lost = self.failures >= self.TRIES
+        # Of the parabola through the loss and slope at the point and the loss tried.
+        minimum = -slope * self.length**2 / (2 * (loss - self.loss - self.length * slope))
+        shorter = minimum.clamp(0.1 * self.length, 0.5 * self.length)
+
+        self.remember(tried - self.point, gradient - self.gradient, accepted, lost)
+        self.point = torch.where(accepted[:, None], tried, self.point)
+        self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
+        self.loss = torch.where(accepted, loss, self.loss)
+        direction, length = self.next_way()
+        turns = accepted | lost
+        self.direction = torch.where(turns[:, None], direction, self.direction)
+        self.length = torch.where(turns, length, shorter)
+        self.failures = torch.where(lost, 0, self.failures)
+        self.proto_tokens.move_to(self.point + self.length[:, None] * self.direction)
+
+    def remember(self, step: Tensor, change: Tensor, accepted: Tensor, lost: Tensor) -> None:
+        curvature = (step * change).sum(1)
+        curved = curvature > self.LEAST_CURVATURE * step.norm(dim=1) * change.norm(dim=1)
+        newest = (accepted & curved)[:, None, None]
+        self.steps = torch.where(newest, torch.cat((self.steps[:, 1:], step[:, None]), dim=1), self.steps)
+        self.changes = torch.where(newest, torch.cat((self.changes[:, 1:], change[:, None]), dim=1), self.changes)
+        self.steps = torch.where(lost[:, None, None], 0, self.steps)
+        self.changes = torch.where(lost[:, None, None], 0, self.changes)
+
+    def next_way(self) -> tuple[Tensor, Tensor]:
+        """The direction from the point, [G, P], and how much of it to try, [G]."""
+        direction = -inverse_hessian_times(self.gradient, self.steps, self.changes)
+        has_pairs = self.steps[:, -1].any(dim=1)
+        # Rounding can spoil a direction; downhill is always one.
+        usable = has_pairs & ((direction * self.gradient).sum(1) < 0)
+        direction = torch.where(usable[:, None], direction, -self.gradient)
+        limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
+        return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.point.device))
+
+
+def make_optimizer(
+    proto_tokens: ProtoTokens, args: argparse.Namespace, dtype: torch.dtype
+) -> torch.optim.AdamW | LBFGS:
+    if args.optimizer == "lbfgs":
+        return LBFGS(proto_tokens, args.learning_rate, rounding=torch.finfo(dtype).eps)
+    # Fused, since the others read their count of steps off the device.
+    return torch.optim.AdamW(proto_tokens.trainable, betas=args.betas, weight_decay=0.0, fused=True)
+
+
+def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
+    """The BFGS matrix of pairs steps and changes [G, M, P], zero where there is none, times gradient [G, P]; [G, P].
+
+    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), (3.13)-(3.15): with S and Y of the
+    pairs as columns, R the upper triangle of S'Y, D its diagonal, and c = s'y / y'y of the newest pair,
+    H = c I + [S, cY] [[R^-T (D + c Y'Y) R^-1, -R^-T], [-R^-1, 0]] [S, cY]'.
+    """
+    of_pairs, among_changes = steps @ changes.mT, changes @ changes.mT  # [G, M, M]
+    curvature = of_pairs.diagonal(dim1=1, dim2=2)  # [G, M]
+    # A pair that is none gets 1 in place of its curvature, and so takes no part.
+    triangle = of_pairs.triu() + torch.diag_embed((curvature == 0).to(steps.dtype))
+    scale = curvature[:, -1:, None] / among_changes[:, -1:, -1:].clamp(min=1e-30)  # [G, 1, 1]
+    column = gradient[:, :, None]  # [G, P, 1]
+    along_steps = torch.linalg.solve_triangular(triangle, steps @ column, upper=True)  # [G, M, 1]
+    middle = curvature[:, :, None] * along_steps + scale * (among_changes @ along_steps - changes @ column)
+    weights = torch.linalg.solve_triangular(triangle.mT, middle, upper=False)
+    product = scale * column + steps.mT @ weights - scale * (changes.mT @ along_steps)
+    return product[:, :, 0]
 
 
 class Optimisation:
@@ -1607,8 +1741,7 @@ class Optimisation:
         self.models, self.stepping_models, self.codes, self.args = models, models, codes, args
         self.recomputes, self.targets_at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
         self.proto_tokens = initial_proto_tokens(models, batch, args, given_m)
-        # Fused, since the others read their count of steps off the device.
-        self.optimizer = torch.optim.AdamW(self.proto_tokens.trainable, betas=args.betas, weight_decay=0.0, fused=True)
+        self.optimizer = make_optimizer(self.proto_tokens, args, models.generator.dtype)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
@@ -1652,8 +1785,7 @@ class Optimisation:
         with gradient_checkpointing(models.generator, self.recomputes):
             while not self.finished:
                 started = time.perf_counter()
-                rate = rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
-                self.optimizer.param_groups[0]["lr"] = rate
+                rate = self.next_rate()
                 predictions = losses_and_gradient(models, proto_tokens, self.codes, self.targets_at_once)
                 grad_norms = clip_gradients(proto_tokens, args.grad_clip)
                 numbers = numbers_of_step(proto_tokens, predictions, grad_norms)
@@ -1661,11 +1793,27 @@ class Optimisation:
                     self.diverged = True
                     return
                 self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
-                self.optimizer.step()
+                self.update(predictions, rate)
                 self.step += 1
                 self.seconds += time.perf_counter() - started
                 self.last_row = self.row(numbers, rate)
                 yield self.last_row
+
+    def next_rate(self) -> float:
+        """AdamW's follows a schedule; steps of L-BFGS become short by themselves."""
+        args = self.args
+        if args.optimizer == "lbfgs":
+            return args.learning_rate
+        return rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
+
+    def update(self, predictions: Predictions, rate: float) -> None:
+        """Moves the proto-tokens by their gradient."""
+        if self.args.optimizer == "adamw":
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
+        else:
+            losses = predictions.losses.mean(1)  # [B]
+            self.optimizer.step(losses.view(self.proto_tokens.groups, -1).sum(1))
 
     @torch.no_grad()
     def keep_the_best(self, numbers: StepNumbers) -> None:
@@ -2266,7 +2414,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 3
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 4
 HISTORY_FILE = "history.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"

@@ -86,15 +86,25 @@ def test_a_recipe_sets_what_is_not_given():
 
 
 def test_the_help_states_the_defaults_of_the_recipe():
-    stated = dict(
-        re.findall(
-            r"--([a-z-]+) (?:(?! --).)*?\(default: ([\d.,]+), th", " ".join(vpt.build_parser().format_help().split())
-        )
-    )
+    text = " ".join(vpt.build_parser().format_help().split())
+    stated = dict(re.findall(r"--([a-z-]+) (?:(?! --).)*?\(default: ([\d.,]+), th", text))
     tuned = {name.replace("_", "-"): values["tuned"] for name, values in vpt.RECIPES.items()}
+    assert f"else {tuned.pop('optimizer')}, that of the recipe" in text
     assert {name: tuple(map(float, value.split(","))) for name, value in stated.items()} == {
         name: value if isinstance(value, tuple) else (value,) for name, value in tuned.items()
     }
+
+
+def test_an_option_of_adamw_chooses_it():
+    assert vpt.parse_args([]).optimizer == "lbfgs"
+    assert vpt.parse_args(["--recipe", "reference"]).optimizer == "adamw"
+    assert vpt.parse_args(["--betas", "0.9,0.99"]).optimizer == "adamw"
+
+
+def test_an_option_of_adamw_beside_lbfgs_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args(["--optimizer", "lbfgs", "--grad-clip", "1"])
+    assert stop.value.code == 2 and "--grad-clip is of AdamW" in capsys.readouterr().err
 
 
 def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):

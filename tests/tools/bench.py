@@ -5,7 +5,8 @@
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
     prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
-    accuracy  steps to 90/95/99 % and the best accuracy, our recipe against the reference recipe
+    accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our recipe against AdamW and the reference
+              recipe, or against --candidates
     limit     this machine's matrix products and memory reads alone
     targets   seconds a step and a target for 1, 2, 4 and 8 targets optimised together
     start     --help, imports, loading the demo model
@@ -485,42 +486,38 @@ def bench_memory(args: argparse.Namespace) -> dict:
 
 
 def bench_accuracy(args: argparse.Namespace) -> dict:
-    """Default settings: 8 captions x 2 seeds for each recipe, on the demo model or another with its tokenizers."""
-    steps = 1000
-    runs = {"ours": [], "peer": []}
+    """8 captions x 2 seeds for each recipe, a step being one evaluation whatever the optimiser."""
+    recipes = {"ours": "", "AdamW": "--optimizer adamw", "reference": "--recipe reference"}
+    if args.candidates:
+        recipes = {options or "ours": options for options in args.candidates}
     generator = ("--model-path", args.model_path, "--vq-model-ckpt", vpt.DEMO_FOLDER / "vq")
     chosen = [str(word) for word in (generator if args.model_path else ("--demo",))]
-    chosen += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype)]
+    chosen += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype), "--image-size", str(args.image_size)]
+    chosen += ["--num-steps", str(args.num_steps), *args.options.split()]
     models = vpt.load_models(vpt.parse_args(chosen))
-    with tempfile.TemporaryDirectory() as folder:
-        for caption, seed in itertools.product(CAPTIONS, SEEDS):
-            for name, recipe in (("ours", "tuned"), ("peer", "reference")):
-                settings = ("--prompt", caption, "--seed", seed, "--recipe", recipe, "--num-steps", steps)
-                settings += ("--save-dir", folder, "--image-size", args.image_size)
-                options = vpt.parse_args([*chosen, *map(str, settings)])
-                learning = vpt.Optimisation(models, reference_of(models, options).codes, options)
-                reached = dict.fromkeys((90, 95, 99))
-                for row in learning.steps():
-                    for goal in reached:
-                        if reached[goal] is None and row["train/accuracy"] >= goal:
-                            reached[goal] = row["step"]
-                best = learning.best_accuracy.item()
-                runs[name].append(reached | {"best": best})
-                print(f"{name} {caption}, seed {seed}: best {best:.1f} %, steps to {reached}", flush=True)
+    goals, marks = (90, 95, 99), [step for step in (50, 100, 200, 400, 1000) if step <= args.num_steps]
     rows, result = [], {}
-    for name, found in runs.items():
-        # A run that never got there counts as if it had at the very end.
-        medians = {goal: statistics.median(run[goal] or steps for run in found) for goal in (90, 95, 99)}
-        never = {goal: sum(run[goal] is None for run in found) for goal in (90, 95, 99)}
-        best = spread([run["best"] for run in found])
-        best["mean"] = statistics.fmean(run["best"] for run in found)
-        reached = (f"{medians[goal]:.0f} ({never[goal]} never)" for goal in medians)
-        rows.append((name, *reached, best["mean"], best["median"], best["min"]))
-        result[name] = {"steps": medians, "never": never, "best": best}
-    which = args.model_path or "demo model"
-    title = f"steps to an accuracy, {which}, {args.image_size} px, {len(runs['ours'])} runs (medians)"
-    table(title, rows, ("", "90 %", "95 %", "99 %", "best at 1000 (%): mean", "median", "lowest"), args.device)
-    return result | {"ratio": result["peer"]["steps"][95] / result["ours"]["steps"][95]}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in recipes.items():
+            curves = []
+            for caption, seed in itertools.product(CAPTIONS, SEEDS):
+                settings = ["--prompt", caption, "--seed", str(seed), "--save-dir", folder, *recipe.split()]
+                options = vpt.parse_args([*chosen, *settings])
+                learning = vpt.Optimisation(models, reference_of(models, options).codes, options)
+                curves.append([row["train/best_accuracy"] for row in learning.steps()])
+                print(f"{name}; {caption}, seed {seed}: {curves[-1][-1]:.1f} % after {len(curves[-1])}", flush=True)
+            # A run that never got there counts as if it had at the very end.
+            reached = [[sum(best < goal for best in curve) + 1 for curve in curves] for goal in goals]
+            medians = [statistics.median(min(step, args.num_steps) for step in steps) for steps in reached]
+            at_marks = [spread([curve[min(step, len(curve)) - 1] for curve in curves]) for step in marks]
+            means = [statistics.fmean(curve[min(step, len(curve)) - 1] for curve in curves) for step in marks]
+            bands = (f"{mean:.1f} ({at['min']:.0f}-{at['max']:.0f})" for mean, at in zip(means, at_marks, strict=True))
+            rows.append((name, *(f"{median:.0f}" for median in medians), *bands))
+            result[name] = {"curves": curves, "steps": dict(zip(goals, medians, strict=True))}
+    which = f"{args.model_path or 'demo model'}, {args.image_size} px, {len(CAPTIONS) * len(SEEDS)} runs {args.options}"
+    head = ("", *(f"steps to {goal} %" for goal in goals), *(f"best at {step} (%)" for step in marks))
+    table(f"{which}: median steps; mean best accuracy, lowest to highest", rows, head, args.device)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -601,6 +598,9 @@ def main() -> None:
     parser.add_argument(
         "--model-path", metavar="FOLDER", help="for accuracy, as second_model.py makes it (default: demo)"
     )
+    parser.add_argument("--num-steps", type=int, default=1000, help="for accuracy (default: %(default)s)")
+    parser.add_argument("--options", default="", help="for accuracy, of all: as '--control random'")
+    parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: '' is the default recipe")
     parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
     parser.add_argument("--repeats", type=int, default=5, metavar="R")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
