@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("what", choices=("tokenizer", "pictures", "proto-tokens"))
     parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="where train.py keeps the drawn pictures")
     parser.add_argument("--count", type=int, help="drawings, or captions, half of them held out (200, 100 and 10)")
+    parser.add_argument("--size", type=int, choices=SIZES, help="this one alone (default: both, one after the other)")
     parser.add_argument("--vq", type=Path, default=DEMO / "vq", metavar="FOLDER", help="another tokenizer to measure")
     return parser.parse_args()
 
@@ -107,7 +108,7 @@ def evaluate_pictures(chosen: list[str], size: int, generated: np.ndarray, image
 def draw_sheet(chosen: list[str], generated: dict[int, np.ndarray]) -> None:
     """samples.png: the first captions' pictures, twelve of each size."""
     count = 2 * SHEET_COLUMNS
-    shown = [image for size in SIZES for image in generated[size][:count]]
+    shown = [image for of_size in generated.values() for image in of_size[:count]]
     small = [Image.fromarray(image).resize((SHEET_PICTURE, SHEET_PICTURE), Image.LANCZOS) for image in shown]
     rows = [np.concatenate(small[few], axis=1) for few in vpt.slices(len(small), SHEET_COLUMNS)]
     Image.fromarray(np.concatenate(rows)).save(DEMO / "samples.png")
@@ -140,18 +141,19 @@ def evaluate_proto_tokens(chosen: list[str], size: int) -> None:
 
 def main() -> None:
     args = parse_args()
+    sizes = (args.size,) if args.size else SIZES
     if args.what == "proto-tokens":
-        for size in SIZES:
+        for size in sizes:
             evaluate_proto_tokens(choose_captions(args.count or 10), size)
         return
-    images = {size: load_pictures(args.work_dir, size) for size in SIZES}
+    images = {size: load_pictures(args.work_dir, size) for size in sizes}
     if args.what == "tokenizer":
-        for size in SIZES:
+        for size in sizes:
             evaluate_tokenizer(images[size], size, args.vq, args.count or 200)
         return
     chosen = choose_captions(args.count or 100)
-    generated = {size: draw(chosen, size) for size in SIZES}
-    for size in SIZES:
+    generated = {size: draw(chosen, size) for size in sizes}
+    for size in sizes:
         evaluate_pictures(chosen, size, generated[size], images[size])
     draw_sheet(chosen, generated)
 
