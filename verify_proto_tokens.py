@@ -57,6 +57,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -616,6 +617,7 @@ def enough_memory_for(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # frees what the work held: the state is still to be saved
         raise UserError(
             f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
             "--gradient-checkpointing on needs less"
@@ -1712,7 +1714,7 @@ def make_optimizer(
 def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
     """The BFGS matrix of pairs steps and changes [G, M, P], zero where there is none, times gradient [G, P]; [G, P].
 
-    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), (3.13)-(3.15): with S and Y of the
+    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with S and Y of the
     pairs as columns, R the upper triangle of S'Y, D its diagonal, and c = s'y / y'y of the newest pair,
     H = c I + [S, cY] [[R^-T (D + c Y'Y) R^-1, -R^-T], [-R^-1, 0]] [S, cY]'.
     """
