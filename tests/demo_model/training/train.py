@@ -26,6 +26,7 @@ DEMO = Path(__file__).resolve().parents[1]
 SIZES = (256, 512)  # in pixels; 8 x 8 and 16 x 16 tokens
 SMALL = SIZES[:1]  # what the first stages are trained on: it costs a quarter
 PICTURES_AT_ONCE = {256: 16, 512: 4}
+TOKEN_OF_512 = "<|512px|>"
 INPUT_NOISE = 0.1  # share of the visual tokens fed in that are random
 UNCONDITIONAL_SHARE = 0.1
 # Guidance multiplies differences of log-probabilities, also of tokens that neither prompt expects. Much smoothing of
@@ -208,7 +209,7 @@ def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     corpus = [conditional_prompt(text) for text in captions] + [negative_prompt()] * 8
     # The first size goes without: at 256 px a prompt is SimpleAR's, word for word. Were all sizes without, the first
     # token of a picture could not but guess its size.
-    special = ["<|t2i|>", "<|soi|>", "<|512px|>"]
+    special = ["<|t2i|>", "<|soi|>", TOKEN_OF_512]
     corpus = [text.replace(special[0], "").replace(special[1], "") for text in corpus]
     return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1400, new_special_tokens=special)
 
@@ -235,8 +236,19 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def load_generator(folder: Path) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def load_generator(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+    """A generator to go on with and its tokenizer, which learns the token of 512 px where it has none."""
+    text_tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    generator = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if not size_token(text_tokenizer, 512):
+        start, before = text_tokenizer.convert_tokens_to_ids("<|soi|>"), len(text_tokenizer)
+        text_tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN_OF_512]})
+        for layer in (generator.model.embed_tokens, generator.lm_head):
+            rows = layer.weight.detach()
+            # It begins as what it stands before; the visual ids move up by one.
+            layer.weight = nn.Parameter(torch.cat((rows[:before], rows[start : start + 1], rows[before:])))
+        generator.config.vocab_size += 1
+    return generator, text_tokenizer
 
 
 def next_token_losses(
@@ -315,8 +327,7 @@ def main() -> None:
     export(encoder, vq_folder / "encoder.jit")
     codes = load_codes(args.work_dir, images, vq_folder / "encoder.jit")
     if args.start_from:
-        text_tokenizer = Qwen2Tokenizer.from_pretrained(args.start_from / "generator")
-        generator = load_generator(args.start_from / "generator")
+        generator, text_tokenizer = load_generator(args.start_from / "generator")
     else:
         text_tokenizer = make_text_tokenizer(captions)
         generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
