@@ -127,6 +127,7 @@ def handlers():
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, handlers, name):
     number, folder = getattr(signal, name), tmp_path / "out" / "run"
+    signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore one
     assert call_tiny(*RUN).code == 0
     whole = results_of(folder)
     with monkeypatch.context() as patch:
