@@ -508,6 +508,8 @@ def deciding(settings: dict, *decided: str) -> dict:
 
 # Only pictures in memory are drawn: a notebook's backend, which a shell started there inherits, may not even load.
 os.environ["MPLBACKEND"] = "agg"
+# On Intel's processors, products would else depend on where their numbers lie in memory, and so on the process.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if __name__ == "__main__":
     keep_outputs_open()
