@@ -64,7 +64,8 @@ def test_an_interrupted_training_ends_as_one_that_was_not(settings):
                 raise KeyboardInterrupt
             return layer(torch.from_numpy(rng.random((2, 4), dtype=np.float32))).square().mean() * size
 
-        training = train.Training("small", layer, settings(name), num_steps=9, peak=0.1, decay=0.01)
+        optimizers = [train.make_adamw(layer.parameters(), weight_decay=0.01, betas=(0.9, 0.99))]
+        training = train.Training("small", layer, optimizers, settings(name), num_steps=9, peak=0.1)
         return training.run(loss_of_batch, train.SIZES, save_every=2)
 
     whole = train_small("whole")

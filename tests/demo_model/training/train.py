@@ -7,6 +7,8 @@ beyond the script's own: `emoji`, and `npm` for the pictures (fetched once).
 """
 
 import argparse
+import itertools
+import math
 import os
 import sys
 import time
@@ -15,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pictures
 import torch
+import torch.nn.functional as F
 import vq
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from verify_proto_tokens import conditional_prompt, negative_prompt, size_token
+from verify_proto_tokens import conditional_prompt, cpu_computes_in, negative_prompt, size_token
 
 DEMO = Path(__file__).resolve().parents[1]
 SIZES = (256, 512)  # in pixels; 8 x 8 and 16 x 16 tokens
@@ -46,10 +49,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer-steps", type=int, default=3400, help="at 256 px (default: %(default)s)")
     parser.add_argument("--small-steps", type=int, default=3300, help="generator at 256 px (default: %(default)s)")
-    parser.add_argument("--generator-steps", type=int, default=6000, help="then at both (default: %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=3000, help="at both sizes (default: %(default)s)")
+    parser.add_argument("--generator-steps", type=int, default=3000, help="then at both (default: %(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=2000, help="at both sizes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def fast_arithmetic() -> torch.autocast:
+    """Matrix products in bfloat16, weights in float32: many times as fast where a processor has such arithmetic."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_computes_in("bfloat16"))
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -77,23 +85,25 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def learning_rate(step: int, num_steps: int, peak: float) -> float:
-    """Rises over 200 steps, stays, and falls to nothing over the last third."""
-    return peak * min(1, (step + 1) / 200, (num_steps - step) / (num_steps / 3))
+    """Rises over 200 steps, and falls to nothing over the others."""
+    return peak * min((step + 1) / 200, (num_steps - step) / num_steps)
+
+
+def make_adamw(parameters, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW that lets matrices decay alone."""
+    parameters = list(parameters)
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 class Training:
-    """A training run that can be interrupted: weights, their moving average, optimizer and step in one checkpoint."""
+    """A training run that can be interrupted: weights, their moving average, optimizers and step in one checkpoint."""
 
-    def __init__(
-        self, name: str, modules: nn.Module, args, num_steps: int, peak: float, decay: float, betas=(0.9, 0.99)
-    ):
-        self.name, self.modules, self.num_steps, self.peak = name, modules, num_steps, peak
+    def __init__(self, name: str, modules: nn.Module, optimizers: list, args, num_steps: int, peak: float):
+        self.name, self.modules, self.optimizers = name, modules, optimizers
+        self.num_steps, self.peak, self.seed = num_steps, peak, args.seed
         self.file = args.work_dir / f"{name}.pt"
-        self.seed = args.seed
-        matrices = [p for p in modules.parameters() if p.ndim > 1]
-        vectors = [p for p in modules.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)
         self.average = torch.optim.swa_utils.AveragedModel(
             modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
         )
@@ -102,12 +112,14 @@ class Training:
             state = torch.load(self.file, weights_only=True)
             modules.load_state_dict(state["modules"])
             self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, of_optimizer in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(of_optimizer)
             self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
         state = {"modules": self.modules.state_dict(), "average": self.average.state_dict()}
-        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        state |= {"step": self.step, "seconds": self.seconds}
         save_atomically(state, self.file)
 
     def run(self, loss_of_batch, sizes: tuple[int, ...], save_every: int = 100) -> nn.Module:
@@ -119,14 +131,15 @@ class Training:
         while self.step < self.num_steps:
             # A generator of its own a step: a resumed run sees the batches that it would have seen.
             rng = np.random.default_rng((self.seed, self.step))
-            for group in self.optimizer.param_groups:
+            for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
                 group["lr"] = learning_rate(self.step, self.num_steps, self.peak)
             size = sizes[self.step % len(sizes)]
             loss = loss_of_batch(size, rng)
-            self.optimizer.zero_grad()
+            self.modules.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.average.update_parameters(self.modules)
             self.step += 1
             self.seconds = time.monotonic() - started
@@ -152,10 +165,13 @@ def train_tokenizer(images: dict[int, np.ndarray], args) -> nn.ModuleDict:
 
     def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
         _, target = some(images[size], PICTURES_AT_ONCE[size], rng)
-        codes = modules["encoder"].quantizer(modules["encoder"].net(target))
-        return vq.reconstruction_loss(modules["decoder"].net(codes), target)
+        with fast_arithmetic():
+            features = modules["encoder"].net(target)
+            pixels = modules["decoder"].net(modules["encoder"].quantizer(features.float()))
+        return vq.reconstruction_loss(pixels.float(), target)
 
-    training = Training("tokenizer", modules, args, args.tokenizer_steps, peak=2e-3, decay=0.01)
+    optimizer = make_adamw(modules.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
+    training = Training("tokenizer", modules, [optimizer], args, args.tokenizer_steps, peak=2e-3)
     return training.run(loss_of_batch, SMALL).eval()
 
 
@@ -164,9 +180,12 @@ def train_decoder(decoder: vq.Decoder, images: dict[int, np.ndarray], codes: dic
 
     def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
         rows, target = some(images[size], PICTURES_AT_ONCE[size], rng)
-        return vq.reconstruction_loss(decoder(codes[size][rows].unsqueeze(1))[:, :, 0], target)
+        with fast_arithmetic():
+            pixels = decoder(codes[size][rows].unsqueeze(1))[:, :, 0]
+        return vq.reconstruction_loss(pixels.float(), target)
 
-    training = Training("decoder", decoder.train(), args, args.decoder_steps, peak=1e-3, decay=0.01)
+    optimizer = make_adamw(decoder.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
+    training = Training("decoder", decoder.train(), [optimizer], args, args.decoder_steps, peak=1e-3)
     return training.run(loss_of_batch, SIZES).eval()
 
 
@@ -231,15 +250,13 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
         eos_token_id=None,
         pad_token_id=None,
     )
-    # On short sequences plain matrix products beat the fused attention, whose backward is slow on a CPU.
-    config._attn_implementation = "eager"
     return Qwen2ForCausalLM(config)
 
 
 def load_generator(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
     """A generator to go on with and its tokenizer, which learns the token of 512 px where it has none."""
     text_tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-    generator = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    generator = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if not size_token(text_tokenizer, 512):
         start, before = text_tokenizer.convert_tokens_to_ids("<|soi|>"), len(text_tokenizer)
         text_tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN_OF_512]})
@@ -252,23 +269,30 @@ def load_generator(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerB
 
 
 def next_token_losses(
-    generator: Qwen2ForCausalLM, prompts: list[list[int]], fed: Tensor, targets: Tensor, smoothing: float
+    generator: Qwen2ForCausalLM, prompts: Tensor, lengths: Tensor, fed: Tensor, targets: Tensor, smoothing: float
 ) -> Tensor:
     """Cross-entropy of the visual ids `targets` [B, N] behind each prompt, smoothed over all codes; [B].
 
-    `fed` [B, N] are the ids that the generator reads where the targets stand.
+    `prompts` [B, L] are padded to the right from their `lengths` [B] on; `fed` [B, N] are the ids that the generator
+    reads where the targets stand.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    sequences = [torch.cat((torch.tensor(prompt), ids[:-1])) for prompt, ids in zip(prompts, fed, strict=True)]
+    rows, places = torch.arange(len(prompts))[:, None], lengths[:, None] + torch.arange(targets.shape[1])  # [B, N]
     # Padding lies behind everything that counts, so causal attention needs no mask.
-    inputs = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    hidden_states = generator.model(input_ids=inputs, use_cache=False).last_hidden_state
-    places = lengths[:, None] - 1 + torch.arange(targets.shape[1])  # [B, N]
-    logits = generator.lm_head(hidden_states[torch.arange(len(prompts))[:, None], places])  # [B, N, V]
-    log_probabilities = logits.log_softmax(-1)
+    inputs = F.pad(prompts, (0, targets.shape[1]))
+    inputs[rows, places] = fed
+    with fast_arithmetic():
+        hidden_states = generator.model(input_ids=inputs[:, :-1], use_cache=False).last_hidden_state
+        logits = generator.lm_head(hidden_states[rows, places - 1])  # [B, N, V]
+    log_probabilities = logits.float().log_softmax(-1)
     of_target = log_probabilities.gather(-1, targets[..., None]).mean((1, 2))  # [B]
     of_any_code = log_probabilities[..., -vq.CODEBOOK_SIZE :].mean((1, 2))  # [B]
     return -((1 - smoothing) * of_target + smoothing * of_any_code)
+
+
+def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts of all lengths as one tensor [M, L], padded to the right, and their lengths [M]."""
+    sequences = [torch.tensor(prompt) for prompt in prompts]
+    return nn.utils.rnn.pad_sequence(sequences, batch_first=True), torch.tensor([len(prompt) for prompt in prompts])
 
 
 def train_generator(
@@ -283,34 +307,36 @@ def train_generator(
     """Next-token training on the visual tokens behind each prompt; one sample in ten is unconditional, for CFG."""
     held_out, sizes = pictures.held_out(captions), tuple(sequences_at_once)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
-    prompts, negative, targets = {}, {}, {}
+    prompts, negatives, targets = {}, {}, {}
     for size in sizes:
         told = size_token(text_tokenizer, size)
-        prompts[size] = text_tokenizer([conditional_prompt(captions[index], told) for index in seen])["input_ids"]
-        negative[size] = text_tokenizer(negative_prompt(told))["input_ids"]
+        prompts[size] = padded(text_tokenizer([conditional_prompt(captions[i], told) for i in seen])["input_ids"])
+        negatives[size] = padded(text_tokenizer([negative_prompt(told)])["input_ids"])
         targets[size] = codes[size][seen].flatten(1) + len(text_tokenizer)  # [M, N]
 
     def loss_of_batch(size: int, rng: np.random.Generator) -> Tensor:
-        rows = rng.choice(len(seen), sequences_at_once[size], replace=False)
+        rows = torch.from_numpy(rng.choice(len(seen), sequences_at_once[size], replace=False))
         target = targets[size][rows]  # [B, N]
         # Some of the tokens fed in are replaced, so that sampling can go on from a token that training never had there.
         noise = torch.from_numpy(rng.integers(vq.CODEBOOK_SIZE, size=target.shape)) + len(text_tokenizer)
         fed = torch.where(torch.from_numpy(rng.random(target.shape)) < INPUT_NOISE, noise, target)
-        unconditional = rng.random(len(rows)) < UNCONDITIONAL_SHARE  # [B]
-        conditional = ~unconditional
-        losses = []  # the two kinds apart: the negative prompt is three times as long
-        if conditional.any():
-            texts = [prompts[size][row] for row in rows[conditional]]
-            sides = fed[conditional], target[conditional]
-            losses.append(next_token_losses(generator, texts, *sides, LABEL_SMOOTHING))
-        if unconditional.any():
-            texts = [negative[size]] * unconditional.sum()
-            sides = fed[unconditional], target[unconditional]
-            losses.append(next_token_losses(generator, texts, *sides, UNCONDITIONAL_SMOOTHING))
-        return torch.cat(losses).mean()
+        # The two kinds apart: the negative prompt is three times as long.
+        count = math.ceil(UNCONDITIONAL_SHARE * len(rows))
+        texts, lengths = (side[rows[count:]] for side in prompts[size])
+        conditional = next_token_losses(generator, texts, lengths, fed[count:], target[count:], LABEL_SMOOTHING)
+        texts, lengths = (side.repeat_interleave(count, 0) for side in negatives[size])
+        without = next_token_losses(generator, texts, lengths, fed[:count], target[:count], UNCONDITIONAL_SMOOTHING)
+        return torch.cat((conditional, without)).mean()
 
-    num_steps, peak = (args.small_steps, 1.2e-3) if sizes == SMALL else (args.generator_steps, 6e-4)
-    training = Training(name, generator.train(), args, num_steps, peak, decay=0.05, betas=(0.9, 0.95))
+    named = list(generator.named_parameters())
+    matrices = [parameter for name, parameter in named if ".layers." in name and parameter.ndim == 2]
+    others = [parameter for name, parameter in named if ".layers." not in name or parameter.ndim < 2]
+    optimizers = [
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        make_adamw(others, weight_decay=0.05, betas=(0.9, 0.95)),
+    ]
+    num_steps, peak = (args.small_steps, 2e-3) if sizes == SMALL else (args.generator_steps, 2e-3)
+    training = Training(name, generator.train(), optimizers, args, num_steps, peak)
     return training.run(loss_of_batch, sizes).eval()
 
 
@@ -332,7 +358,7 @@ def main() -> None:
         text_tokenizer = make_text_tokenizer(captions)
         generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
         generator = train_generator("generator-small", generator, text_tokenizer, captions, codes, {256: 64}, args)
-    generator = train_generator("generator", generator, text_tokenizer, captions, codes, {256: 8, 512: 8}, args)
+    generator = train_generator("generator", generator, text_tokenizer, captions, codes, {256: 16, 512: 20}, args)
     generator.bfloat16().save_pretrained(generator_folder)
     text_tokenizer.save_pretrained(generator_folder)
     export(train_decoder(decoder, images, codes, args), vq_folder / "decoder.jit")
