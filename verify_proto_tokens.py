@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
 import csv
 import dataclasses
 import functools
@@ -80,6 +79,7 @@ RECIPES = {
     "initial_scale": {"tuned": 0.25, "reference": 0.01},
     "grad_clip": {"tuned": 0.0, "reference": 1.0},
 }
+TOKENS_IN_FLIGHT = 1024
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_PROJECT = "simplear-proto-tokens"
@@ -153,6 +153,11 @@ BETAS = checked(
     lambda text: tuple(map(float, ",".join(listed(text)).split(","))),
     lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
     "two numbers of at least 0 and below 1, with a comma between",
+)
+SHARD = checked(
+    lambda text: tuple(map(whole, text.split("/"))),
+    lambda shard: len(shard) == 2 and 1 <= shard[0] <= shard[1],
+    "of the form 2/8: the second of eight",
 )
 TEXT = checked(str, lambda text: "\0" not in text, "text")
 PROMPTS = checked(
@@ -235,6 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
     add("--prompts-file", "nothing", type=FILE, metavar="FILE", help="further prompts, one a line")
+    add("--shard", "nothing", type=SHARD, metavar="I/N",
+        help="of all prompts, only each N-th from the I-th on: one of N runs that share the work (default: 1/1)")
     add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
@@ -263,6 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation of the proto-tokens")
     add("--num-steps", "result", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
+    add("--targets-at-once", "nothing", type=COUNT, metavar="B",
+        help="targets that learn at a time, with an m of their own or --m-from; one that has ended leaves its place to "
+        f"the next (default: as many as memory holds and {TOKENS_IN_FLIGHT} tokens are)")
     add("--num-e-tokens", "result", int, type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
     add("--m", "result", str, choices=("shared", "own"), default="shared",
@@ -357,8 +367,8 @@ def as_typed(word: str, options: set[str]) -> str:
 def refuse_contradictions(args: argparse.Namespace) -> None:
     if args.demo and (args.model_path or args.vq_model_ckpt):
         exit_with_error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
-    if args.from_proto_tokens and (args.control or args.m_from or args.images):
-        exit_with_error("--from-proto-tokens learns nothing: leave out --control, --m-from and --image")
+    if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
+        exit_with_error("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
     if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
         exit_with_error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
@@ -396,6 +406,10 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
         exit_with_error(
             f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
         )
+    if len(args.prompts) > 1 and args.m == "shared" and not args.m_from and (args.targets_at_once or args.shard):
+        exit_with_error("--targets-at-once and --shard are for targets that learn alone: add --m own or --m-from")
+    if args.shard:
+        args.prompts, args.images = in_shard(args.prompts, args.shard), in_shard(args.images, args.shard)
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
@@ -407,6 +421,14 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
             exit_with_error(f"WANDB_TAGS of the environment {error}")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         args.wandb_mode = args.wandb_mode or "disabled"
+
+
+def in_shard(items: list, shard: tuple[int, int]) -> list:
+    """Each N-th item from the I-th on, counted from 1."""
+    index, count = shard
+    if index > len(items) > 0:
+        exit_with_error(f"--shard {index}/{count}: there are only {len(items)} prompts")
+    return items[index - 1 :: count]
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -431,6 +453,8 @@ def default_run_name(args: argparse.Namespace) -> str:
         name += "_image" if args.images else ""
         name += f"_targets{len(args.prompts)}" if len(args.prompts) > 1 else ""
         name += "_own" if len(args.prompts) > 1 and args.m == "own" else ""
+        name += f"_shard{args.shard[0]}of{args.shard[1]}" if args.shard else ""
+        name += "_adamw" if args.optimizer == "adamw" else ""
         name += f"_e{args.num_e_tokens}" if args.num_e_tokens > 1 else ""
         name += "_given" if args.m_from else ""
         name += f"_{args.control}" if args.control else ""
@@ -627,7 +651,7 @@ def enough_memory_for(what: str) -> Iterator[None]:
 
 
 def slices(count: int, at_once: int) -> list[slice]:
-    return [slice(first, first + at_once) for first in range(0, count, at_once)]
+    return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 
 
 def time_on(device: torch.device) -> float:
@@ -1154,11 +1178,11 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """The targets: visual codes [B, N], their pixels and prompts."""
+    """The targets: visual codes [B, N] and prompts, and the pixels of the first."""
 
     codes: Tensor
     autoregressive_seconds: float | None  # of decoding them one after another, where they were
-    pixels: Tensor  # [B, 3, H, W] in [0, 1]
+    pixels: Tensor  # [B, 3, H, W] in [0, 1], of at most SHOWN_TARGETS
     prompts: list[str]
 
 
@@ -1198,7 +1222,9 @@ def make_reference(
     elif interrupted and not args.images:
         codes, seconds, final = interrupted["codes"], interrupted["autoregressive_seconds"], True
     elif args.control == "random":
-        codes = torch.randint(models.codebook_size, (len(args.prompts), num_tokens), generator=rng)
+        index, count = args.shard or (1, 1)
+        every = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
+        codes = every[index - 1 :: count]
     elif args.images:
         codes = encode_pixels(models.vq_encoder, pictures, models.factor).cpu()
         if not models.has(codes):
@@ -1208,7 +1234,7 @@ def make_reference(
     if args.control == "shuffled" and not final:
         codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
     codes = codes.to(models.device)
-    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes), args.prompts)
+    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes[:SHOWN_TARGETS]), args.prompts)
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float]:
@@ -1450,8 +1476,9 @@ LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 
 KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
 
 
-# What an interrupted optimisation is stored with, beside its embeddings and AdamW's moments.
-CARRIED_OVER = ("step", "seconds", "last_row", "best_step", "best_accuracy", "best_loss")
+# What an interrupted optimisation is stored with, beside its embeddings and its optimizer's state.
+CARRIED_OVER = ("step", "seconds", "last_row", "in_flight", "num_begun", "turns", "steps_taken", "ended", "diverged")
+CARRIED_OVER += ("best_step", "best_accuracy", "best_loss", "loss", "num_correct", "accuracy", "top5_accuracy")
 
 
 class ProtoTokens(torch.nn.Module):
@@ -1483,7 +1510,15 @@ class ProtoTokens(torch.nn.Module):
 
     def by_group(self, tensors: list[Tensor]) -> Tensor:
         """The learned numbers, or what belongs to them, a row a group: [G, P]."""
-        return torch.cat([tensor.view(self.groups, -1) for tensor in tensors], dim=1)
+        return torch.cat([tensor.view(1, -1) if self.groups == 1 else tensor.flatten(1) for tensor in tensors], dim=1)
+
+    @property
+    def points(self) -> Tensor:
+        return self.by_group(self.trainable).detach()
+
+    @property
+    def gradients(self) -> Tensor:
+        return self.by_group([parameter.grad for parameter in self.trainable])
 
     @torch.no_grad()
     def move_to(self, points: Tensor) -> None:
@@ -1491,6 +1526,13 @@ class ProtoTokens(torch.nn.Module):
         sizes = [parameter.numel() // self.groups for parameter in self.trainable]
         for parameter, values in zip(self.trainable, points.split(sizes, dim=1), strict=True):
             parameter.copy_(values.reshape_as(parameter))
+
+    @torch.no_grad()
+    def exchanged(self, kept: list[int], coming: ProtoTokens) -> ProtoTokens:
+        """Those of some targets, and behind them others', where they share no m that learns."""
+        m_learns = self.m.requires_grad
+        m = torch.cat((self.m[kept], coming.m)) if m_learns else self.m
+        return ProtoTokens(torch.cat((self.e_t[kept], coming.e_t)), m, m_learns)
 
     def learned_numbers(self, num_tokens: int) -> int:
         m_is_used = num_tokens > self.e_t.shape[1]
@@ -1605,25 +1647,53 @@ def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     return joined(parts)
 
 
-@torch.no_grad()
-def clip_gradients(proto_tokens: ProtoTokens, limit: float) -> Tensor:
-    """Norms of the joint gradient of each group's e_t and m; scales it down to `limit` unless that is 0."""
-    gradients = [parameter.grad for parameter in proto_tokens.trainable]
-    norms = proto_tokens.by_group(gradients).norm(dim=1)
-    if limit > 0:
-        for gradient in gradients:
-            gradient.view(proto_tokens.groups, -1).mul_((limit / (norms + 1e-6)).clamp(max=1)[:, None])
-    return norms
-
-
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine from `peak` to FINAL_RATE over the remaining steps; `step` counts from 1."""
     warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
-    progress = (step - warmup - 1) / max(1, num_steps - warmup - 1)
+    progress = min(1, (step - warmup - 1) / max(1, num_steps - warmup - 1))
     final = min(FINAL_RATE, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """AdamW without decay for G problems at once, each of P numbers and as it would go alone.
+
+    The rate rises and falls by `rate_at`, the gradient is clipped before where that is asked for.
+    Kingma and Ba, "Adam" (2015), algorithm 1.
+    """
+
+    EPSILON = 1e-8
+
+    def __init__(self, points: Tensor, args: argparse.Namespace):
+        self.args = args
+        self.taken = torch.zeros(len(points), dtype=torch.float64)  # steps; on the host
+        self.mean = torch.zeros_like(points)  # [G, P]
+        self.mean_square = torch.zeros_like(points)
+
+    @property
+    def rates(self) -> Tensor:
+        """Of the coming step: [G], on the host."""
+        args = self.args
+        rates = [
+            rate_at(taken + 1, args.num_steps, args.warmup_steps, args.learning_rate) for taken in self.taken.tolist()
+        ]
+        return torch.tensor(rates, dtype=torch.float64)
+
+    def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
+        """Where to go from points [G, P] with gradients [G, P]."""
+        first, second = self.args.betas
+        if self.args.grad_clip > 0:
+            norms = gradients.norm(dim=1, keepdim=True)
+            gradients = gradients * (self.args.grad_clip / (norms + 1e-6)).clamp(max=1)
+        rates = self.rates
+        self.taken = self.taken + 1
+        self.mean = self.mean.lerp(gradients, 1 - first)
+        self.mean_square = second * self.mean_square + (1 - second) * gradients.square()
+        lengths = (rates / (1 - first**self.taken)).to(points)[:, None]  # [G, 1]
+        corrections = (1 - second**self.taken).sqrt().to(points)[:, None]
+        return points - lengths * self.mean / (self.mean_square.sqrt() / corrections + self.EPSILON)
 
 
 class LBFGS:
@@ -1640,42 +1710,44 @@ class LBFGS:
     SUFFICIENT_DECREASE = 1e-4
     LEAST_CURVATURE = 1e-6  # cosine of a step and its change, below which the pair is left out
 
-    def __init__(self, proto_tokens: ProtoTokens, rate: float, rounding: float):
+    def __init__(self, points: Tensor, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
-        self.proto_tokens, self.rate, self.rounding = proto_tokens, rate, rounding
-        self.point = proto_tokens.by_group(proto_tokens.trainable).detach()  # [G, P], the last one accepted
-        self.loss = torch.full_like(self.point[:, 0], math.inf)  # [G], there
-        self.gradient = torch.zeros_like(self.point)
-        self.direction = torch.zeros_like(self.point)
+        self.rate, self.rounding = rate, rounding
+        self.point = points  # [G, P], the last one accepted
+        self.loss = points.new_full((len(points),), math.inf)  # [G], there
+        self.gradient = torch.zeros_like(points)
+        self.direction = torch.zeros_like(points)
         self.length = torch.zeros_like(self.loss)  # of the way tried, in directions
         self.failures = torch.zeros_like(self.loss)  # along the direction
-        self.steps = self.point.new_zeros(len(self.point), self.PAIRS, self.point.shape[1])  # newest last; 0 is no pair
+        self.steps = points.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
         self.changes = torch.zeros_like(self.steps)
 
-    @torch.no_grad()
-    def step(self, loss: Tensor) -> None:
-        """Takes the loss [G] of the proto-tokens as they stand, and its gradient in their `.grad`, and moves them."""
-        tried = self.proto_tokens.by_group(self.proto_tokens.trainable)
-        gradient = self.proto_tokens.by_group([parameter.grad for parameter in self.proto_tokens.trainable])
+    @property
+    def rates(self) -> Tensor:
+        """Of the coming step: [G], on the host."""
+        return torch.full((len(self.point),), self.rate, dtype=torch.float64)
+
+    def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
+        """Where to go from points [G, P], which were the ones to try, with their gradients and losses [G]."""
         slope = (self.gradient * self.direction).sum(1)
-        enough = self.loss + self.SUFFICIENT_DECREASE * self.length * slope + self.rounding * loss.abs()
-        accepted = loss <= enough
+        enough = self.loss + self.SUFFICIENT_DECREASE * self.length * slope + self.rounding * losses.abs()
+        accepted = losses <= enough
         self.failures = torch.where(accepted, 0, self.failures + 1)
         lost = self.failures >= self.TRIES
         # Of the parabola through the loss and slope at the point and the loss tried.
-        minimum = -slope * self.length**2 / (2 * (loss - self.loss - self.length * slope))
+        minimum = -slope * self.length**2 / (2 * (losses - self.loss - self.length * slope))
         shorter = minimum.clamp(0.1 * self.length, 0.5 * self.length)
 
-        self.remember(tried - self.point, gradient - self.gradient, accepted, lost)
-        self.point = torch.where(accepted[:, None], tried, self.point)
-        self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
-        self.loss = torch.where(accepted, loss, self.loss)
+        self.remember(points - self.point, gradients - self.gradient, accepted, lost)
+        self.point = torch.where(accepted[:, None], points, self.point)
+        self.gradient = torch.where(accepted[:, None], gradients, self.gradient)
+        self.loss = torch.where(accepted, losses, self.loss)
         direction, length = self.next_way()
         turns = accepted | lost
         self.direction = torch.where(turns[:, None], direction, self.direction)
         self.length = torch.where(turns, length, shorter)
         self.failures = torch.where(lost, 0, self.failures)
-        self.proto_tokens.move_to(self.point + self.length[:, None] * self.direction)
+        return self.point + self.length[:, None] * self.direction
 
     def remember(self, step: Tensor, change: Tensor, accepted: Tensor, lost: Tensor) -> None:
         curvature = (step * change).sum(1)
@@ -1695,22 +1767,6 @@ class LBFGS:
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.to(self.point.device))
-
-
-def make_optimizer(
-    proto_tokens: ProtoTokens, args: argparse.Namespace, dtype: torch.dtype
-) -> torch.optim.AdamW | LBFGS:
-    if args.optimizer == "lbfgs":
-        return LBFGS(proto_tokens, args.learning_rate, rounding=torch.finfo(dtype).eps)
-    # Fused, since the others read their count of steps off the device.
-    return torch.optim.AdamW(proto_tokens.trainable, betas=args.betas, weight_decay=0.0, fused=True)
 
 
 def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
@@ -1733,42 +1789,78 @@ def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor) -> T
     return product[:, :, 0]
 
 
-class Optimisation:
-    """Learns the proto-tokens of codes [B, N], and keeps the best.
+def make_optimizer(points: Tensor, args: argparse.Namespace, dtype: torch.dtype) -> AdamW | LBFGS:
+    if args.optimizer == "adamw":
+        return AdamW(points, args)
+    return LBFGS(points, args.learning_rate, rounding=torch.finfo(dtype).eps)
 
+
+def tensors_of(optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
+    """An optimizer's state; the first dimension of each is that of its problems."""
+    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Tensor)}
+
+
+def exchange_problems(optimizer: AdamW | LBFGS, kept: list[int], coming: AdamW | LBFGS) -> None:
+    """Has the optimizer go on with some of its problems, and behind them with another's."""
+    values = tensors_of(optimizer)
+    vars(optimizer).update({name: torch.cat((values[name][kept], getattr(coming, name))) for name in values})
+
+
+class Optimisation:
+    """Learns the proto-tokens of codes [B, N], and keeps the best of each target.
+
+    Targets that learn one m do so together, from the first step to the last. With a given m or their own, each learns
+    as it would alone: some are in flight, and one that has ended leaves its place to the next.
     The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
     learn one m, else for each on its own.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
-        batch = len(codes)
-        self.models, self.stepping_models, self.codes, self.args = models, models, codes, args
+        count = len(codes)
+        self.models, self.stepping_models, self.codes, self.args, self.given_m = models, models, codes, args, given_m
+        self.together = args.m == "shared" and given_m is None
         self.recomputes, self.targets_at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
-        self.proto_tokens = initial_proto_tokens(models, batch, args, given_m)
-        self.optimizer = make_optimizer(self.proto_tokens, args, models.generator.dtype)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
-        self.best = copy.deepcopy(self.proto_tokens)
-        self.best_step = torch.zeros(batch, dtype=torch.long)
-        self.best_accuracy = torch.full((batch,), -1.0, dtype=torch.float64)  # percent
-        self.best_loss = torch.full((batch,), math.inf, dtype=torch.float64)  # nats, at the best step
+        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
+        self.best = initial_proto_tokens(models, count, args, given_m)
+        # What each target has come to, [B], on the host.
+        self.steps_taken = torch.zeros(count, dtype=torch.long)
+        self.best_step = torch.zeros(count, dtype=torch.long)
+        self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
+        self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
+        self.loss, self.num_correct, self.accuracy, self.top5_accuracy = torch.zeros(4, count, dtype=torch.float64)
+        self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
+        self.just_ended: list[int] = []  # in the last step
+        places = count if self.together else min(count, targets_in_flight(self.targets_at_once, codes.shape[1], args))
+        self.num_begun, self.turns = places, math.ceil(count / places)
+        self.have_in_flight(list(range(places)), *self.newcomers(places))
         if args.compile == "on" and self.recomputes:
             print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
         elif args.compile == "on":
             self.stepping_models = self.with_compiled_layers()
-        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
-        self.diverged = False
+
+    def newcomers(self, count: int) -> tuple[ProtoTokens, AdamW | LBFGS]:
+        """What so many targets begin with."""
+        proto_tokens = initial_proto_tokens(self.models, count, self.args, self.given_m)
+        return proto_tokens, make_optimizer(proto_tokens.points, self.args, self.models.generator.dtype)
+
+    def have_in_flight(self, targets: list[int], proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> None:
+        """Has these targets be the ones that learn."""
+        self.in_flight, self.proto_tokens, self.optimizer = targets, proto_tokens, optimizer
+        self.rows = torch.tensor(targets, dtype=torch.long, device=self.models.device)
+        self.codes_in_flight = self.codes[self.rows]
 
     def with_compiled_layers(self) -> Models:
         def compiled_by(layers: Callable) -> Models:
             return dataclasses.replace(self.models, compiled_layers=layers)
 
         def step(layers: Callable) -> None:
-            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes, self.targets_at_once)
+            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes_in_flight, self.targets_at_once)
 
-        layers, _ = compile_layers(self.models.generator.model, step)
-        return compiled_by(layers)
+        layers, compiled = compile_layers(self.models.generator.model, step)
+        return compiled_by(layers) if compiled else self.models
 
     @property
     def reached(self) -> bool:
@@ -1777,104 +1869,151 @@ class Optimisation:
 
     @property
     def finished(self) -> bool:
-        return self.diverged or self.reached or self.step >= self.args.num_steps
+        return all(self.ended.tolist())
 
     def steps(self) -> Iterator[dict[str, float]]:
         """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
 
-        The numbers belong to the embeddings before the step's update. Ends at --num-steps, at --target-accuracy, or
-        where the loss or its gradient is no longer finite.
+        The numbers belong to the embeddings before the step's update. A target ends at --num-steps, at
+        --target-accuracy, or where its loss or gradient is no longer finite, which is no step of its own.
         """
-        models, args, proto_tokens = self.stepping_models, self.args, self.proto_tokens
-        with gradient_checkpointing(models.generator, self.recomputes):
+        with gradient_checkpointing(self.models.generator, self.recomputes):
             while not self.finished:
                 started = time.perf_counter()
-                rate = self.next_rate()
-                predictions = losses_and_gradient(models, proto_tokens, self.codes, self.targets_at_once)
-                grad_norms = clip_gradients(proto_tokens, args.grad_clip)
-                numbers = numbers_of_step(proto_tokens, predictions, grad_norms)
-                if not numbers.are_finite():
-                    self.diverged = True
-                    return
+                proto_tokens, codes, rates = self.proto_tokens, self.codes_in_flight, self.optimizer.rates
+                predictions = losses_and_gradient(self.stepping_models, proto_tokens, codes, self.targets_at_once)
+                points, gradients = proto_tokens.points, proto_tokens.gradients
+                numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
+                took_a_step = any(numbers.finite.tolist())
+                if took_a_step:
+                    self.step += 1  # before all else: what follows, left halfway, is no state to go on from
+                self.count_the_step(numbers)
                 self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
-                self.update(predictions, rate)
-                self.step += 1
+                self.end_some(numbers)
+                losses = predictions.losses.mean(1).view(proto_tokens.groups, -1).sum(1)  # [G]
+                proto_tokens.move_to(self.optimizer.step(points, gradients, losses))
+                self.replace_the_ended()
                 self.seconds += time.perf_counter() - started
-                self.last_row = self.row(numbers, rate)
-                yield self.last_row
+                if took_a_step:
+                    self.last_row = self.row(numbers, rates)
+                    yield self.last_row
 
-    def next_rate(self) -> float:
-        """AdamW's follows a schedule; steps of L-BFGS become short by themselves."""
-        args = self.args
-        if args.optimizer == "lbfgs":
-            return args.learning_rate
-        return rate_at(self.step + 1, args.num_steps, args.warmup_steps, args.learning_rate)
+    def count_the_step(self, numbers: StepNumbers) -> None:
+        """Keeps the last numbers of the targets in flight; one that is not finite is no step."""
+        flying, counts = torch.tensor(self.in_flight), self.counts(numbers)
+        self.steps_taken[flying] += counts.long()
+        for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
+            values = getattr(self, name)
+            values[flying] = torch.where(counts, getattr(numbers, name), values[flying])
 
-    def update(self, predictions: Predictions, rate: float) -> None:
-        """Moves the proto-tokens by their gradient."""
-        if self.args.optimizer == "adamw":
-            self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.step()
-        else:
-            losses = predictions.losses.mean(1)  # [B]
-            self.optimizer.step(losses.view(self.proto_tokens.groups, -1).sum(1))
+    def counts(self, numbers: StepNumbers) -> Tensor:
+        """Which targets in flight took a step; compiled ones fly on when they have ended. [B]"""
+        return numbers.finite & ~self.ended[self.in_flight]
+
+    def met(self, accuracy: Tensor) -> Tensor:
+        """Which targets have the accuracy asked for: those that learn together, only when each of them has. [B]"""
+        reached = accuracy >= self.goal
+        return reached.all().expand(len(reached)) if self.together else reached
 
     @torch.no_grad()
     def keep_the_best(self, numbers: StepNumbers) -> None:
         """Keeps the present embeddings of the targets whose numbers are the best yet.
 
-        The best is final once the accuracy asked for is reached, so that a target of several ends as it would alone.
-        Targets that share an m have reached it when each of them has, even if their mean was higher before.
+        Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher before.
         """
-        judged_together = self.proto_tokens.groups == 1
+        flying = torch.tensor(self.in_flight)
+        best_accuracy, best_loss = self.best_accuracy[flying], self.best_loss[flying]
 
         def judged(values: Tensor) -> Tensor:
-            return values.mean().expand(len(values)) if judged_together else values
+            return values.mean().expand(len(values)) if self.together else values
 
-        def met(accuracy: Tensor) -> Tensor:
-            reached = accuracy >= self.goal
-            return reached.all().expand(len(reached)) if judged_together else reached
+        higher = judged(numbers.accuracy) > judged(best_accuracy)
+        closer = (judged(numbers.accuracy) == judged(best_accuracy)) & (judged(numbers.loss) < judged(best_loss))
+        better = self.counts(numbers) & (self.met(numbers.accuracy) | higher | closer)  # [B]
+        self.best_accuracy[flying] = torch.where(better, numbers.accuracy, best_accuracy)
+        self.best_loss[flying] = torch.where(better, numbers.loss, best_loss)
+        self.best_step[flying] = torch.where(better, self.steps_taken[flying], self.best_step[flying])
+        better = better.to(self.models.device, non_blocking=True)
+        e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.rows])
+        self.best.e_t.index_copy_(0, self.rows, e_t)
+        if self.together:  # all are better or none is
+            self.best.m.copy_(torch.where(better[:1, None], self.proto_tokens.m, self.best.m))
+        elif self.given_m is None:
+            m = torch.where(better[:, None], self.proto_tokens.m, self.best.m[self.rows])
+            self.best.m.index_copy_(0, self.rows, m)
 
-        was_reached, is_reached = met(self.best_accuracy), met(numbers.accuracy)
-        before, now = judged(self.best_accuracy), judged(numbers.accuracy)
-        closer = (now == before) & (judged(numbers.loss) < judged(self.best_loss))
-        better = ~was_reached & (is_reached | (now > before) | closer)  # [B]
-        self.best_accuracy = torch.where(better, numbers.accuracy, self.best_accuracy)
-        self.best_loss = torch.where(better, numbers.loss, self.best_loss)
-        self.best_step = torch.where(better, self.step + 1, self.best_step)
-        better = better.to(self.best.e_t.device, non_blocking=True)
-        self.best.e_t.copy_(torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t))
-        if self.best.m.requires_grad:
-            # Of a shared m, all targets are better or none is.
-            self.best.m.copy_(torch.where(better[: len(self.best.m), None], self.proto_tokens.m, self.best.m))
+    def end_some(self, numbers: StepNumbers) -> None:
+        """Marks the targets that end with this step."""
+        flying = torch.tensor(self.in_flight)
+        over = self.met(numbers.accuracy) | (self.steps_taken[flying] >= self.args.num_steps) | ~numbers.finite
+        self.just_ended = flying[over & ~self.ended[flying]].tolist()
+        self.diverged[flying] |= ~numbers.finite & ~self.ended[flying]
+        self.ended[flying] |= over
 
-    def row(self, numbers: StepNumbers, rate: float) -> dict[str, float]:
-        """A step's numbers by their W&B names: means over the targets, and of several each one's own."""
-        loss, accuracy, best_accuracy = numbers.loss.tolist(), numbers.accuracy.tolist(), self.best_accuracy.tolist()
+    def replace_the_ended(self) -> None:
+        """Takes the targets that ended out of the flight, and lets as many of those that wait begin."""
+        places = [place for place, ended in enumerate(self.ended[self.in_flight].tolist()) if ended]
+        coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + len(places))))
+        if self.stepping_models is not self.models:
+            places = places[: len(coming)]  # another number of targets would be compiled anew
+        if self.together or not places:
+            return
+        kept = [place for place in range(len(self.in_flight)) if place not in places]
+        proto_tokens, optimizer = self.newcomers(len(coming))
+        exchange_problems(self.optimizer, kept, optimizer)
+        targets = [self.in_flight[place] for place in kept] + coming
+        self.have_in_flight(targets, self.proto_tokens.exchanged(kept, proto_tokens), self.optimizer)
+        self.num_begun += len(coming)
+
+    def row(self, numbers: StepNumbers, rates: Tensor) -> dict[str, float]:
+        """A step's numbers by their W&B names.
+
+        Means over the targets that have begun, with the last numbers of those that have ended; of the best accuracy
+        over all, so that it never falls. The rate, the norms and the gradient are of those in flight. Of several
+        targets each one's own, of many how they are spread.
+        """
+        begun = self.steps_taken > 0
         row = {
             "step": self.step,
-            "train/loss": statistics.fmean(loss),
-            "train/accuracy": statistics.fmean(accuracy),
-            "train/top5_accuracy": statistics.fmean(numbers.top5_accuracy.tolist()),
-            "train/correct_tokens": int(sum(numbers.num_correct.tolist())),
-            "train/best_accuracy": statistics.fmean(best_accuracy),
-            "train/learning_rate": rate,
+            "train/loss": mean(self.loss[begun]),
+            "train/accuracy": mean(self.accuracy[begun]),
+            "train/top5_accuracy": mean(self.top5_accuracy[begun]),
+            "train/correct_tokens": int(sum(self.num_correct.tolist())),
+            "train/best_accuracy": mean(self.best_accuracy.clamp(min=0)),
+            "train/learning_rate": statistics.median(rates.tolist()),
             "embeddings/e_t_norm": numbers.e_t_norm,
             "embeddings/m_norm": numbers.m_norm,
             "gradients/grad_norm": numbers.grad_norm,
         }
-        if len(loss) > 1:
-            for k in range(len(loss)):
-                row[f"targets/{k}/loss"] = loss[k]
-                row[f"targets/{k}/accuracy"] = accuracy[k]
-                row[f"targets/{k}/best_accuracy"] = best_accuracy[k]
+        if len(self.codes) > SHOWN_TARGETS:
+            row["targets/ended"] = sum(self.ended.tolist())
+            row["targets/in_flight"] = len(self.in_flight) - sum(self.ended[self.in_flight].tolist())
+            spread = self.best_accuracy[begun].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+            row |= dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread.tolist(), strict=True))
+        elif len(self.codes) > 1:
+            for name in ("loss", "accuracy", "best_accuracy"):
+                values = zip(getattr(self, name).tolist(), begun.tolist(), strict=True)
+                row |= {
+                    f"targets/{k}/{name}": value if has_begun else None for k, (value, has_begun) in enumerate(values)
+                }
         return row
 
     @torch.no_grad()
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
-        predictions = predict_in_one_pass(self.models, self.best, self.codes, self.targets_at_once)
-        return decode_codes(self.models.vq_decoder, predictions.drawable_codes[:SHOWN_TARGETS])
+        codes = self.codes[:SHOWN_TARGETS]
+        predictions = predict_in_one_pass(self.models, self.best, codes, self.targets_at_once)
+        return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
+
+    def table(self) -> list[dict]:
+        """What each target that has ended came to."""
+        names = ("ended", "best_accuracy", "best_step", "steps_taken", "diverged")
+        columns = [range(len(self.codes)), *(getattr(self, name).tolist() for name in names)]
+        return [
+            {"target": k, "best_accuracy": best, "best_step": best_step, "steps": steps, "diverged": diverged}
+            for k, ended, best, best_step, steps, diverged in zip(*columns, strict=True)
+            if ended
+        ]
 
     def summary(self) -> dict:
         """What belongs to the last step, and to the whole."""
@@ -1892,43 +2031,59 @@ class Optimisation:
         return {name: getattr(self, name) for name in CARRIED_OVER} | {
             "proto_tokens": self.proto_tokens.state_dict(),
             "best": self.best.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": tensors_of(self.optimizer),
         }
 
     def load_state_dict(self, state: dict) -> None:
         for name in CARRIED_OVER:
             setattr(self, name, state[name])
-        self.proto_tokens.load_state_dict(state["proto_tokens"])
         self.best.load_state_dict(state["best"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        proto_tokens, optimizer = self.newcomers(len(self.in_flight))
+        proto_tokens.load_state_dict(state["proto_tokens"])
+        for name, value in tensors_of(optimizer).items():
+            setattr(optimizer, name, state["optimizer"][name].to(value.device))
+        self.have_in_flight(self.in_flight, proto_tokens, optimizer)
 
 
 class StepNumbers(NamedTuple):
-    """What a step says, on the host: of each target [B], and the norms' means."""
+    """What a step says, on the host: of each target in flight [B], and the norms' means over those."""
 
     loss: Tensor  # nats
     num_correct: Tensor
     accuracy: Tensor  # percent
     top5_accuracy: Tensor  # percent
+    finite: Tensor  # whether all its numbers are
     grad_norm: float
     e_t_norm: float
     m_norm: float
 
-    def are_finite(self) -> bool:
-        return all(map(math.isfinite, [*self.loss.tolist(), self.grad_norm, self.e_t_norm, self.m_norm]))
+
+def mean(values: Tensor) -> float:
+    """Of numbers on the host; not a number where there are none."""
+    return statistics.fmean(values.tolist() or [math.nan])
 
 
 @torch.no_grad()
 def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
-    """In one read of the device."""
+    """In one read of the device; the norms of the gradients are [G]."""
     batch, num_tokens = predictions.losses.shape
-    of_targets = torch.cat((predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5))
-    norms = grad_norms.mean(), proto_tokens.e_t.norm(dim=-1).mean(), proto_tokens.m.norm(dim=-1).mean()
-    numbers = torch.cat((of_targets, torch.stack(norms))).cpu().double()
-    loss, num_correct, num_in_top5, norms = numbers.split((batch, batch, batch, 3))
+    of_targets = predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5
+    norms = [grad_norms, proto_tokens.e_t.norm(dim=-1).mean(1), proto_tokens.m.norm(dim=-1)]
+    numbers = torch.stack([*of_targets, *[norm.expand(batch) for norm in norms]]).cpu().double()
+    loss, num_correct, num_in_top5, *norms = numbers
+    finite = torch.stack((loss, *norms)).isfinite().all(0)
+    if proto_tokens.groups == 1:
+        finite = finite.all().expand(batch)
+    # Of those that are finite: the others end here.
+    means = [mean(norm[finite]) for norm in norms]
     return StepNumbers(
-        loss, num_correct, 100 * num_correct / num_tokens, 100 * num_in_top5 / num_tokens, *norms.tolist()
+        loss, num_correct, 100 * num_correct / num_tokens, 100 * num_in_top5 / num_tokens, finite, *means
     )
+
+
+def targets_in_flight(fitting: int, num_tokens: int, args: argparse.Namespace) -> int:
+    """How many targets learn at a time where each learns alone, of which so many fit into one pass."""
+    return args.targets_at_once or max(1, min(fitting, TOKENS_IN_FLIGHT // num_tokens))
 
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
@@ -2014,10 +2169,13 @@ SUCCESS, PARTIAL_SUCCESS = 99.0, 80.0  # percent of tokens
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one forward pass over proto-tokens emits: what it says of the targets [B, N], and what it draws."""
+    """What one forward pass over proto-tokens emits: what it says of the targets [B, N], and what it draws of some."""
 
     predictions: Predictions
-    pixels: Tensor  # [B, 3, H, W] in [0, 1]
+    errors: Tensor  # [B], mean squared, of pixels in [0, 1]
+    shown: list[int]  # the targets that stand in figures
+    originals: Tensor  # [S, 3, H, W] in [0, 1], of those
+    pixels: Tensor  # likewise
     one_pass_seconds: float
 
 
@@ -2034,12 +2192,28 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
             predictions = predict_in_one_pass(models, proto_tokens, codes, targets_at_once)
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
-    return Reconstruction(predictions, decode_codes(models.vq_decoder, predictions.drawable_codes), one_pass_seconds)
+    shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
+    for some in slices(len(codes), TARGETS_AT_ONCE):  # of many the pictures would not fit into memory
+        originals = decode_codes(models.vq_decoder, codes[some])
+        pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
+        errors.append((pixels - originals).square().mean((1, 2, 3)))
+        for k, pair in enumerate(zip(originals, pixels, strict=True), some.start):
+            if k in shown:
+                drawn[k] = torch.stack(pair)
+    originals, pixels = torch.stack([drawn[k] for k in shown], dim=1)  # [S, 3, H, W] each
+    return Reconstruction(predictions, torch.cat(errors), shown, originals, pixels, one_pass_seconds)
 
 
-def psnr(pixels: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images [B, 3, H, W] in [0, 1], over all pixels; infinite where equal."""
-    error = F.mse_loss(pixels, reference).item()
+def targets_to_show(num_errors: Tensor) -> list[int]:
+    """The first targets and, of more than these, those with the most of their tokens wrong, [B]."""
+    rest = num_errors[SHOWN_TARGETS:]
+    worst = rest.argsort(descending=True, stable=True)[:SHOWN_WORST]
+    worst = worst[rest[worst] > 0] + SHOWN_TARGETS
+    return [*range(min(len(num_errors), SHOWN_TARGETS)), *worst.tolist()]
+
+
+def psnr(error: float) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [0, 1] with this mean squared error; infinite where it is 0."""
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
@@ -2082,29 +2256,38 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
+def describe_targets(reference: Reference, reconstruction: Reconstruction, bits: dict[str, list[float]]) -> list[dict]:
+    """A row for each target: its prompt, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
+    num_tokens, num_correct = reference.codes.shape[1], reconstruction.predictions.num_correct.tolist()
+    columns = {
+        "target": range(len(num_correct)),
+        "prompt": reference.prompts,
+        "best_accuracy": [100 * count / num_tokens for count in num_correct],
+        "num_errors": [num_tokens - count for count in num_correct],
+        "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
+        **bits,
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def summarise(
     reference: Reference,
     reconstruction: Reconstruction,
     bits: dict[str, list[float]],
+    targets: list[dict],
     proto_tokens: ProtoTokens,
 ) -> dict:
     """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds.
 
     Accuracies and bits are means over the targets, errors sums; of several targets each one's own stand under
-    targets/<k>/.
+    targets/<k>/, unless they are too many.
     """
     batch, num_tokens = reference.codes.shape
-    correct = reconstruction.predictions.num_correct.tolist()
-    of_targets = {  # [B] each
-        "best_accuracy": [100 * count / num_tokens for count in correct],
-        "num_errors": [num_tokens - count for count in correct],
-        "psnr": [psnr(*pair) for pair in zip(reconstruction.pixels, reference.pixels, strict=True)],
-        **bits,
-    }
-    num_errors = sum(of_targets["num_errors"])
+    accuracies = [target["best_accuracy"] for target in targets]
+    num_errors = sum(target["num_errors"] for target in targets)
     total_params = proto_tokens.learned_numbers(num_tokens)
     summary = {
-        "best_accuracy": statistics.fmean(of_targets["best_accuracy"]),
+        "best_accuracy": statistics.fmean(accuracies),
         **{name: statistics.fmean(values) for name, values in bits.items()},
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / reference.codes.numel(),
@@ -2113,7 +2296,7 @@ def summarise(
         "num_targets": batch,
         "num_e_tokens": proto_tokens.e_t.shape[1],
         "one_pass_seconds": reconstruction.one_pass_seconds,
-        "psnr": psnr(reconstruction.pixels, reference.pixels),
+        "psnr": psnr(reconstruction.errors.mean().item()),
     }
     summary["status"] = status_of(summary["best_accuracy"])
     summary["bits_per_parameter"] = batch * summary["information_gain_bits"] / total_params
@@ -2121,15 +2304,19 @@ def summarise(
         summary["autoregressive_seconds"] = reference.autoregressive_seconds
         summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
     if batch > 1:
-        for k in range(batch):
-            summary |= {f"targets/{k}/{name}": values[k] for name, values in of_targets.items()}
+        summary["complete_targets"] = sum(target["num_errors"] == 0 for target in targets)
+        summary["lowest_accuracy"] = min(accuracies)
+    if 1 < batch <= SHOWN_TARGETS:
+        for k, target in enumerate(targets):
+            own = {name: value for name, value in target.items() if name not in ("target", "prompt")}
+            summary |= {f"targets/{k}/{name}": value for name, value in own.items()}
     return summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
-SHOWN_TARGETS = 24  # of more, the first stand in the figures, all in the numbers
+SHOWN_TARGETS, SHOWN_WORST = 24, 8  # of more, the first stand in the figures, and the worst; all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
 STYLES = [
     "default",  # Matplotlib's own, whatever a matplotlibrc says
@@ -2273,13 +2460,12 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
 
 
 @matplotlib.style.context(STYLES)
-def draw_contact_sheet(targets: list[dict]) -> Image.Image:
+def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
     """A row for each target: prompt and accuracy, reference, reconstruction, error map."""
-    shown = targets[:SHOWN_TARGETS]
     figure = Figure(figsize=(10.6, 2.3 * len(shown) + 0.6), dpi=110, layout="constrained")
     rows = figure.subplots(len(shown), 4, squeeze=False, width_ratios=(1.25, 1, 1, 1))
-    if len(shown) < len(targets):
-        figure.suptitle(f"the first {len(shown)} of {len(targets)} targets", fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     for row, target in zip(rows, shown, strict=True):
         words, *pictures = row
         words.axis("off")
@@ -2287,11 +2473,11 @@ def draw_contact_sheet(targets: list[dict]) -> Image.Image:
         heading = words.text(0, 0.52, caption, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
         heading.set_fontfamily(families_for(caption))
         fit(heading, figure, share=0.27)
-        words.text(0, 0.48, f"{target['accuracy']:.1f} %", fontsize=11, va="top")
+        words.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=11, va="top")
         for axis, name in zip(pictures, ("reference", "reconstruction", "error_map"), strict=True):
             show(axis, target[name])
-    for axis, title in zip(rows[0][1:], ("reference", "one forward pass", "wrong tokens"), strict=True):
-        axis.set_title(title, loc="center")
+    for axis, heading in zip(rows[0][1:], ("reference", "one forward pass", "wrong tokens"), strict=True):
+        axis.set_title(heading, loc="center")
     return render(figure)
 
 
@@ -2374,40 +2560,35 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
     return frame
 
 
-def draw_targets(reference: Reference, reconstruction: Reconstruction) -> list[dict]:
-    """A row of W&B's table for each target: prompt, pictures, accuracy."""
-    rank = reconstruction.predictions.rank
+def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
+    """The rows of the targets that figures show, with their pictures."""
     rows = []
-    for k, prompt in enumerate(reference.prompts):
-        original = to_image(reference.pixels[k])
-        rows.append(
-            {
-                "prompt": prompt,
-                "reference": original,
-                "reconstruction": to_image(reconstruction.pixels[k]),
-                "error_map": mark_errors(original, rank[k]),
-                "accuracy": 100 * (rank[k] == 0).float().mean().item(),
-            }
-        )
+    for place, k in enumerate(reconstruction.shown):
+        original, pixels = (to_image(some[place]) for some in (reconstruction.originals, reconstruction.pixels))
+        error_map = mark_errors(original, reconstruction.predictions.rank[k])
+        rows.append(targets[k] | {"reference": original, "reconstruction": pixels, "error_map": error_map})
     return rows
 
 
 def draw_results(
-    targets: list[dict], reconstruction: Reconstruction, summary: dict, history: list[dict[str, float]]
+    shown: list[dict], count: int, rank: Tensor, summary: dict, history: list[dict[str, float]]
 ) -> dict[str, Image.Image]:
-    """Every picture of a run, by its W&B name, which with `.png` is its file's."""
-    first = targets[0]
-    maps = zip(targets[:SHOWN_TARGETS], reconstruction.predictions.rank)  # noqa: B905
+    """Every picture of a run of `count` targets, by its W&B name, which with `.png` is its file's; rank is [B, N]."""
+    first, worst = shown[:SHOWN_TARGETS], shown[SHOWN_TARGETS:]
+    maps = zip(first, rank)  # noqa: B905
     images = {
-        "reference_image": tiled([target["reference"] for target in targets]),
-        "reconstructed_image": tiled([target["reconstruction"] for target in targets]),
-        "token_error_map": tiled([draw_token_error_map(target["error_map"], rank) for target, rank in maps]),
+        "reference_image": tiled([target["reference"] for target in first]),
+        "reconstructed_image": tiled([target["reconstruction"] for target in first]),
+        "token_error_map": tiled([draw_token_error_map(target["error_map"], of_target) for target, of_target in maps]),
     }
-    if len(targets) == 1:
-        pair = first["reference"], first["reconstruction"]
-        images["comparison"] = draw_comparison(first["prompt"], *pair, summary)
+    if count == 1:
+        pair = first[0]["reference"], first[0]["reconstruction"]
+        images["comparison"] = draw_comparison(first[0]["prompt"], *pair, summary)
     else:
-        images["comparison"] = draw_contact_sheet(targets)
+        title = f"the first {len(first)} of {count} targets" if worst else ""
+        images["comparison"] = draw_contact_sheet(first, title)
+    if worst:
+        images["worst_targets"] = draw_contact_sheet(worst, f"the worst {len(worst)} of the other targets")
     if history:
         images["training_curves"] = draw_training_curves(history)
     return images
@@ -2418,13 +2599,23 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 4
-HISTORY_FILE = "history.csv"
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 5
+HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
 FIGURES = ("reference_image", "reconstructed_image", "comparison", "token_error_map", "training_curves", "capacity")
+FIGURES += ("worst_targets",)
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
-RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, "capacity.csv", PROTO_TOKENS_FILE, "progress.gif"]
+RESULTS = [
+    "summary.json",
+    STATE_FILE,
+    "config.json",
+    HISTORY_FILE,
+    TARGETS_FILE,
+    "capacity.csv",
+    PROTO_TOKENS_FILE,
+    "progress.gif",
+]
 RESULTS += [f"{name}.png" for name in FIGURES]
 ABANDONED_SECONDS = 3600  # no file takes so long to write
 
@@ -2568,16 +2759,22 @@ def write_moving_picture(file: Path, frames: list[Path]) -> None:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
 
 
-def write_proto_tokens(
-    file: Path, proto_tokens: ProtoTokens, settings: dict, target_ids: Tensor, predicted_ids: Tensor | None = None
-) -> None:
-    """e_t [B, K, D], m [1 or B, D], target and predicted token ids [B, N]; the settings as JSON in the metadata."""
-    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach(), "target_ids": target_ids}
-    if predicted_ids is not None:
-        tensors["predicted_ids"] = predicted_ids
+def write_proto_tokens(file: Path, proto_tokens: ProtoTokens, settings: dict, **of_targets: Tensor) -> None:
+    """e_t [B, K, D], m [1 or B, D], and what else there is a row a target of; the settings as JSON in the metadata."""
+    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach(), **of_targets}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(file) as partial:
         partial.write_bytes(to_safetensors(tensors, {"settings": json.dumps(settings)}))
+
+
+def write_table(file: Path, rows: list[dict]) -> None:
+    with (
+        written_whole(file) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table,
+    ):
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class HistoryFile:
@@ -2597,7 +2794,9 @@ class HistoryFile:
 
     def append(self, row: dict[str, float]) -> None:
         lines = [row.values()] if self.size else [row.keys(), row.values()]
-        content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
+        content = "".join(
+            ",".join("" if value is None else str(value) for value in line) + "\n" for line in lines
+        ).encode()
         try:
             written = self.stream.write(content)
             if written < len(content):
@@ -2610,7 +2809,8 @@ class HistoryFile:
 
     def rows(self) -> list[dict[str, float]]:
         with self.file.open(newline="") as stream:
-            return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+            rows = list(csv.DictReader(stream))
+        return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
 
 
 class ReferenceCache:
@@ -2641,8 +2841,8 @@ class ReferenceCache:
                 decoded[prompt] = codes[0], float(metadata["autoregressive_seconds"])
             except (SafetensorError, OSError, KeyError, ValueError, TypeError):
                 print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
-            else:
-                print(f"reference: {codes.shape[1]} tokens, reused from {file}")
+        if decoded:
+            print(f"reference: {len(decoded)} of {len(prompts)} reused from {self.folder}")
         return decoded
 
     def write(self, prompt: str, compiled: bool, codes: Tensor, seconds: float) -> None:
@@ -2914,7 +3114,9 @@ def sync_command(run: object) -> str:
 def as_media(value: object) -> object:
     import wandb
 
-    return wandb.Image(value) if isinstance(value, Image.Image) else value
+    if isinstance(value, Image.Image):
+        return wandb.Image(value)
+    return None if value == math.inf else value  # JSON has no word for it
 
 
 def as_table(rows: list[dict]) -> object:
@@ -2996,20 +3198,33 @@ class Recorder:
         self.recorded_step = learning.step
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Keeps a step's row, picture and state, as often as these are asked for."""
-        if self.history and (learning.step == 1 or learning.step % self.args.log_every == 0 or learning.finished):
+        """Keeps a step's row, picture and state, as often as these are asked for, and what targets came to that ended.
+
+        Where targets take turns, rows are as rare: a thousand targets do not have a thousand times one's history.
+        """
+        if self.history and learning.just_ended and len(learning.codes) > 1:
+            self.write_targets(learning)
+        log_every = self.args.log_every * learning.turns
+        if self.history and (learning.step == 1 or learning.step % log_every == 0 or learning.finished):
             self.history.append(row)
             self.log_row(row)
         every = self.args.image_every
         if every and (learning.step % every == 0 or learning.finished):
             self.keep_frame(learning)
         self.recorded_step = learning.step
-        if learning.finished or learning.step % self.args.save_every == 0:
+        if learning.just_ended or learning.step % self.args.save_every == 0:
             self.save_state(learning)
+
+    def write_targets(self, learning: Optimisation) -> None:
+        """targets.csv, which has a row for each target that has ended."""
+        rows = [
+            {"target": row["target"], "prompt": self.reference.prompts[row["target"]]} | row for row in learning.table()
+        ]
+        write_table(self.folder / TARGETS_FILE, rows)
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
-        accuracy = learning.best_accuracy.mean().item()
+        accuracy = learning.last_row["train/best_accuracy"]
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         file.parent.mkdir(exist_ok=True)
@@ -3046,7 +3261,8 @@ class Recorder:
         if self.args.capacity:
             raise UserError(f"with {learning.codes.shape[1]} tokens {why}: {remedy}")
         file = self.folder / PROTO_TOKENS_FILE
-        write_proto_tokens(file, learning.best, self.settings, learning.codes + self.settings["visual_offset"])
+        target_ids = learning.codes + self.settings["visual_offset"]
+        write_proto_tokens(file, learning.best, self.settings, target_ids=target_ids)
         raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
 
     def trial(self, trial: dict) -> None:
@@ -3057,26 +3273,39 @@ class Recorder:
     # ---- at the end
 
     def finish(
-        self, reference: Reference, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict
+        self,
+        reference: Reference,
+        reconstruction: Reconstruction,
+        proto_tokens: ProtoTokens,
+        summary: dict,
+        targets: list[dict],
     ) -> None:
         """Writes and logs the results of an optimisation."""
-        ids = reference.codes + self.settings["visual_offset"], reconstruction.predictions.ids
-        write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, *ids)
+        of_targets = {
+            "target_ids": reference.codes + self.settings["visual_offset"],
+            "predicted_ids": reconstruction.predictions.ids,
+        }
+        for name in ("best_accuracy", "steps"):
+            if name in targets[0]:
+                of_targets[name] = torch.tensor([target[name] for target in targets])
+        write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        targets = draw_targets(reference, reconstruction)
+        if len(targets) > 1:
+            write_table(self.folder / TARGETS_FILE, targets)
+        shown = draw_targets(targets, reconstruction)
         history = self.history.rows() if self.history else []
-        images = draw_results(targets, reconstruction, summary, history)
+        images = draw_results(shown, len(targets), reconstruction.predictions.rank, summary, history)
         if self.wandb_run:
             log_proto_tokens(self.wandb_run, self.folder / PROTO_TOKENS_FILE, summary["status"])
-        self.publish(images, summary, {"targets": targets} if len(targets) > 1 else {})
+        no_pictures = dict.fromkeys(("reference", "reconstruction", "error_map"))
+        pictured = dict(zip(reconstruction.shown, shown, strict=True))
+        table = [pictured.get(k, target | no_pictures) for k, target in enumerate(targets)]
+        self.publish(images, summary, {"targets": table} if len(targets) > 1 else {})
 
     def finish_capacity(self, summary: dict) -> None:
         """Writes and logs the results of a search for the capacity."""
-        with written_whole(self.folder / "capacity.csv") as partial, partial.open("w", newline="") as table:
-            writer = csv.DictWriter(table, list(self.trials[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.trials)
+        write_table(self.folder / "capacity.csv", self.trials)
         image = draw_capacity(self.trials, summary["capacity_tokens"], self.args.target_accuracy)
         self.publish({"capacity": image}, summary, {"trials": self.trials})
 
@@ -3104,7 +3333,7 @@ class Recorder:
 
     def log_row(self, row: dict[str, float]) -> None:
         """`best_accuracy` too, so that a sweep can stop a run early."""
-        values = {name: value for name, value in row.items() if name != "step"}
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
         values["best_accuracy"] = row["train/best_accuracy"]
         values["optimisation_step"] = row["step"]
         self.log(values, row["step"])
@@ -3139,28 +3368,35 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
     record.restore(learning)
-    bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
+    if learning.turns > 1:
+        bar = progress_bar(None, "proto-tokens", "targets", total=len(codes), initial=sum(learning.ended.tolist()))
+    else:
+        bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
     try:
         with stop_signals_wait() as signals, bar, enough_memory_for("a step of the optimisation"):
             for row in learning.steps():
                 record.step(row, learning)
-                show_step(bar, row, codes.numel())
+                show_step(bar, row, learning)
                 if signals:
                     record.save_state(learning)
                     raise Stopped(signals[0])
     except UserError:
         record.save_state(learning)
         raise
-    if learning.diverged:
+    if learning.diverged.all() or (record.args.capacity and learning.diverged.any()):
         record.give_up(learning)
+    if learning.diverged.any():
+        lost = int(learning.diverged.sum())
+        print(f"note: {lost} of {len(codes)} targets ended where their loss or its gradient was no longer finite")
     return learning
 
 
-def show_step(bar: tqdm, row: dict[str, float], count: int) -> None:
+def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
+    count = sum((learning.steps_taken > 0).tolist()) * learning.codes.shape[1]
     correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
     best = f"best {row['train/best_accuracy']:.1f} %"
     bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-    bar.update()
+    bar.update(len(learning.just_ended) if learning.turns > 1 else 1)
 
 
 def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
@@ -3212,15 +3448,14 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines = {"status": s["status"]}
     lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
     if batch > 1:
-        own = [s[f"targets/{k}/best_accuracy"] for k in range(batch)]
-        lines["targets"] = f"{batch}, from {min(own):.1f} to {max(own):.1f} %"
+        lines["targets"] = f"{batch}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
     gained = f"{s['information_gain_bits']:.0f} bits gained of {s['target_bits_unprompted']:.0f} unprompted"
     lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
     lines["likeness"] = likeness(s["psnr"])
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
-        lines["optimisation"] = f"{took}, the best at {s['best_step']}"
+        lines["optimisation"] = took if batch > 1 else f"{took}, the best at {s['best_step']}"
     lines["one pass"] = f"{s['one_pass_seconds']:.4f} s"
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
@@ -3256,9 +3491,12 @@ def experiment(
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_at_once)
         bits = information(models, reference, reconstruction.predictions)
-    summary = summarise(reference, reconstruction, bits, proto_tokens) | learned
+    targets = describe_targets(reference, reconstruction, bits)
+    if not args.from_proto_tokens:
+        targets = [came_to | target for came_to, target in zip(learning.table(), targets, strict=True)]
+    summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
     with enough_memory_for("the results"):
-        record.finish(reference, reconstruction, proto_tokens, summary)
+        record.finish(reference, reconstruction, proto_tokens, summary, targets)
     return summary
 
 

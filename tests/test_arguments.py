@@ -35,7 +35,7 @@ def test_every_option_is_accepted_with_underscores():
         action = actions[name]
         if action.nargs in (0, "?"):
             return []
-        plain = {"--device": "cpu", "--prompts-file": __file__, "--betas": "0.5,0.6"}.get(name, "1")
+        plain = {"--device": "cpu", "--prompts-file": __file__, "--betas": "0.5,0.6", "--shard": "1/1"}.get(name, "1")
         return [action.choices[0] if action.choices else plain]
 
     actions = {a.option_strings[0]: a for a in vpt.build_parser()._actions if a.option_strings[0].startswith("--")}

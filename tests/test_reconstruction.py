@@ -26,11 +26,11 @@ def proto_tokens(tiny_models, make_args):
 
 def test_psnr_matches_a_number_worked_by_hand():
     black, grey = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.1)
-    assert vpt.psnr(black, grey) == pytest.approx(20.0)  # -10 log10(0.1 ** 2)
+    assert vpt.psnr((black - grey).square().mean().item()) == pytest.approx(20.0)  # -10 log10(0.1 ** 2)
 
 
 def test_psnr_of_equal_pictures_is_infinite():
-    assert vpt.psnr(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)) == math.inf
+    assert vpt.psnr(0.0) == math.inf
 
 
 def test_codes_decode_in_raster_order(tiny_models):
@@ -87,7 +87,8 @@ def summary_of(tiny_models, make_args):
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_at_once=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
-        return vpt.summarise(reference, reconstruction, bits, proto_tokens), reconstruction
+        targets = vpt.describe_targets(reference, reconstruction, bits)
+        return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
 
     return summary_of
 
@@ -134,15 +135,16 @@ def test_bits_match_numbers_worked_by_hand(tiny_models, summary_of):
 def test_a_contact_sheet_has_a_row_for_each_target(count):
     picture = Image.new("RGB", (64, 64), "teal")
     target = {"prompt": "a " * 100, "reference": picture, "reconstruction": picture, "error_map": picture}
-    sheet = vpt.draw_contact_sheet([target | {"accuracy": 50.0}] * count)
+    sheet = vpt.draw_contact_sheet([target | {"best_accuracy": 50.0}] * count, "")
     assert sheet.height > 200 * count
 
 
-def test_of_very_many_targets_the_first_are_shown():
-    picture = Image.new("RGB", (64, 64), "teal")
-    target = {"prompt": "a", "reference": picture, "reconstruction": picture, "error_map": picture}
-    sheet = vpt.draw_contact_sheet([target | {"accuracy": 50.0}] * 100)
-    assert sheet.height < 8000 and vpt.tiled([picture] * 100).size == (5 * 64, 5 * 64)
+def test_of_very_many_targets_the_first_are_shown_and_the_worst_of_the_others():
+    num_errors = torch.zeros(100, dtype=torch.long)
+    num_errors[3], num_errors[40], num_errors[90] = 16, 5, 6  # the fourth is among the first anyway
+    assert vpt.targets_to_show(num_errors) == [*range(24), 90, 40]
+    assert len(vpt.targets_to_show(num_errors + 1)) == 24 + 8 and vpt.targets_to_show(num_errors[:2]) == [0, 1]
+    assert vpt.tiled([Image.new("RGB", (64, 64), "teal")] * 100).size == (5 * 64, 5 * 64)
 
 
 def test_tiles_fill_a_square_row_by_row():
@@ -205,7 +207,7 @@ def test_the_history_reads_back(tmp_path):
 
 
 def test_files_can_be_read_by_others_as_the_umask_says(tmp_path, proto_tokens):
-    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {}, torch.zeros(1, 4))
+    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {}, target_ids=torch.zeros(1, 4))
     vpt.HistoryFile(tmp_path / "history.csv", size=0).append(history()[0])
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}

@@ -1,6 +1,7 @@
 """Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import wandb_file
-from support.contract import FILES
-from support.results import config_in, refused, results_of, summary_in
+from support.builders import optimise, random_codes
+from support.contract import FILES, STATE
+from support.results import config_in, refused, results_of, rows_of, summary_in
 from support.results import tensors_in as stored
 from support.tiny_model import save_tiny_generator
 
@@ -32,7 +34,7 @@ def run_into(call_tiny, tmp_path):
 
 def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
     folder = run_into("two", *TWO)
-    assert {file.name for file in folder.iterdir()} == FILES
+    assert {file.name for file in folder.iterdir()} == FILES | {"targets.csv"}
     tensors = stored(folder)
     assert tensors["e_t"].shape == (2, 1, 32) and tensors["m"].shape == (1, 32)
     assert tensors["target_ids"].shape == tensors["predicted_ids"].shape == (2, 16)
@@ -186,5 +188,127 @@ def test_wandb_gets_each_targets_own_figures_and_a_table(call_tiny, tmp_path):
     assert all({"targets/0/accuracy", "targets/1/loss"} <= row.keys() for row in rows)
     (table,) = [row for row in run.history if row.get("targets/_type") == "table-file"]
     content = json.loads((run.folder / "files" / table["targets/path"]).read_text())
-    assert content["columns"] == ["prompt", "reference", "reconstruction", "error_map", "accuracy"]
-    assert [row[0] for row in content["data"]] == ["a cat", "a dog"]
+    assert {"reference", "reconstruction", "error_map", "best_accuracy", "steps"} <= set(content["columns"])
+    assert [row[content["columns"].index("prompt")] for row in content["data"]] == ["a cat", "a dog"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many targets
+
+
+ALONE = ("--m", "own", "--control", "random", "--num-steps", 30, "--target-accuracy", 25)
+MANY = (*ALONE, "--targets-at-once", 4)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    """Names more targets than figures show."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"a cat number {k}" for k in range(27)))
+    return file
+
+
+def test_many_targets_learn_a_few_at_a_time_and_each_gets_a_row_of_the_table(run_into, prompts_file):
+    folder = run_into("many", "--prompts-file", prompts_file, *MANY)
+    rows, history = rows_of(folder / "targets.csv"), rows_of(folder / "history.csv")
+    assert [row["prompt"] for row in rows] == prompts_file.read_text().splitlines()
+    for row in rows:
+        assert float(row["best_accuracy"]) >= 25 or int(row["steps"]) == 30
+        assert 0 < int(row["best_step"]) <= int(row["steps"])
+    assert len({row["steps"] for row in rows}) > 1
+    assert stored(folder)["e_t"].shape == (27, 1, 32) and stored(folder)["m"].shape == (27, 32)
+    assert stored(folder)["steps"].tolist() == [int(row["steps"]) for row in rows]
+    assert stored(folder)["best_accuracy"].tolist() == [float(row["best_accuracy"]) for row in rows]
+    assert not any(name.startswith("targets/0") for name in history[0])
+    assert max(int(row["targets/in_flight"]) for row in history) == 4 and history[-1]["targets/ended"] == "27"
+    spread = [float(history[-1][f"targets/best_p{percent}"]) for percent in (10, 50, 90)]
+    assert spread == sorted(spread)
+    steps, best = [int(row["step"]) for row in history], [float(row["train/best_accuracy"]) for row in history]
+    assert best == sorted(best) and best[-1] == pytest.approx(summary_in(folder)["best_accuracy"])
+    assert min(float(row["train/loss"]) for row in history) > 0
+    assert len(steps) <= steps[-1] / 7 + 2  # seven turns: a row every seven steps
+    assert (folder / "worst_targets.png").exists()
+    assert summary_in(folder)["lowest_accuracy"] == min(float(row["best_accuracy"]) for row in rows)
+
+
+def test_a_target_that_takes_its_turn_ends_as_it_would_alone(tiny_models, make_args):
+    codes = torch.randint(12, (7, 16), generator=torch.Generator().manual_seed(2))
+    for options in ((), ("--optimizer", "adamw")):
+        args = make_args("--m", "own", "--num-steps", 25, "--target-accuracy", 40, "--targets-at-once", 2, *options)
+        in_turns, _ = optimise(tiny_models, args, codes)
+        for k in range(7):
+            alone, _ = optimise(tiny_models, args, codes[k : k + 1])
+            assert in_turns.best_accuracy[k] == pytest.approx(alone.best_accuracy[0], abs=100 / 16)
+            assert in_turns.steps_taken[k] == pytest.approx(alone.step, abs=1)
+            assert torch.allclose(in_turns.best.e_t[k], alone.best.e_t[0], atol=0.05)
+
+
+def test_a_target_that_has_not_begun_has_no_numbers(tiny_models, make_args):
+    args = make_args("--m", "own", "--num-steps", 4, "--target-accuracy", 0, "--targets-at-once", 1)
+    _, rows = optimise(tiny_models, args, random_codes(tiny_models, batch=2))
+    assert [row["targets/1/loss"] is None for row in rows] == [True] * 4 + [False] * 4
+    assert rows[3]["train/loss"] == rows[3]["targets/0/loss"]
+    assert rows[5]["train/loss"] == (rows[5]["targets/0/loss"] + rows[5]["targets/1/loss"]) / 2
+
+
+def test_only_what_still_learns_is_computed(tiny_models, make_args, monkeypatch):
+    passes, really_step = [], vpt.losses_and_gradient
+
+    def step(models, proto_tokens, codes, at_once):
+        passes.append(len(codes))
+        return really_step(models, proto_tokens, codes, at_once)
+
+    monkeypatch.setattr(vpt, "losses_and_gradient", step)
+    args = make_args("--m", "own", "--num-steps", 30, "--target-accuracy", 40, "--targets-at-once", 3)
+    learning, _ = optimise(tiny_models, args, torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(2)))
+    assert sum(passes) == learning.steps_taken.sum() and max(passes) == 3 and passes[-1] < 3
+
+
+def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
+    def spoil_the_second(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state.clone()
+        if len(output.last_hidden_state) > 1:
+            output.last_hidden_state[1] *= torch.nan
+        return output
+
+    hook = tiny_models.generator.model.register_forward_hook(spoil_the_second)
+    args = make_args("--m", "own", "--num-steps", 5, "--target-accuracy", 0, "--targets-at-once", 2)
+    learning, rows = optimise(tiny_models, args, torch.zeros(3, 16, dtype=torch.long))
+    hook.remove()
+    assert learning.diverged.tolist() == [False, True, True] and learning.steps_taken.tolist() == [5, 0, 0]
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+
+
+def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, prompts_file, tmp_path):
+    arguments = ("--prompts-file", prompts_file, *MANY)
+    whole = run_into("whole", *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(recorder, row, learning):
+            really_step(recorder, row, learning)
+            if sum(learning.ended.tolist()) >= 9:
+                raise KeyboardInterrupt  # no state is saved for it
+
+        really_step = vpt.Recorder.step
+        patch.setattr(vpt.Recorder, "step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
+    folder = tmp_path / "out" / "cut"
+    ended = rows_of(folder / "targets.csv")
+    assert len(ended) >= 9 and torch.load(folder / STATE)["learning"]["ended"].sum() == len(ended)
+    cut = run_into("cut", *arguments, "--resume")
+    assert results_of(cut) == results_of(whole)
+
+
+def test_the_shards_of_a_run_are_together_the_whole(run_into, prompts_file):
+    whole = stored(run_into("whole", "--prompts-file", prompts_file, *ALONE, "--targets-at-once", 1))
+    for k in (1, 2):
+        shard = run_into(
+            f"shard{k}", "--prompts-file", prompts_file, *ALONE, "--targets-at-once", 1, "--shard", f"{k}/2"
+        )
+        assert all(torch.equal(stored(shard)[name], whole[name][k - 1 :: 2]) for name in whole)
+
+
+def test_targets_that_learn_one_m_together_are_refused_to_take_turns(call_tiny):
+    refused(call_tiny(*TWO, "--targets-at-once", 1), "--targets-at-once", "add --m own")
+    refused(call_tiny(*TWO, "--m", "own", "--shard", "3/4"), "--shard 3/4", "2 prompts")

@@ -70,7 +70,7 @@ def evaluate_tokenizer(images: np.ndarray, size: int, vq_folder: Path, count: in
     for image, of_image in zip(chosen, codes, strict=True):
         pixels = vpt.decode_codes(decoder, of_image[None])
         drawing = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        psnrs.append(vpt.psnr(pixels, drawing))
+        psnrs.append(vpt.psnr((pixels - drawing).square().mean().item()))
         ssims.append(structural_similarity(drawing[0].numpy(), pixels[0].numpy(), channel_axis=0, data_range=1.0))
     print(f"{size} px: PSNR {statistics.fmean(psnrs):.2f} dB, SSIM {statistics.fmean(ssims):.3f}, {count} drawings")
 
@@ -132,7 +132,7 @@ def evaluate_proto_tokens(chosen: list[str], size: int) -> None:
             distinct = reference.codes.unique().numel()
             print(
                 f"{accuracies[-1]:5.1f} % in {seconds[-1]:3.0f} s, {learning.step} steps, PSNR "
-                f"{vpt.psnr(reconstruction.pixels, reference.pixels):.1f} dB, {distinct} distinct tokens: {caption}"
+                f"{vpt.psnr(reconstruction.errors.item()):.1f} dB, {distinct} distinct tokens: {caption}"
             )
     mean, lowest = statistics.fmean(accuracies), min(accuracies)
     print(f"{size} px, accuracy: mean {mean:.1f} %, lowest {lowest:.1f} %")
