@@ -7,6 +7,8 @@
     memory    peak memory that a step adds, each variant in a process of its own
     accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our recipe against AdamW and the reference
               recipe, or against --candidates
+    many      --count captions of the demo, each with an m of its own: evaluations and time of one run, against as many
+              optimisations in one process and as many runs of the script, of which --singles are timed
     limit     this machine's matrix products and memory reads alone
     targets   seconds a step and a target for 1, 2, 4 and 8 targets optimised together
     start     --help, imports, loading the demo model
@@ -24,11 +26,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +44,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support.builders import reference_of  # noqa: E402
-from support.contract import CAPTIONS, SEEDS  # noqa: E402
+from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
@@ -537,6 +541,59 @@ def bench_targets(args: argparse.Namespace) -> dict:
     return {"seconds": seconds}
 
 
+def many_captions(count: int) -> list[str]:
+    """Of the things of all captions, each on every background."""
+    parts = [re.fullmatch("(.+?) ((?:on|in|under) .+)", caption).groups() for caption in CAPTIONS + OTHER_CAPTIONS]
+    backgrounds = dict.fromkeys(background for _, background in parts)
+    return [f"{thing} {background}" for background in backgrounds for thing, _ in parts][:count]
+
+
+def bench_many(args: argparse.Namespace) -> dict:
+    """Everything is computed on the CPU; the references, which all share, are decoded before any clock runs."""
+    captions = many_captions(args.count)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts_file = Path(folder) / "prompts.txt"
+        prompts_file.write_text("\n".join(captions))
+        shared = ["--demo", "--device", "cpu", "--m", "own", "--save-dir", folder, *args.options.split()]
+        whole = [*shared, "--prompts-file", str(prompts_file)]
+        options = vpt.parse_args(whole)
+        models = vpt.load_models(options)
+        codes = reference_of(models, options).codes
+
+        def optimise(codes: Tensor) -> vpt.Optimisation:
+            learning = vpt.Optimisation(models, codes, options)
+            for _ in learning.steps():
+                pass
+            return learning
+
+        def run(words: list[str]) -> None:
+            command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *words]
+            subprocess.run(command, check=True, capture_output=True)
+
+        def seconds_of(work: Callable) -> tuple[float, object]:
+            started = time.perf_counter()
+            return work(), time.perf_counter() - started
+
+        optimise(codes[:1])  # warms up
+        together, seconds = seconds_of(lambda: optimise(codes))
+        alone, seconds_alone = seconds_of(lambda: [optimise(row) for row in codes.split(1)])
+        _, seconds_run = seconds_of(lambda: run(whole))
+        singles = captions[:: max(1, len(captions) // args.singles)][: args.singles]
+        _, seconds_singles = seconds_of(lambda: [run([*shared, "--prompt", caption]) for caption in singles])
+        seconds_singles *= len(captions) / len(singles)
+    needed = sum(learning.step for learning in alone)
+    evaluations = int(together.steps_taken.sum())
+    rows = [
+        ("evaluations, against those of each alone", evaluations, needed, evaluations / needed),
+        ("optimisation (s), against one after another", seconds, seconds_alone, seconds / seconds_alone),
+        (f"run (s), against {len(captions)} runs", seconds_run, seconds_singles, seconds_run / seconds_singles),
+    ]
+    complete = sum(accuracy == 100 for accuracy in together.best_accuracy.tolist())
+    title = f"{len(captions)} targets with an m of their own {args.options}; {complete} complete"
+    table(title, rows, ("", "together", "alone", "ratio"))
+    return {"rows": rows, "complete": complete}
+
+
 def bench_start(args: argparse.Namespace) -> dict:
     """Whole processes; `import torch, transformers` is what any such script pays."""
     load = f"import verify_proto_tokens as v; v.load_models(v.parse_args(['--demo', '--device', '{args.device}']))"
@@ -601,6 +658,8 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=1000, help="for accuracy (default: %(default)s)")
     parser.add_argument("--options", default="", help="for accuracy, of all: as '--control random'")
     parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: '' is the default recipe")
+    parser.add_argument("--count", type=int, default=64, help="for many: captions (default: %(default)s)")
+    parser.add_argument("--singles", type=int, default=8, help="for many: runs of one (default: %(default)s)")
     parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
     parser.add_argument("--repeats", type=int, default=5, metavar="R")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -616,7 +675,13 @@ def main() -> None:
 
 
 MODES = {"step": bench_step, "decode": bench_decode, "memory": bench_memory, "accuracy": bench_accuracy}
-MODES |= {"prompts": bench_prompts, "limit": bench_limit, "targets": bench_targets, "start": bench_start}
+MODES |= {
+    "many": bench_many,
+    "prompts": bench_prompts,
+    "limit": bench_limit,
+    "targets": bench_targets,
+    "start": bench_start,
+}
 
 if __name__ == "__main__":
     main()
