@@ -3257,7 +3257,7 @@ class Recorder:
     def give_up(self, learning: Optimisation) -> None:
         """Keeps the best of an optimisation that diverged. Raises UserError."""
         why = f"the loss or its gradient is no longer finite at step {learning.step + 1}"
-        remedy = "lower --learning-rate or set --grad-clip 1"
+        remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
         if self.args.capacity:
             raise UserError(f"with {learning.codes.shape[1]} tokens {why}: {remedy}")
         file = self.folder / PROTO_TOKENS_FILE
