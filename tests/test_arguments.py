@@ -62,6 +62,21 @@ def test_a_run_is_named_from_its_settings_as_in_the_guide():
 def test_what_makes_a_run_another_experiment_stands_in_its_name():
     options = ["--prompt", "a", "--prompt", "b", "--m", "own", "--num-e-tokens", "4", "--control", "random"]
     assert vpt.parse_args(options).wandb_run_name == "proto_256px_steps1000_lr02_seed42_targets2_own_e4_random"
+    assert vpt.parse_args(["--optimizer", "adamw"]).wandb_run_name == "proto_256px_steps1000_lr02_seed42_adamw"
+    assert vpt.parse_args([*options, "--shard", "2/2"]).wandb_run_name.endswith("_shard2of2_e4_random")
+
+
+def test_a_shard_takes_every_nth_prompt_from_its_own_number_on():
+    prompts = [word for name in "abcdefg" for word in ("--prompt", name)]
+    shards = [vpt.parse_args([*prompts, "--m", "own", "--shard", f"{k}/3"]).prompts for k in (1, 2, 3)]
+    assert shards == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/2/3", "1.5/2"])
+def test_a_shard_that_is_none_is_refused(capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args(["--m", "own", "--shard", text])
+    assert stop.value.code == 2 and "--shard" in capsys.readouterr().err
 
 
 def test_prompts_of_a_file_come_after_those_given(tmp_path):

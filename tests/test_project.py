@@ -142,7 +142,8 @@ def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(p
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
     assert not re.findall(
-        r"\b[A-Z]+_[A-Z]+\b(?!=)", re.sub("WANDB_[A-Z]+|HF_HOME|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID|SLURM_ARRAY_TASK_ID", "", text)
+        r"\b[A-Z]+_[A-Z]+\b(?!=)",
+        re.sub("WANDB_[A-Z]+|HF_HOME|CUDA_VISIBLE_DEVICES|SLURM_JOB_ID|SLURM_ARRAY_TASK_ID", "", text),
     )
 
 
