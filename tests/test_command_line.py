@@ -98,11 +98,11 @@ def test_folders_with_spaces_and_non_ascii_letters_work(call_tiny, tmp_path):
 
 
 def test_a_codebook_unknown_to_the_decoder_is_read_off_the_embedding_rows(call_tiny):
-    assert "1400 text ids + 12 visual codes" in call_tiny().out
+    assert "1401 text ids + 12 visual codes" in call_tiny().out
 
 
 def test_a_given_codebook_size_overrides_what_the_models_say(call_tiny):
-    assert "1400 text ids + 8 visual codes" in call_tiny("--codebook-size", "8").out
+    assert "1401 text ids + 8 visual codes" in call_tiny("--codebook-size", "8").out
 
 
 def test_an_unreachable_hub_points_at_the_other_ways(call_script):
@@ -150,7 +150,7 @@ def break_weights_without_some_tensors(generator, vq):
 
 
 def break_vocabulary(generator, vq):
-    save_tiny_generator(generator, vocab_size=1400)
+    save_tiny_generator(generator, vocab_size=1401)
 
 
 def break_text_tokenizer(generator, vq):

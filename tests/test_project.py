@@ -192,15 +192,25 @@ def test_a_larger_demo_picture_is_a_larger_grid():
     assert vpt.decode_codes(decoder, torch.zeros(1, 256, dtype=torch.long)).shape == (1, 3, 512, 512)
 
 
-@pytest.mark.parametrize("prompt", ["a red apple on a wooden table", "a penguin on green grass"])
-def test_the_demo_model_draws_what_the_caption_says(prompt, tmp_path):
+def test_the_demo_generator_is_told_512_px_and_at_256_px_prompted_as_simplear_is():
+    text_tokenizer = vpt.load_text_tokenizer(DEMO / "generator")
+    assert [vpt.size_token(text_tokenizer, size) for size in (256, 512)] == ["", "<|512px|>"]
+    assert len(text_tokenizer("<|512px|>")["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "size"), [("a red apple on a wooden table", 256), ("a penguin on green grass", 512)]
+)
+def test_the_demo_model_draws_what_the_caption_says(prompt, size, tmp_path):
     """Its tokens are likelier under their own caption than under another's: at most half the loss."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
-    args = vpt.parse_args(["--demo", "--device", "cpu", "--prompt", prompt, "--save-dir", str(tmp_path)])
+    wanted = ["--prompt", prompt, "--image-size", str(size)]
+    args = vpt.parse_args(["--demo", "--device", "cpu", *wanted, "--save-dir", str(tmp_path)])
     codes = reference_of(models, args).codes
 
     def loss(caption: str) -> float:
-        ids = torch.tensor(models.text_tokenizer(vpt.conditional_prompt(caption))["input_ids"])
+        text = vpt.conditional_prompt(caption, models.size_token(codes.shape[1]))
+        ids = torch.tensor(models.text_tokenizer(text)["input_ids"])
         sequence = torch.cat((ids, codes[0] + models.visual_offset))[None]
         with torch.no_grad():
             logits = models.generator(sequence).logits[0, len(ids) - 1 : -1]

@@ -33,8 +33,8 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary
     inputs = torch.cat((start.e_t, start.m.repeat(1, 15, 1)), dim=1)
     logits = tiny_models.generator(inputs_embeds=inputs).logits[0]  # [N, V]
     if vocabulary == "visual":
-        logits = logits[:, 1400:]
-    first_code = 0 if vocabulary == "visual" else 1400
+        logits = logits[:, 1401:]
+    first_code = 0 if vocabulary == "visual" else 1401
     loss = sum(-logits[i].log_softmax(0)[codes[0, i] + first_code] for i in range(16)) / 16
     gradients = torch.autograd.grad(loss, [start.e_t, start.m])
     assert rows[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -108,7 +108,7 @@ def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(ma
     # Equal rows give equal logits: every code ties with three others, and all text ids lie below them.
     head = models.generator.lm_head.weight
     head.zero_()
-    head[1400:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
+    head[1401:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
     proto_tokens = vpt.initial_proto_tokens(models, 1, make_args("--initial-scale", 2))
     predictions = vpt.reconstruct(models, proto_tokens, random_codes(models), targets_at_once=1).predictions
     right = predictions.ids == random_codes(models) + models.visual_offset

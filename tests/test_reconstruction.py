@@ -44,7 +44,7 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens)
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_at_once=1)
     logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
     assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
-    assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1400)
+    assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1401)
     assert reconstruction.one_pass_seconds > 0
 
 
@@ -63,10 +63,10 @@ def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_m
         vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, targets_at_once=1)
         for vocabulary in ("full", "visual")
     )
-    text = full.predictions.ids < 1400  # a random model prefers a text id nearly everywhere
+    text = full.predictions.ids < 1401  # a random model prefers a text id nearly everywhere
     assert text.any() and (full.predictions.rank[text] > 0).all()
     assert torch.equal(full.pixels, visual.pixels)
-    assert (visual.predictions.ids >= 1400).all()
+    assert (visual.predictions.ids >= 1401).all()
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_bits_equal_those_added_up_token_by_token(tiny_models):
     codes, prompt_ids = torch.tensor([3, 0, 7, 7]), tiny_models.text_tokenizer("hello")["input_ids"]
     bits = 0
     for place in range(4):
-        ids = torch.tensor([[*prompt_ids, *(codes[:place] + 1400)]])
+        ids = torch.tensor([[*prompt_ids, *(codes[:place] + 1401)]])
         probability = tiny_models.generator(input_ids=ids).logits[0, -1].softmax(-1)
-        bits -= math.log2(probability[1400 + codes[place]])
+        bits -= math.log2(probability[1401 + codes[place]])
     assert vpt.teacher_forced_bits(tiny_models, "hello", codes) == pytest.approx(bits, rel=1e-5)
 
 

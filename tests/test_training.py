@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
 
 import verify_proto_tokens as vpt
 
@@ -106,11 +105,7 @@ def test_the_generators_training_is_reproducible(settings):
     assert vpt.size_token(text_tokenizer, 512) and not vpt.size_token(text_tokenizer, 256)
 
 
-def test_a_generator_of_256_px_learns_the_token_of_512_and_draws_256_as_before():
-    before = Qwen2ForCausalLM.from_pretrained(vpt.DEMO_FOLDER / "generator", dtype=torch.float32)
-    widened, text_tokenizer = train.load_generator(vpt.DEMO_FOLDER / "generator")
-    offset = len(text_tokenizer)
-    assert text_tokenizer(vpt.size_token(text_tokenizer, 512))["input_ids"] == [offset - 1]
-    prompt = torch.tensor([text_tokenizer(vpt.conditional_prompt("a red apple"))["input_ids"]])
-    old, new = (model(prompt).logits[0, -1].log_softmax(-1) for model in (before, widened))
-    assert torch.allclose(new[offset:], old[offset - 1 :], atol=1e-3)
+def test_the_training_can_go_on_from_the_demo_model_as_it_is():
+    generator, text_tokenizer = train.load_generator(vpt.DEMO_FOLDER / "generator")
+    assert generator.config.vocab_size == len(text_tokenizer) + train.vq.CODEBOOK_SIZE
+    assert generator.dtype == torch.float32 and vpt.size_token(text_tokenizer, 512)

@@ -10,7 +10,7 @@ from support.processes import DEMO
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-TEXT_IDS, CODES = 1400, 12
+TEXT_IDS, CODES = 1401, 12
 
 
 class TinyDecoder(nn.Module):

@@ -64,7 +64,7 @@ def build_models(args: argparse.Namespace) -> vpt.Models:
     """A generator of the real shape and vocabulary with random weights; the demo shape is the demo model's."""
     if args.shape == "demo":
         config = Qwen2Config.from_pretrained(vpt.DEMO_FOLDER / "generator")
-        text_ids, codes = 1400, config.vocab_size - 1400
+        text_ids, codes = 1401, config.vocab_size - 1401
     else:
         text_ids, codes = TEXT_IDS, CODES
         config = Qwen2Config(

@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
         "--start-from",
         type=Path,
         metavar="FOLDER",
-        help="vq/ and generator/ of 256 px, in place of the first stages",
+        help="vq/ and generator/ to go on from, in place of the first stages",
     )
     parser.add_argument("--tokenizer-steps", type=int, default=3400, help="at 256 px (default: %(default)s)")
     parser.add_argument("--small-steps", type=int, default=3300, help="generator at 256 px (default: %(default)s)")
@@ -254,18 +254,9 @@ def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
 
 
 def load_generator(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
-    """A generator to go on with and its tokenizer, which learns the token of 512 px where it has none."""
-    text_tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    """A generator to go on with and its tokenizer."""
     generator = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if not size_token(text_tokenizer, 512):
-        start, before = text_tokenizer.convert_tokens_to_ids("<|soi|>"), len(text_tokenizer)
-        text_tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN_OF_512]})
-        for layer in (generator.model.embed_tokens, generator.lm_head):
-            rows = layer.weight.detach()
-            # It begins as what it stands before; the visual ids move up by one.
-            layer.weight = nn.Parameter(torch.cat((rows[:before], rows[start : start + 1], rows[before:])))
-        generator.config.vocab_size += 1
-    return generator, text_tokenizer
+    return generator, Qwen2Tokenizer.from_pretrained(folder)
 
 
 def next_token_losses(
