@@ -1476,9 +1476,9 @@ LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 
 KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
 
 
-# What an interrupted optimisation is stored with, beside its embeddings and its optimizer's state.
-CARRIED_OVER = ("step", "seconds", "last_row", "in_flight", "num_begun", "turns", "steps_taken", "ended", "diverged")
-CARRIED_OVER += ("best_step", "best_accuracy", "best_loss", "loss", "num_correct", "accuracy", "top5_accuracy")
+LAST_NUMBERS = ("loss", "num_correct", "accuracy", "top5_accuracy")
+# What an interrupted optimisation is stored with, beside its tensors.
+CARRIED_OVER = ("step", "seconds", "last_row", "in_flight", "num_begun", "turns")
 
 
 class ProtoTokens(torch.nn.Module):
@@ -1795,9 +1795,9 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, dtype: torch.dtype)
     return LBFGS(points, args.learning_rate, rounding=torch.finfo(dtype).eps)
 
 
-def tensors_of(optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """An optimizer's state; the first dimension of each is that of its problems."""
-    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Tensor)}
+def tensors_of(owner: object) -> dict[str, Tensor]:
+    """The state of an optimizer or of outcomes: a row of each tensor belongs to a problem or a target."""
+    return {name: value for name, value in vars(owner).items() if isinstance(value, Tensor)}
 
 
 def exchange_problems(optimizer: AdamW | LBFGS, kept: list[int], coming: AdamW | LBFGS) -> None:
@@ -1811,29 +1811,19 @@ class Optimisation:
 
     Targets that learn one m do so together, from the first step to the last. With a given m or their own, each learns
     as it would alone: some are in flight, and one that has ended leaves its place to the next.
-    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
-    learn one m, else for each on its own.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
-        count = len(codes)
+        count, num_tokens = codes.shape
         self.models, self.stepping_models, self.codes, self.args, self.given_m = models, models, codes, args, given_m
         self.together = args.m == "shared" and given_m is None
-        self.recomputes, self.targets_at_once = memory_plan(models, *codes.shape, args.gradient_checkpointing)
+        self.recomputes, self.targets_at_once = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
-        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
         self.best = initial_proto_tokens(models, count, args, given_m)
-        # What each target has come to, [B], on the host.
-        self.steps_taken = torch.zeros(count, dtype=torch.long)
-        self.best_step = torch.zeros(count, dtype=torch.long)
-        self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
-        self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
-        self.loss, self.num_correct, self.accuracy, self.top5_accuracy = torch.zeros(4, count, dtype=torch.float64)
-        self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
-        self.just_ended: list[int] = []  # in the last step
-        places = count if self.together else min(count, targets_in_flight(self.targets_at_once, codes.shape[1], args))
+        self.outcomes = Outcomes(count, self.together, args)
+        places = count if self.together else min(count, targets_in_flight(self.targets_at_once, num_tokens, args))
         self.num_begun, self.turns = places, math.ceil(count / places)
         self.have_in_flight(list(range(places)), *self.newcomers(places))
         if args.compile == "on" and self.recomputes:
@@ -1863,13 +1853,8 @@ class Optimisation:
         return compiled_by(layers) if compiled else self.models
 
     @property
-    def reached(self) -> bool:
-        """Whether the best proto-tokens have the accuracy asked for."""
-        return min(self.best_accuracy.tolist()) >= self.goal
-
-    @property
     def finished(self) -> bool:
-        return all(self.ended.tolist())
+        return all(self.outcomes.ended.tolist())
 
     def steps(self) -> Iterator[dict[str, float]]:
         """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
@@ -1887,9 +1872,8 @@ class Optimisation:
                 took_a_step = any(numbers.finite.tolist())
                 if took_a_step:
                     self.step += 1  # before all else: what follows, left halfway, is no state to go on from
-                self.count_the_step(numbers)
-                self.keep_the_best(numbers)  # before the update, since the numbers are those of these embeddings
-                self.end_some(numbers)
+                better = self.outcomes.take(self.in_flight, numbers)
+                self.keep_the_best(better)  # before the update, since the numbers are those of these embeddings
                 losses = predictions.losses.mean(1).view(proto_tokens.groups, -1).sum(1)  # [G]
                 proto_tokens.move_to(self.optimizer.step(points, gradients, losses))
                 self.replace_the_ended()
@@ -1898,41 +1882,9 @@ class Optimisation:
                     self.last_row = self.row(numbers, rates)
                     yield self.last_row
 
-    def count_the_step(self, numbers: StepNumbers) -> None:
-        """Keeps the last numbers of the targets in flight; one that is not finite is no step."""
-        flying, counts = torch.tensor(self.in_flight), self.counts(numbers)
-        self.steps_taken[flying] += counts.long()
-        for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
-            values = getattr(self, name)
-            values[flying] = torch.where(counts, getattr(numbers, name), values[flying])
-
-    def counts(self, numbers: StepNumbers) -> Tensor:
-        """Which targets in flight took a step; compiled ones fly on when they have ended. [B]"""
-        return numbers.finite & ~self.ended[self.in_flight]
-
-    def met(self, accuracy: Tensor) -> Tensor:
-        """Which targets have the accuracy asked for: those that learn together, only when each of them has. [B]"""
-        reached = accuracy >= self.goal
-        return reached.all().expand(len(reached)) if self.together else reached
-
     @torch.no_grad()
-    def keep_the_best(self, numbers: StepNumbers) -> None:
-        """Keeps the present embeddings of the targets whose numbers are the best yet.
-
-        Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher before.
-        """
-        flying = torch.tensor(self.in_flight)
-        best_accuracy, best_loss = self.best_accuracy[flying], self.best_loss[flying]
-
-        def judged(values: Tensor) -> Tensor:
-            return values.mean().expand(len(values)) if self.together else values
-
-        higher = judged(numbers.accuracy) > judged(best_accuracy)
-        closer = (judged(numbers.accuracy) == judged(best_accuracy)) & (judged(numbers.loss) < judged(best_loss))
-        better = self.counts(numbers) & (self.met(numbers.accuracy) | higher | closer)  # [B]
-        self.best_accuracy[flying] = torch.where(better, numbers.accuracy, best_accuracy)
-        self.best_loss[flying] = torch.where(better, numbers.loss, best_loss)
-        self.best_step[flying] = torch.where(better, self.steps_taken[flying], self.best_step[flying])
+    def keep_the_best(self, better: Tensor) -> None:
+        """Keeps the present embeddings of those in flight that are the best yet, [F]."""
         better = better.to(self.models.device, non_blocking=True)
         e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.rows])
         self.best.e_t.index_copy_(0, self.rows, e_t)
@@ -1942,17 +1894,9 @@ class Optimisation:
             m = torch.where(better[:, None], self.proto_tokens.m, self.best.m[self.rows])
             self.best.m.index_copy_(0, self.rows, m)
 
-    def end_some(self, numbers: StepNumbers) -> None:
-        """Marks the targets that end with this step."""
-        flying = torch.tensor(self.in_flight)
-        over = self.met(numbers.accuracy) | (self.steps_taken[flying] >= self.args.num_steps) | ~numbers.finite
-        self.just_ended = flying[over & ~self.ended[flying]].tolist()
-        self.diverged[flying] |= ~numbers.finite & ~self.ended[flying]
-        self.ended[flying] |= over
-
     def replace_the_ended(self) -> None:
         """Takes the targets that ended out of the flight, and lets as many of those that wait begin."""
-        places = [place for place, ended in enumerate(self.ended[self.in_flight].tolist()) if ended]
+        places = [place for place, ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if ended]
         coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + len(places))))
         if self.stepping_models is not self.models:
             places = places[: len(coming)]  # another number of targets would be compiled anew
@@ -1968,34 +1912,20 @@ class Optimisation:
     def row(self, numbers: StepNumbers, rates: Tensor) -> dict[str, float]:
         """A step's numbers by their W&B names.
 
-        Means over the targets that have begun, with the last numbers of those that have ended; of the best accuracy
-        over all, so that it never falls. The rate, the norms and the gradient are of those in flight. Of several
-        targets each one's own, of many how they are spread.
+        The targets' are their last ones, also of those that have ended; the rate, the norms and the gradient are of
+        those in flight.
         """
-        begun = self.steps_taken > 0
-        row = {
-            "step": self.step,
-            "train/loss": mean(self.loss[begun]),
-            "train/accuracy": mean(self.accuracy[begun]),
-            "train/top5_accuracy": mean(self.top5_accuracy[begun]),
-            "train/correct_tokens": int(sum(self.num_correct.tolist())),
-            "train/best_accuracy": mean(self.best_accuracy.clamp(min=0)),
-            "train/learning_rate": statistics.median(rates.tolist()),
-            "embeddings/e_t_norm": numbers.e_t_norm,
-            "embeddings/m_norm": numbers.m_norm,
-            "gradients/grad_norm": numbers.grad_norm,
-        }
+        row = {"step": self.step, **self.outcomes.means()}
+        row["train/learning_rate"] = statistics.median(rates.tolist())
+        row["embeddings/e_t_norm"] = numbers.e_t_norm
+        row["embeddings/m_norm"] = numbers.m_norm
+        row["gradients/grad_norm"] = numbers.grad_norm
         if len(self.codes) > SHOWN_TARGETS:
-            row["targets/ended"] = sum(self.ended.tolist())
-            row["targets/in_flight"] = len(self.in_flight) - sum(self.ended[self.in_flight].tolist())
-            spread = self.best_accuracy[begun].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-            row |= dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread.tolist(), strict=True))
+            num_ended = sum(self.outcomes.ended.tolist())
+            row["targets/ended"], row["targets/in_flight"] = num_ended, self.num_begun - num_ended
+            row |= self.outcomes.quantiles()
         elif len(self.codes) > 1:
-            for name in ("loss", "accuracy", "best_accuracy"):
-                values = zip(getattr(self, name).tolist(), begun.tolist(), strict=True)
-                row |= {
-                    f"targets/{k}/{name}": value if has_begun else None for k, (value, has_begun) in enumerate(values)
-                }
+            row |= self.outcomes.each()
         return row
 
     @torch.no_grad()
@@ -2005,23 +1935,13 @@ class Optimisation:
         predictions = predict_in_one_pass(self.models, self.best, codes, self.targets_at_once)
         return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
 
-    def table(self) -> list[dict]:
-        """What each target that has ended came to."""
-        names = ("ended", "best_accuracy", "best_step", "steps_taken", "diverged")
-        columns = [range(len(self.codes)), *(getattr(self, name).tolist() for name in names)]
-        return [
-            {"target": k, "best_accuracy": best, "best_step": best_step, "steps": steps, "diverged": diverged}
-            for k, ended, best, best_step, steps, diverged in zip(*columns, strict=True)
-            if ended
-        ]
-
     def summary(self) -> dict:
         """What belongs to the last step, and to the whole."""
         return {
             "final_accuracy": self.last_row["train/accuracy"],
             "final_top5_accuracy": self.last_row["train/top5_accuracy"],
             "final_loss": self.last_row["train/loss"],
-            "best_step": self.best_step.max().item(),
+            "best_step": self.outcomes.best_step.max().item(),
             "steps": self.step,
             "optimisation_seconds": self.seconds,
         }
@@ -2032,17 +1952,114 @@ class Optimisation:
             "proto_tokens": self.proto_tokens.state_dict(),
             "best": self.best.state_dict(),
             "optimizer": tensors_of(self.optimizer),
+            "outcomes": tensors_of(self.outcomes),
         }
 
     def load_state_dict(self, state: dict) -> None:
         for name in CARRIED_OVER:
             setattr(self, name, state[name])
+        vars(self.outcomes).update(state["outcomes"])
         self.best.load_state_dict(state["best"])
         proto_tokens, optimizer = self.newcomers(len(self.in_flight))
         proto_tokens.load_state_dict(state["proto_tokens"])
         for name, value in tensors_of(optimizer).items():
             setattr(optimizer, name, state["optimizer"][name].to(value.device))
         self.have_in_flight(self.in_flight, proto_tokens, optimizer)
+
+
+class Outcomes:
+    """What each target has come to, [B], on the host.
+
+    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
+    learn one m, else for each on its own.
+    """
+
+    def __init__(self, count: int, together: bool, args: argparse.Namespace):
+        self.together, self.num_steps = together, args.num_steps
+        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
+        self.steps = torch.zeros(count, dtype=torch.long)  # taken
+        self.loss, self.num_correct, self.accuracy, self.top5_accuracy = torch.zeros(4, count, dtype=torch.float64)
+        self.best_step = torch.zeros(count, dtype=torch.long)
+        self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
+        self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
+        self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
+        self.just_ended: list[int] = []  # by the last step
+
+    @property
+    def begun(self) -> Tensor:
+        return self.steps > 0
+
+    @property
+    def reached(self) -> bool:
+        """Whether the best of every target has the accuracy asked for."""
+        return min(self.best_accuracy.tolist()) >= self.goal
+
+    def take(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
+        """Takes in a step of the targets in flight; says whose present embeddings are the best yet, [F]."""
+        flying = torch.tensor(in_flight)
+        learning = ~self.ended[flying]  # compiled ones fly on when they have ended
+        counts = learning & numbers.finite  # what is not finite is no step
+        self.steps[flying] += counts.long()
+        self.put(flying, counts, **{name: getattr(numbers, name) for name in LAST_NUMBERS})
+        better = counts & self.is_better(flying, numbers)
+        self.put(flying, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[flying])
+        over = learning & (self.met(numbers.accuracy) | (self.steps[flying] >= self.num_steps) | ~numbers.finite)
+        self.just_ended = flying[over].tolist()
+        self.diverged[flying] |= learning & ~numbers.finite
+        self.ended[flying] |= over
+        return better
+
+    def put(self, flying: Tensor, where: Tensor, **values: Tensor) -> None:
+        for name, new in values.items():
+            of_all = getattr(self, name)
+            of_all[flying] = torch.where(where, new, of_all[flying])
+
+    def is_better(self, flying: Tensor, numbers: StepNumbers) -> Tensor:
+        """Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher."""
+
+        def judged(values: Tensor) -> Tensor:
+            return values.mean().expand(len(values)) if self.together else values
+
+        accuracy, best_accuracy = judged(numbers.accuracy), judged(self.best_accuracy[flying])
+        closer = judged(numbers.loss) < judged(self.best_loss[flying])
+        return self.met(numbers.accuracy) | (accuracy > best_accuracy) | ((accuracy == best_accuracy) & closer)
+
+    def met(self, accuracy: Tensor) -> Tensor:
+        """Which targets have the accuracy asked for: those that learn together, only when each of them has. [F]"""
+        reached = accuracy >= self.goal
+        return reached.all().expand(len(reached)) if self.together else reached
+
+    def means(self) -> dict[str, float]:
+        """Over the targets that have begun; of the best accuracy over all, so that it never falls."""
+        begun = self.begun
+        return {
+            "train/loss": mean(self.loss[begun]),
+            "train/accuracy": mean(self.accuracy[begun]),
+            "train/top5_accuracy": mean(self.top5_accuracy[begun]),
+            "train/correct_tokens": int(sum(self.num_correct.tolist())),
+            "train/best_accuracy": mean(self.best_accuracy.clamp(min=0)),
+        }
+
+    def each(self) -> dict[str, float | None]:
+        """Each target's own; None before it has begun."""
+        columns = {}
+        for name in ("loss", "accuracy", "best_accuracy"):
+            values = zip(getattr(self, name).tolist(), self.begun.tolist(), strict=True)
+            columns |= {f"targets/{k}/{name}": value if begun else None for k, (value, begun) in enumerate(values)}
+        return columns
+
+    def quantiles(self) -> dict[str, float]:
+        """How the best accuracies of the targets that have begun are spread."""
+        shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+        spread = self.best_accuracy[self.begun].quantile(shares).tolist()
+        return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
+
+    def table(self) -> list[dict]:
+        """A row for each target that has ended."""
+        names = ("best_accuracy", "best_step", "steps", "diverged")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        ended = self.ended.nonzero().flatten().tolist()
+        return [{"target": k} | {name: column[k] for name, column in columns.items()} for k in ended]
 
 
 class StepNumbers(NamedTuple):
@@ -2256,8 +2273,10 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
-def describe_targets(reference: Reference, reconstruction: Reconstruction, bits: dict[str, list[float]]) -> list[dict]:
-    """A row for each target: its prompt, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
+def describe_targets(
+    reference: Reference, reconstruction: Reconstruction, bits: dict[str, list[float]], learned: list[dict]
+) -> list[dict]:
+    """A row for each target: how it learned, its prompt, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
     num_tokens, num_correct = reference.codes.shape[1], reconstruction.predictions.num_correct.tolist()
     columns = {
         "target": range(len(num_correct)),
@@ -2267,7 +2286,8 @@ def describe_targets(reference: Reference, reconstruction: Reconstruction, bits:
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    return [row | dict(zip(columns, values, strict=True)) for row, values in zip(learned, rows, strict=True)]
 
 
 def summarise(
@@ -2561,12 +2581,13 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
-    """The rows of the targets that figures show, with their pictures."""
-    rows = []
-    for place, k in enumerate(reconstruction.shown):
-        original, pixels = (to_image(some[place]) for some in (reconstruction.originals, reconstruction.pixels))
-        error_map = mark_errors(original, reconstruction.predictions.rank[k])
-        rows.append(targets[k] | {"reference": original, "reconstruction": pixels, "error_map": error_map})
+    """The targets' rows with the pictures of those that figures show."""
+    rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
+    pairs = zip(reconstruction.originals, reconstruction.pixels, strict=True)
+    for k, (original, pixels) in zip(reconstruction.shown, pairs, strict=True):
+        rows[k]["reference"] = to_image(original)
+        rows[k]["reconstruction"] = to_image(pixels)
+        rows[k]["error_map"] = mark_errors(rows[k]["reference"], reconstruction.predictions.rank[k])
     return rows
 
 
@@ -2599,7 +2620,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 5
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 6
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
@@ -3202,8 +3223,8 @@ class Recorder:
 
         Where targets take turns, rows are as rare: a thousand targets do not have a thousand times one's history.
         """
-        if self.history and learning.just_ended and len(learning.codes) > 1:
-            self.write_targets(learning)
+        if self.history and learning.outcomes.just_ended and len(learning.codes) > 1:
+            self.write_targets(learning.outcomes)
         log_every = self.args.log_every * learning.turns
         if self.history and (learning.step == 1 or learning.step % log_every == 0 or learning.finished):
             self.history.append(row)
@@ -3212,13 +3233,13 @@ class Recorder:
         if every and (learning.step % every == 0 or learning.finished):
             self.keep_frame(learning)
         self.recorded_step = learning.step
-        if learning.just_ended or learning.step % self.args.save_every == 0:
+        if learning.outcomes.just_ended or learning.step % self.args.save_every == 0:
             self.save_state(learning)
 
-    def write_targets(self, learning: Optimisation) -> None:
+    def write_targets(self, outcomes: Outcomes) -> None:
         """targets.csv, which has a row for each target that has ended."""
         rows = [
-            {"target": row["target"], "prompt": self.reference.prompts[row["target"]]} | row for row in learning.table()
+            {"target": row["target"], "prompt": self.reference.prompts[row["target"]]} | row for row in outcomes.table()
         ]
         write_table(self.folder / TARGETS_FILE, rows)
 
@@ -3284,24 +3305,23 @@ class Recorder:
         of_targets = {
             "target_ids": reference.codes + self.settings["visual_offset"],
             "predicted_ids": reconstruction.predictions.ids,
+            "best_accuracy": torch.tensor([target["best_accuracy"] for target in targets]),
         }
-        for name in ("best_accuracy", "steps"):
-            if name in targets[0]:
-                of_targets[name] = torch.tensor([target[name] for target in targets])
+        if self.history:
+            of_targets["steps"] = torch.tensor([target["steps"] for target in targets])
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        if len(targets) > 1:
-            write_table(self.folder / TARGETS_FILE, targets)
-        shown = draw_targets(targets, reconstruction)
-        history = self.history.rows() if self.history else []
-        images = draw_results(shown, len(targets), reconstruction.predictions.rank, summary, history)
         if self.wandb_run:
             log_proto_tokens(self.wandb_run, self.folder / PROTO_TOKENS_FILE, summary["status"])
-        no_pictures = dict.fromkeys(("reference", "reconstruction", "error_map"))
-        pictured = dict(zip(reconstruction.shown, shown, strict=True))
-        table = [pictured.get(k, target | no_pictures) for k, target in enumerate(targets)]
-        self.publish(images, summary, {"targets": table} if len(targets) > 1 else {})
+        rows, tables = draw_targets(targets, reconstruction), {}
+        if len(targets) > 1:
+            write_table(self.folder / TARGETS_FILE, targets)
+            tables["targets"] = rows
+        shown = [rows[k] for k in reconstruction.shown]
+        history = self.history.rows() if self.history else []
+        images = draw_results(shown, len(targets), reconstruction.predictions.rank, summary, history)
+        self.publish(images, summary, tables)
 
     def finish_capacity(self, summary: dict) -> None:
         """Writes and logs the results of a search for the capacity."""
@@ -3369,7 +3389,8 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
         learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
     record.restore(learning)
     if learning.turns > 1:
-        bar = progress_bar(None, "proto-tokens", "targets", total=len(codes), initial=sum(learning.ended.tolist()))
+        num_ended = sum(learning.outcomes.ended.tolist())
+        bar = progress_bar(None, "proto-tokens", "targets", total=len(codes), initial=num_ended)
     else:
         bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
     try:
@@ -3383,20 +3404,21 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
     except UserError:
         record.save_state(learning)
         raise
-    if learning.diverged.all() or (record.args.capacity and learning.diverged.any()):
+    diverged = learning.outcomes.diverged
+    if diverged.all() or (record.args.capacity and diverged.any()):
         record.give_up(learning)
-    if learning.diverged.any():
-        lost = int(learning.diverged.sum())
+    if diverged.any():
+        lost = int(diverged.sum())
         print(f"note: {lost} of {len(codes)} targets ended where their loss or its gradient was no longer finite")
     return learning
 
 
 def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
-    count = sum((learning.steps_taken > 0).tolist()) * learning.codes.shape[1]
+    count = sum(learning.outcomes.begun.tolist()) * learning.codes.shape[1]
     correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
     best = f"best {row['train/best_accuracy']:.1f} %"
     bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-    bar.update(len(learning.just_ended) if learning.turns > 1 else 1)
+    bar.update(len(learning.outcomes.just_ended) if learning.turns > 1 else 1)
 
 
 def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
@@ -3408,9 +3430,9 @@ def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, rec
         record.trial(
             {
                 "num_tokens": num_tokens,
-                "best_accuracy": learning.best_accuracy.min().item(),
+                "best_accuracy": learning.outcomes.best_accuracy.min().item(),
                 "steps": learning.step,
-                "reached": learning.reached,
+                "reached": learning.outcomes.reached,
                 "seconds": learning.seconds,
             }
         )
@@ -3483,17 +3505,17 @@ def experiment(
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
-        learned, proto_tokens, targets_at_once = {}, earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+        proto_tokens, targets_at_once = earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+        learned, learned_of_targets = {}, [{} for _ in reference.prompts]
     else:
         learning = learn(models, reference.codes, earlier, record)
-        learned, proto_tokens, targets_at_once = learning.summary(), learning.best, learning.targets_at_once
+        proto_tokens, targets_at_once = learning.best, learning.targets_at_once
+        learned, learned_of_targets = learning.summary(), learning.outcomes.table()
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_at_once)
         bits = information(models, reference, reconstruction.predictions)
-    targets = describe_targets(reference, reconstruction, bits)
-    if not args.from_proto_tokens:
-        targets = [came_to | target for came_to, target in zip(learning.table(), targets, strict=True)]
+    targets = describe_targets(reference, reconstruction, bits, learned_of_targets)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
     with enough_memory_for("the results"):
         record.finish(reference, reconstruction, proto_tokens, summary, targets)

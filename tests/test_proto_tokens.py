@@ -98,9 +98,9 @@ def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, 
     learning, _ = optimise(models, args, codes)
     reconstruction = vpt.reconstruct(models, learning.best, codes, learning.targets_at_once)
     predictions = reconstruction.predictions
-    assert (100 * predictions.num_correct / 16).tolist() == learning.best_accuracy.tolist()
+    assert (100 * predictions.num_correct / 16).tolist() == learning.outcomes.best_accuracy.tolist()
     assert torch.equal(predictions.rank == 0, predictions.ids == codes + models.visual_offset)
-    assert learning.best_accuracy.max() > 0
+    assert learning.outcomes.best_accuracy.max() > 0
 
 
 def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(make_args):
@@ -270,7 +270,7 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     args = make_args("--num-steps", "60", "--learning-rate", "3")  # far too high: accuracy jumps about
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
-    assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.best_step[0] - 1]
+    assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.outcomes.best_step[0] - 1]
     reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.targets_at_once)
     assert 100 * reconstruction.predictions.num_correct.item() / 16 == max(accuracies)
 
@@ -313,10 +313,10 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_with_the_best_so_far(tiny_
     hook = tiny_models.generator.model.register_forward_hook(fail_at_the_tenth_pass)
     result, rows = optimise(tiny_models, make_args("--num-steps", "200"))
     hook.remove()
-    assert result.diverged and result.step == len(rows) == 9
+    assert result.outcomes.diverged and result.step == len(rows) == 9
     assert all(math.isfinite(row["train/loss"]) for row in rows)
     best = min(rows, key=lambda row: (-row["train/accuracy"], row["train/loss"]))
-    assert result.best_step.tolist() == [best["step"]]
+    assert result.outcomes.best_step.tolist() == [best["step"]]
     assert result.best.e_t.isfinite().all() and result.best.m.isfinite().all()
 
 
@@ -324,7 +324,7 @@ def test_several_targets_share_m_and_have_an_e_t_each(tiny_models, make_args):
     result, _ = optimise(tiny_models, make_args("--num-steps", "5"), random_codes(tiny_models, batch=3))
     assert result.best.e_t.shape == (3, 1, tiny_models.hidden_size)
     assert result.best.m.shape == (1, tiny_models.hidden_size)
-    assert len(set(result.best_step.tolist())) == 1  # one m: the best of all targets belong to one step
+    assert len(set(result.outcomes.best_step.tolist())) == 1  # one m: the best of all targets belong to one step
 
 
 def test_means_over_the_targets_stand_beside_each_ones_own_figures(tiny_models, make_args):
@@ -343,7 +343,8 @@ def test_targets_with_an_m_of_their_own_learn_together_as_each_would_alone(tiny_
     for k in range(3):
         alone, own_rows = optimise(tiny_models, args, codes[k : k + 1])
         assert rows[9][f"targets/{k}/loss"] == pytest.approx(own_rows[9]["train/loss"], rel=1e-3)
-        assert together.best_accuracy[k].item() == pytest.approx(alone.best_accuracy.item(), abs=100 / 16)
+        best = together.outcomes.best_accuracy[k].item(), alone.outcomes.best_accuracy.item()
+        assert best[0] == pytest.approx(best[1], abs=100 / 16)
 
 
 def test_a_shared_m_is_the_same_problem_as_one_target_given_twice(tiny_models, make_args):
@@ -373,9 +374,9 @@ def test_a_given_m_stays_as_it_is_while_e_t_learns(tiny_models, make_args):
 
 def test_targets_under_one_given_m_learn_together_as_each_would_alone(tiny_models, make_args):
     args, codes, m = make_args("--num-steps", "40"), random_codes(tiny_models, batch=3), torch.full((1, 32), 0.3)
-    alone = [optimise(tiny_models, args, row, m)[0].best_accuracy.item() for row in codes.split(1)]
+    alone = [optimise(tiny_models, args, row, m)[0].outcomes.best_accuracy.item() for row in codes.split(1)]
     together, _ = optimise(tiny_models, args, codes, m)
-    assert together.best_accuracy.tolist() == pytest.approx(alone, abs=100 / 16)
+    assert together.outcomes.best_accuracy.tolist() == pytest.approx(alone, abs=100 / 16)
 
 
 def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(tiny_models, make_args):
@@ -383,31 +384,28 @@ def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(t
     codes = torch.cat((torch.zeros(1, 16, dtype=torch.long), random_codes(tiny_models)))  # an easy one, a hard one
     together, rows = optimise(tiny_models, args, codes)
     first = next(row["step"] for row in rows if row["targets/0/accuracy"] >= 90)
-    assert together.best_step[0] == first < together.step
+    assert together.outcomes.best_step[0] == first < together.step
 
 
-def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy(tiny_models, make_args):
-    learning = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=2), make_args("--target-accuracy", 99))
+def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy(make_args):
+    outcomes = vpt.Outcomes(2, together=True, args=make_args("--target-accuracy", 99))
     rest = dict.fromkeys(vpt.StepNumbers._fields, torch.ones(2, dtype=torch.float64)) | {
         "finite": torch.tensor([True] * 2)
     }
     for accuracy in ([100.0, 98.8], [99.2, 99.2]):
-        assert not learning.finished
+        assert not outcomes.ended.any()
         numbers = vpt.StepNumbers(**rest | {"accuracy": torch.tensor(accuracy, dtype=torch.float64)})
-        learning.count_the_step(numbers)
-        learning.keep_the_best(numbers)
-        learning.end_some(numbers)
-    assert learning.finished and learning.reached
-    assert learning.best_accuracy.tolist() == [99.2, 99.2] and learning.best_step.tolist() == [2, 2]
+        better = outcomes.take([0, 1], numbers)
+    assert outcomes.ended.all() and outcomes.reached and better.all()
+    assert outcomes.best_accuracy.tolist() == [99.2, 99.2] and outcomes.best_step.tolist() == [2, 2]
 
 
 def test_more_e_tokens_hold_more(tiny_models, make_args):
     """Sixteen embeddings for sixteen tokens leave no m, and can say each token on its own."""
-    best = [
-        optimise(tiny_models, make_args("--num-steps", "300", "--num-e-tokens", str(count)))[0].best_accuracy.item()
-        for count in (1, 16)
-    ]
-    assert best[0] < best[1] == 100
+    one, sixteen = (
+        optimise(tiny_models, make_args("--num-steps", "300", "--num-e-tokens", count))[0] for count in ("1", "16")
+    )
+    assert one.outcomes.best_accuracy.item() < sixteen.outcomes.best_accuracy.item() == 100
 
 
 def test_gradient_checkpointing_changes_no_number(tiny_models, make_args):

@@ -87,7 +87,7 @@ def summary_of(tiny_models, make_args):
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_at_once=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
-        targets = vpt.describe_targets(reference, reconstruction, bits)
+        targets = vpt.describe_targets(reference, reconstruction, bits, learned=[{} for _ in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
 
     return summary_of

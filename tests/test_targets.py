@@ -238,8 +238,8 @@ def test_a_target_that_takes_its_turn_ends_as_it_would_alone(tiny_models, make_a
         in_turns, _ = optimise(tiny_models, args, codes)
         for k in range(7):
             alone, _ = optimise(tiny_models, args, codes[k : k + 1])
-            assert in_turns.best_accuracy[k] == pytest.approx(alone.best_accuracy[0], abs=100 / 16)
-            assert in_turns.steps_taken[k] == pytest.approx(alone.step, abs=1)
+            assert in_turns.outcomes.best_accuracy[k] == pytest.approx(alone.outcomes.best_accuracy[0], abs=100 / 16)
+            assert in_turns.outcomes.steps[k] == pytest.approx(alone.step, abs=1)
             assert torch.allclose(in_turns.best.e_t[k], alone.best.e_t[0], atol=0.05)
 
 
@@ -261,7 +261,7 @@ def test_only_what_still_learns_is_computed(tiny_models, make_args, monkeypatch)
     monkeypatch.setattr(vpt, "losses_and_gradient", step)
     args = make_args("--m", "own", "--num-steps", 30, "--target-accuracy", 40, "--targets-at-once", 3)
     learning, _ = optimise(tiny_models, args, torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(2)))
-    assert sum(passes) == learning.steps_taken.sum() and max(passes) == 3 and passes[-1] < 3
+    assert sum(passes) == learning.outcomes.steps.sum() and max(passes) == 3 and passes[-1] < 3
 
 
 def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
@@ -275,7 +275,7 @@ def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
     args = make_args("--m", "own", "--num-steps", 5, "--target-accuracy", 0, "--targets-at-once", 2)
     learning, rows = optimise(tiny_models, args, torch.zeros(3, 16, dtype=torch.long))
     hook.remove()
-    assert learning.diverged.tolist() == [False, True, True] and learning.steps_taken.tolist() == [5, 0, 0]
+    assert learning.outcomes.diverged.tolist() == [False, True, True] and learning.outcomes.steps.tolist() == [5, 0, 0]
     assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
@@ -286,7 +286,7 @@ def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, 
 
         def fail(recorder, row, learning):
             really_step(recorder, row, learning)
-            if sum(learning.ended.tolist()) >= 9:
+            if sum(learning.outcomes.ended.tolist()) >= 9:
                 raise KeyboardInterrupt  # no state is saved for it
 
         really_step = vpt.Recorder.step
@@ -295,7 +295,7 @@ def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, 
             call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
     folder = tmp_path / "out" / "cut"
     ended = rows_of(folder / "targets.csv")
-    assert len(ended) >= 9 and torch.load(folder / STATE)["learning"]["ended"].sum() == len(ended)
+    assert len(ended) >= 9 and torch.load(folder / STATE)["learning"]["outcomes"]["ended"].sum() == len(ended)
     cut = run_into("cut", *arguments, "--resume")
     assert results_of(cut) == results_of(whole)
 

@@ -582,13 +582,13 @@ def bench_many(args: argparse.Namespace) -> dict:
         _, seconds_singles = seconds_of(lambda: [run([*shared, "--prompt", caption]) for caption in singles])
         seconds_singles *= len(captions) / len(singles)
     needed = sum(learning.step for learning in alone)
-    evaluations = int(together.steps_taken.sum())
+    evaluations = int(together.outcomes.steps.sum())
     rows = [
         ("evaluations, against those of each alone", evaluations, needed, evaluations / needed),
         ("optimisation (s), against one after another", seconds, seconds_alone, seconds / seconds_alone),
         (f"run (s), against {len(captions)} runs", seconds_run, seconds_singles, seconds_run / seconds_singles),
     ]
-    complete = sum(accuracy == 100 for accuracy in together.best_accuracy.tolist())
+    complete = sum(accuracy == 100 for accuracy in together.outcomes.best_accuracy.tolist())
     title = f"{len(captions)} targets with an m of their own {args.options}; {complete} complete"
     table(title, rows, ("", "together", "alone", "ratio"))
     return {"rows": rows, "complete": complete}
