@@ -1156,7 +1156,7 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
 # Reference
 
 CACHE_FORMAT = 4
-TARGETS_AT_ONCE = 16  # in a batch without gradients, whose key/value cache must fit
+TARGETS_PER_PASS = 16  # in a batch without gradients, whose key/value cache must fit
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -1248,7 +1248,7 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
     if compiled and not args.force_generate:
         decoded = cache.read(prompts, compiled=False) | decoded  # where compiling failed before
     missing = [prompt for prompt in prompts if prompt not in decoded]
-    for few in slices(len(missing), targets_decoded_at_once(models, num_tokens)):
+    for few in slices(len(missing), targets_per_decoding(models, num_tokens)):
         codes, seconds, compiled = generate_visual_codes(models, missing[few], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[few], codes.cpu(), strict=True):
@@ -1258,12 +1258,12 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
     return codes, sum(decoded[prompt][1] for prompt in args.prompts)
 
 
-def targets_decoded_at_once(models: Models, num_tokens: int) -> int:
-    """TARGETS_AT_ONCE, or as many as have room for their keys and values behind prompts of a usual length."""
+def targets_per_decoding(models: Models, num_tokens: int) -> int:
+    """TARGETS_PER_PASS, or as many as have room for their keys and values behind prompts of a usual length."""
     config = models.generator.config
     of_a_place = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
     of_a_target = 2 * (num_tokens + 128) * of_a_place  # under both prompts
-    return max(1, int(min(TARGETS_AT_ONCE, 0.8 * free_bytes(models.device) / of_a_target)))
+    return max(1, int(min(TARGETS_PER_PASS, 0.8 * free_bytes(models.device) / of_a_target)))
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -1619,16 +1619,16 @@ def joined(parts: list[Predictions]) -> Predictions:
     return Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Predictions:
+def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
     """One pass for the targets codes [B, N], so many of them at a time, and what it predicts."""
     parts = []
-    for some in slices(len(codes), targets_at_once):
+    for some in slices(len(codes), targets_per_pass):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
 
 
-def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Predictions:
+def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
     """One pass for the targets codes [B, N], and the way back: leaves the loss's gradient in `.grad`.
 
     The loss is the cross-entropy, averaged over each target's N positions and summed over the targets, so that a target
@@ -1636,7 +1636,7 @@ def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     """
     proto_tokens.zero_grad()
     parts = []
-    for some in slices(len(codes), targets_at_once):
+    for some in slices(len(codes), targets_per_pass):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         # Back through the head by chunks of positions, as far as the hidden states; then once through the layers.
         at_head = hidden_states.detach().requires_grad_()
@@ -1817,13 +1817,13 @@ class Optimisation:
         count, num_tokens = codes.shape
         self.models, self.stepping_models, self.codes, self.args, self.given_m = models, models, codes, args, given_m
         self.together = args.m == "shared" and given_m is None
-        self.recomputes, self.targets_at_once = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
+        self.recomputes, self.targets_per_pass = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.last_row: dict[str, float] = {}
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
-        places = count if self.together else min(count, targets_in_flight(self.targets_at_once, num_tokens, args))
+        places = count if self.together else min(count, targets_in_flight(self.targets_per_pass, num_tokens, args))
         self.num_begun, self.turns = places, math.ceil(count / places)
         self.have_in_flight(list(range(places)), *self.newcomers(places))
         if args.compile == "on" and self.recomputes:
@@ -1847,7 +1847,7 @@ class Optimisation:
             return dataclasses.replace(self.models, compiled_layers=layers)
 
         def step(layers: Callable) -> None:
-            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes_in_flight, self.targets_at_once)
+            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes_in_flight, self.targets_per_pass)
 
         layers, compiled = compile_layers(self.models.generator.model, step)
         return compiled_by(layers) if compiled else self.models
@@ -1866,7 +1866,7 @@ class Optimisation:
             while not self.finished:
                 started = time.perf_counter()
                 proto_tokens, codes, rates = self.proto_tokens, self.codes_in_flight, self.optimizer.rates
-                predictions = losses_and_gradient(self.stepping_models, proto_tokens, codes, self.targets_at_once)
+                predictions = losses_and_gradient(self.stepping_models, proto_tokens, codes, self.targets_per_pass)
                 points, gradients = proto_tokens.points, proto_tokens.gradients
                 numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
                 took_a_step = any(numbers.finite.tolist())
@@ -1932,7 +1932,7 @@ class Optimisation:
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
         codes = self.codes[:SHOWN_TARGETS]
-        predictions = predict_in_one_pass(self.models, self.best, codes, self.targets_at_once)
+        predictions = predict_in_one_pass(self.models, self.best, codes, self.targets_per_pass)
         return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
 
     def summary(self) -> dict:
@@ -2104,7 +2104,7 @@ def targets_in_flight(fitting: int, num_tokens: int, args: argparse.Namespace) -
 
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
-    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets at once."""
+    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets a pass."""
     budget = 0.8 * free_bytes(models.device)
     recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
     return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
@@ -2197,7 +2197,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_at_once: int) -> Reconstruction:
+def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Reconstruction:
     """One forward pass, likeliest codes, VQ decode; the pass is timed too: the median of what fits into two seconds.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
@@ -2206,11 +2206,11 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
     with said_if_slow("one pass over the best proto-tokens"):
         while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
             started = time_on(models.device)
-            predictions = predict_in_one_pass(models, proto_tokens, codes, targets_at_once)
+            predictions = predict_in_one_pass(models, proto_tokens, codes, targets_per_pass)
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
     shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
-    for some in slices(len(codes), TARGETS_AT_ONCE):  # of many the pictures would not fit into memory
+    for some in slices(len(codes), TARGETS_PER_PASS):  # of many the pictures would not fit into memory
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
         errors.append((pixels - originals).square().mean((1, 2, 3)))
@@ -3505,15 +3505,15 @@ def experiment(
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
-        proto_tokens, targets_at_once = earlier.proto_tokens(models.device), TARGETS_AT_ONCE
+        proto_tokens, targets_per_pass = earlier.proto_tokens(models.device), TARGETS_PER_PASS
         learned, learned_of_targets = {}, [{} for _ in reference.prompts]
     else:
         learning = learn(models, reference.codes, earlier, record)
-        proto_tokens, targets_at_once = learning.best, learning.targets_at_once
+        proto_tokens, targets_per_pass = learning.best, learning.targets_per_pass
         learned, learned_of_targets = learning.summary(), learning.outcomes.table()
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
-        reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_at_once)
+        reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_per_pass)
         bits = information(models, reference, reconstruction.predictions)
     targets = describe_targets(reference, reconstruction, bits, learned_of_targets)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned

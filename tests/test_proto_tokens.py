@@ -96,7 +96,7 @@ def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, 
     models = vpt.load_models(args)
     codes = random_codes(models, batch=3)
     learning, _ = optimise(models, args, codes)
-    reconstruction = vpt.reconstruct(models, learning.best, codes, learning.targets_at_once)
+    reconstruction = vpt.reconstruct(models, learning.best, codes, learning.targets_per_pass)
     predictions = reconstruction.predictions
     assert (100 * predictions.num_correct / 16).tolist() == learning.outcomes.best_accuracy.tolist()
     assert torch.equal(predictions.rank == 0, predictions.ids == codes + models.visual_offset)
@@ -110,7 +110,7 @@ def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(ma
     head.zero_()
     head[1401:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
     proto_tokens = vpt.initial_proto_tokens(models, 1, make_args("--initial-scale", 2))
-    predictions = vpt.reconstruct(models, proto_tokens, random_codes(models), targets_at_once=1).predictions
+    predictions = vpt.reconstruct(models, proto_tokens, random_codes(models), targets_per_pass=1).predictions
     right = predictions.ids == random_codes(models) + models.visual_offset
     assert torch.equal(predictions.rank == 0, right)
     ties = (predictions.rank == 1).sum()
@@ -125,7 +125,7 @@ def test_gradients_in_half_precision_point_where_those_in_float32_do(make_args, 
         args = make_args("--dtype", dtype)
         models = vpt.load_models(args)
         proto_tokens = vpt.initial_proto_tokens(models, 1, args)
-        vpt.losses_and_gradient(models, proto_tokens, random_codes(models, num_tokens=1024), targets_at_once=1)
+        vpt.losses_and_gradient(models, proto_tokens, random_codes(models, num_tokens=1024), targets_per_pass=1)
         return torch.cat([parameter.grad.flatten() for parameter in proto_tokens.trainable])
 
     half, exact = gradient(dtype), gradient("float32")
@@ -271,7 +271,7 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.outcomes.best_step[0] - 1]
-    reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.targets_at_once)
+    reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.targets_per_pass)
     assert 100 * reconstruction.predictions.num_correct.item() / 16 == max(accuracies)
 
 
@@ -360,7 +360,7 @@ def test_targets_that_do_not_fit_at_once_are_worked_through_in_parts(tiny_models
     monkeypatch.setattr(vpt, "free_bytes", lambda device: 2.5 / 0.8 * vpt.step_bytes(tiny_models, 16, False))
     assert vpt.memory_plan(tiny_models, 5, 16, "off") == (False, 2)
     learning, in_parts = optimise(tiny_models, args, codes)
-    assert learning.targets_at_once == 2
+    assert learning.targets_per_pass == 2
     assert [row["train/loss"] for row in in_parts] == pytest.approx([row["train/loss"] for row in at_once], rel=1e-4)
 
 

@@ -41,7 +41,7 @@ def test_codes_decode_in_raster_order(tiny_models):
 
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_at_once=1)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_per_pass=1)
     logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
     assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
     assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1401)
@@ -60,7 +60,9 @@ def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_mod
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models, proto_tokens):
     codes = torch.zeros(1, 16, dtype=torch.long)
     full, visual = (
-        vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, targets_at_once=1)
+        vpt.reconstruct(
+            dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, targets_per_pass=1
+        )
         for vocabulary in ("full", "visual")
     )
     text = full.predictions.ids < 1401  # a random model prefers a text id nearly everywhere
@@ -85,7 +87,7 @@ def summary_of(tiny_models, make_args):
     def summary_of(codes, prompts):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
-        reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_at_once=16)
+        reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_per_pass=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
         targets = vpt.describe_targets(reference, reconstruction, bits, learned=[{} for _ in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
