@@ -660,7 +660,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="for accuracy (default: 256)")
     parser.add_argument(
-        "--model-path", metavar="FOLDER", help="for accuracy, as second_model.py makes it (default: demo)"
+        "--model-path", metavar="FOLDER", help="for accuracy, as small_models.py makes it (default: demo)"
     )
     parser.add_argument("--num-steps", type=int, default=1000, help="for accuracy (default: %(default)s)")
     parser.add_argument("--options", default="", help="for accuracy, of all: as '--control random'")

@@ -233,15 +233,16 @@ def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
     return Qwen2Tokenizer().train_new_from_iterator(corpus, vocab_size=1400, new_special_tokens=special)
 
 
-def make_generator(vocab_size: int, seed: int) -> Qwen2ForCausalLM:
+def make_generator(vocab_size: int, seed: int, hidden_size: int = 512, num_layers: int = 6) -> Qwen2ForCausalLM:
+    """Four heads a key-value head of 32 numbers; the hidden size is a multiple of 128."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        intermediate_size=960,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 128,
+        intermediate_size=hidden_size * 15 // 8,
         max_position_embeddings=4352,
         # Sequences are short here: a small base gives every pair of dimensions a rotation that can be seen.
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
