@@ -2235,13 +2235,13 @@ def psnr(error: float) -> float:
 
 
 @torch.no_grad()
-def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> float:
-    """Bits that codes [N] cost, one after another behind `text`: -sum of log2 p(code | text, codes before)."""
+def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> Tensor:
+    """Bits that each of codes [N] costs, one after another behind `text`: -log2 p(code | text, codes before)."""
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
     predictions = predict(models, hidden_states[:, len(prompt_ids) - 1 :], codes[None])
-    return predictions.losses.sum().item() / math.log(2)
+    return predictions.losses[0] / math.log(2)
 
 
 def information(models: Models, reference: Reference, predictions: Predictions) -> dict[str, list[float]]:
@@ -2255,8 +2255,8 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     size, prompted, unprompted = models.size_token(num_tokens), [], []
     with said_if_slow("what the targets cost in bits"):
         for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
-            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes))
-            unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes))
+            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes).sum().item())
+            unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes).sum().item())
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,

@@ -1,108 +1,431 @@
-"""The study of the README: what one pass can hold on the demo model, and what it cannot, over 8 captions x 2 seeds.
+"""What one pass over two embeddings can hold: against the kind of target, the model's width, depth and training.
 
-    python tests/tools/study.py FOLDER                # goes on where it was interrupted; prints the README's table
+    python tests/tools/study.py FOLDER                     # the tables, the capacities, where the errors are
+    python tests/tools/study.py FOLDER --models A B ...    # and the law over these, as small_models.py makes them
 
-Every row is runs of the script as a user would start them; their folders stay in FOLDER. Eight targets share a run;
-but for "shared m" and "reused m" each has an m of its own, and so learns as it would alone.
+Every number comes from runs of the script as a user would start them, over 8 captions x 2 seeds, a run a core. Their
+folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json, study.png and law.png there.
 """
 
 import argparse
+import csv
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo_model" / "training")]
+import pictures  # noqa: E402
 from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
 
+import verify_proto_tokens as vpt  # noqa: E402
+
+SIZES = (256, 512)
 OWN = ("--m", "own")
+PLAIN = "plain: one e_t, one m"
+UNSEEN = "pairs left out of training"
 ROWS = {
-    "plain: one e_t, one m": OWN,
+    PLAIN: OWN,
     "K = 2 e_t": (*OWN, "--num-e-tokens", 2),
     "K = 4 e_t": (*OWN, "--num-e-tokens", 4),
     "K = 8 e_t": (*OWN, "--num-e-tokens", 8),
     "m shared by the 8": (),
     "m learned on 8 others, frozen": ("--m-from", "OTHERS"),
+    UNSEEN: OWN,
     "control: shuffled tokens": (*OWN, "--control", "shuffled"),
     "control: random tokens": (*OWN, "--control", "random"),
     "control: untrained generator": (*OWN, "--control", "untrained"),
 }
+CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
+CAPACITY_SIZE, LAW_SIZE = 512, 512
+SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
 
 
-def run(folder: Path, name: str, captions: tuple[str, ...], *options) -> dict:
-    """One run of the script; its summary. A finished one is not repeated."""
-    prompts = [word for caption in captions for word in ("--prompt", caption)]
-    command = [sys.executable, ROOT / "verify_proto_tokens.py", "--demo", "--device", "cpu", "--resume", *prompts]
-    command += ["--save-dir", folder, "--wandb-run-name", name, *options]
+@dataclass(frozen=True)
+class Run:
+    """A run of the script: its name, which is its folder's, the captions it learns, and its options."""
+
+    name: str
+    captions: tuple[str, ...]
+    options: tuple
+    model: Path | None = None  # None is the demo's
+
+    def command(self, folder: Path) -> list[str]:
+        prompts = [word for caption in self.captions for word in ("--prompt", caption)]
+        demo = vpt.DEMO_FOLDER / "vq"
+        models = ["--model-path", self.model, "--vq-model-ckpt", demo] if self.model else ["--demo"]
+        command = [sys.executable, ROOT / "verify_proto_tokens.py", *models, "--device", "cpu", "--resume", *prompts]
+        return [str(word) for word in (*command, "--save-dir", folder, "--wandb-run-name", self.name, *self.options)]
+
+
+def name_of(*parts: object) -> str:
+    return "_".join("".join(letter if letter.isalnum() else "-" for letter in str(part)) for part in parts)
+
+
+def unseen_captions() -> tuple[str, ...]:
+    """Eight of the pairs that the demo model was not trained on: nobody's favourites."""
+    return tuple(sorted(pictures.held_out(pictures.all_captions()))[:: 50 // 8][:8])
+
+
+def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
+    """A run a seed."""
+    captions = unseen_captions() if label == UNSEEN else CAPTIONS
+    runs = []
+    for seed in SEEDS:
+        others = args.folder / run_of_others(args, size, seed).name / vpt.PROTO_TOKENS_FILE
+        options = [others if option == "OTHERS" else option for option in ROWS[label]]
+        common = ("--image-size", size, "--seed", seed, "--num-steps", args.num_steps)
+        runs.append(Run(name_of(label, size, seed, args.num_steps), captions, (*common, *options)))
+    return runs
+
+
+def run_of_others(args: argparse.Namespace, size: int, seed: int) -> Run:
+    """Whose m the other captions are given."""
+    options = ("--image-size", size, "--seed", seed, "--num-steps", args.num_steps)
+    return Run(name_of("others", size, seed, args.num_steps), OTHER_CAPTIONS, options)
+
+
+def runs_of_capacity(args: argparse.Namespace, kind: str, model: Path | None, captions: tuple, seeds: tuple) -> list:
+    """A run a caption and seed."""
+    common = ("--capacity", "--image-size", CAPACITY_SIZE, "--num-steps", args.capacity_steps, *CAPACITIES[kind])
+    of = model.name if model else "demo"
+    return [
+        Run(name_of("capacity", of, kind, k, seed, args.capacity_steps), (caption,), (*common, "--seed", seed), model)
+        for seed in seeds
+        for k, caption in enumerate(captions)
+    ]
+
+
+def runs_of_law(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
+    """What the law takes of a model: bits held of its own pictures and of random tokens, and capacities."""
+    common = (*OWN, "--image-size", LAW_SIZE, "--seed", SEEDS[0], "--num-steps", args.num_steps)
+    return {
+        "plain": [Run(name_of(model.name, "plain", args.num_steps), CAPTIONS, common, model)],
+        "random": [
+            Run(name_of(model.name, "random", args.num_steps), CAPTIONS, (*common, *CAPACITIES["random"]), model)
+        ],
+        "capacity": runs_of_capacity(args, "plain", model, CAPTIONS, SEEDS[:1]),
+    }
+
+
+def all_runs(args: argparse.Namespace) -> list[list[Run]]:
+    """Every run; those of a list need nothing of one another."""
+    rows = [run for size in SIZES for label in ROWS for run in runs_of_row(args, label, size)]
+    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, CAPTIONS, SEEDS)]
+    law = [run for model in args.models for runs in runs_of_law(args, model).values() for run in runs]
+    return [[run_of_others(args, size, seed) for size in SIZES for seed in SEEDS], rows + capacities + law]
+
+
+def do(args: argparse.Namespace, runs: list[Run], done: list[Run], count: int) -> None:
+    """Does those of the runs that are not done yet, a core each."""
     started = time.monotonic()
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return json.loads((folder / name / "summary.json").read_text())
+    # A thread a run: two runs of one thread are quicker than one after the other of two.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def do_one(run: Run) -> None:
+        if not (args.folder / run.name / "summary.json").exists():
+            subprocess.run(run.command(args.folder), check=True, env=environment, stdout=subprocess.DEVNULL)
+        done.append(run)
+        seconds = time.monotonic() - started
+        print(f"{len(done)} of {count} runs, {seconds / 60:.0f} min: {run.name}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(do_one, runs):
+            pass
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the runs say
+
+
+def summary_of(args: argparse.Namespace, run: Run) -> dict:
+    return json.loads((args.folder / run.name / "summary.json").read_text())
+
+
+def targets_of(args: argparse.Namespace, runs: list[Run]) -> list[dict[str, float]]:
+    """The numbers of all targets of several runs."""
+    rows = []
+    for run in runs:
+        with (args.folder / run.name / vpt.TARGETS_FILE).open(encoding="utf-8", newline="") as table:
+            for row in csv.DictReader(table):
+                numbers = {name: float(row[name]) for name in row if name not in ("prompt", "diverged")}
+                rows.append(numbers | {"prompt": row["prompt"]})
+    return rows
+
+
+def found_of_row(args: argparse.Namespace, label: str, size: int) -> dict:
+    runs = runs_of_row(args, label, size)
+    targets = targets_of(args, runs)
+    return {
+        "accuracy": [target["best_accuracy"] for target in targets],
+        "steps": [target["steps"] for target in targets],
+        "psnr": [target["psnr"] for target in targets if math.isfinite(target["psnr"])],
+        "bits": [target["information_gain_bits"] for target in targets],
+        "bits_unprompted": [target["target_bits_unprompted"] for target in targets],
+        "bits_per_parameter": statistics.fmean(summary_of(args, run)["bits_per_parameter"] for run in runs),
+    }
+
+
+def found_of_capacity(args: argparse.Namespace, runs: list[Run]) -> list[int]:
+    return [summary_of(args, run)["capacity_tokens"] for run in runs]
+
+
+def found_of_model(args: argparse.Namespace, model: Path) -> dict:
+    config = json.loads((model / "config.json").read_text())
+    runs = runs_of_law(args, model)
+    plain, control = (targets_of(args, runs[kind]) for kind in ("plain", "random"))
+    return {
+        "hidden_size": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "name": model.name,
+        "bits": [target["information_gain_bits"] for target in plain],
+        "bits_unprompted": [target["target_bits_unprompted"] for target in plain],
+        "accuracy": [target["best_accuracy"] for target in plain],
+        "random_bits": [target["information_gain_bits"] for target in control],
+        "random_accuracy": [target["best_accuracy"] for target in control],
+        "capacity": found_of_capacity(args, runs["capacity"]),
+    }
+
+
+def found_of_errors(args: argparse.Namespace) -> dict:
+    """Where the wrong tokens of the plain row are: by place, by how surprising a token was, by caption."""
+    models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
+    correct, bits = [], []
+    for run in runs_of_row(args, PLAIN, 512):
+        tensors = load_file(args.folder / run.name / vpt.PROTO_TOKENS_FILE)
+        codes = tensors["target_ids"] - models.visual_offset  # [B, N]
+        size = models.size_token(codes.shape[1])
+        correct.append((tensors["predicted_ids"] == tensors["target_ids"]).numpy())
+        for caption, of_target in zip(run.captions, codes, strict=True):
+            bits.append(vpt.teacher_forced_bits(models, vpt.conditional_prompt(caption, size), of_target).numpy())
+    correct, bits = np.concatenate(correct), np.stack(bits)  # [16, N] each
+    edges = np.quantile(bits, np.linspace(0, 1, 9))
+    groups = np.clip(np.searchsorted(edges, bits, side="right") - 1, 0, 7)
+    of_captions = correct.reshape(len(SEEDS), len(CAPTIONS), -1).mean((0, 2))
+    return {
+        "by_place": (100 * correct.mean(0)).tolist(),
+        "bits": [float(np.median(bits[groups == group])) for group in range(8)],
+        "by_bits": [100 * float(correct[groups == group].mean()) for group in range(8)],
+        "by_caption": dict(zip(CAPTIONS, (100 * of_captions).tolist(), strict=True)),
+    }
+
+
+def line_through(x: list[float], y: list[float]) -> dict:
+    """log y = a + b log x by least squares, and the errors of b and of a prediction, in logarithms.
+
+    Draper and Smith, "Applied Regression Analysis", 3rd ed., sections 1.4 and 3.1.
+    """
+    x, y = np.log(x), np.log(y)
+    b, a = np.polyfit(x, y, 1)
+    spread = float(np.sqrt(np.square(y - a - b * x).sum() / (len(x) - 2)))
+    return {
+        "a": float(a),
+        "b": float(b),
+        "b_error": spread / float(np.sqrt(np.square(x - x.mean()).sum())),
+        "spread": spread,
+        "mean_x": float(x.mean()),
+        "sum_of_squares": float(np.square(x - x.mean()).sum()),
+        "count": len(x),
+    }
+
+
+def predicted(line: dict, x: float) -> tuple[float, float, float]:
+    """What a line says at x, and two standard errors of a new observation below and above."""
+    at = math.log(x)
+    error = line["spread"] * math.sqrt(1 + 1 / line["count"] + (at - line["mean_x"]) ** 2 / line["sum_of_squares"])
+    middle = line["a"] + line["b"] * at
+    return math.exp(middle), math.exp(middle - 2 * error), math.exp(middle + 2 * error)
+
+
+def found_of_law(args: argparse.Namespace) -> dict:
+    """What each model holds, and the lines through those that differ in width alone."""
+    models = [found_of_model(args, model) for model in args.models]
+    fitted = differ_in_width_alone(models)
+    widths = [model["hidden_size"] for model in fitted]
+    lines = {
+        key: line_through(widths, [statistics.fmean(model[key]) for model in fitted])
+        for key in ("capacity", "bits", "random_bits")
+    }
+    return {"models": models, "lines": lines}
+
+
+def depth_and_training(model: dict) -> str:
+    """What small_models.py writes into a model's name behind its width."""
+    return model["name"].partition("_")[2]
+
+
+def differ_in_width_alone(models: list[dict]) -> list[dict]:
+    """Those that are as deep, and were trained as long, as most are."""
+    usual = statistics.mode(depth_and_training(model) for model in models)
+    return [model for model in models if depth_and_training(model) == usual]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables and figures
 
 
 def mean_and_spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def targets_of(summaries: list[dict], key: str) -> list[float]:
-    return [summary[f"targets/{k}/{key}"] for summary in summaries for k in range(summary["num_targets"])]
-
-
-def study_row(folder: Path, label: str, options: tuple, num_steps: int) -> list[str]:
-    summaries = []
-    for seed in SEEDS:
-        common = ("--seed", seed, "--num-steps", num_steps)
-        if "OTHERS" in options:
-            run(folder, f"others_{seed}", OTHER_CAPTIONS, *common)
-        given = [folder / f"others_{seed}" / "proto_tokens.safetensors" if o == "OTHERS" else o for o in options]
-        name = "".join(letter if letter.isalnum() else "_" for letter in label)
-        summaries.append(run(folder, f"{name}_{seed}", CAPTIONS, *common, *given))
-    decibels = [value for value in targets_of(summaries, "psnr") if value is not None]
-    whole = sum(value is None for value in targets_of(summaries, "psnr"))
-    return [
-        label,
-        mean_and_spread(targets_of(summaries, "best_accuracy")),
-        f"{min(targets_of(summaries, 'best_accuracy')):.0f}",
-        f"{whole} of {len(CAPTIONS) * len(SEEDS)}",
-        mean_and_spread(decibels) if len(decibels) > 1 else "-",
-        mean_and_spread(targets_of(summaries, "information_gain_bits"), 0),
-        f"{statistics.fmean(s['bits_per_parameter'] for s in summaries):.2f}",
-    ]
-
-
-def capacity_row(folder: Path, image_size: int, num_steps: int) -> str:
-    found = []
-    for seed in SEEDS:
-        for k, caption in enumerate(CAPTIONS):
-            options = ("--capacity", "--seed", seed, "--num-steps", num_steps, "--image-size", image_size)
-            found.append(run(folder, f"capacity_{k}_{seed}", (caption,), *options)["capacity_tokens"])
-    return f"{mean_and_spread(found)} tokens, from {min(found)} to {max(found)}"
-
-
-def print_table(args: argparse.Namespace) -> None:
+def print_rows(rows: dict[str, dict], size: int) -> None:
+    print(f"\n{size} px, {len(CAPTIONS) * len(SEEDS)} targets: mean ± standard deviation")
     print("| | accuracy, % | lowest | whole | PSNR of the others, dB | gain, bits a target | bits a parameter |")
     print("|---|---|---|---|---|---|---|")
-    for label, options in ROWS.items():
-        print("| " + " | ".join(study_row(args.folder, label, options, args.num_steps)) + " |", flush=True)
+    for label, found in rows.items():
+        cells = [
+            label,
+            mean_and_spread(found["accuracy"]),
+            f"{min(found['accuracy']):.0f}",
+            f"{sum(accuracy == 100 for accuracy in found['accuracy'])} of {len(found['accuracy'])}",
+            mean_and_spread(found["psnr"]) if len(found["psnr"]) > 1 else "-",
+            mean_and_spread(found["bits"], 0),
+            f"{found['bits_per_parameter']:.2f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def print_capacities(capacities: dict[str, list[int]]) -> None:
+    print(f"\n| capacity at 99 %, beginnings of {CAPACITY_SIZE} px | tokens | lowest | highest |")
+    print("|---|---|---|---|")
+    for kind, found in capacities.items():
+        print(f"| {kind} | {mean_and_spread(found, 0)} | {min(found)} | {max(found)} |")
+
+
+def print_law(law: dict) -> None:
+    print("\n| hidden size, layers, training | capacity, tokens | bits of its pictures | bits of random tokens |")
+    print("|---|---|---|---|")
+    for model in law["models"]:
+        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in ("capacity", "bits", "random_bits"))]
+        print("| " + " | ".join(cells) + " |")
+    print()
+    for key, line in law["lines"].items():
+        at = ", ".join(
+            "{}: {:.0f} ({:.0f} to {:.0f})".format(name, *predicted(line, hidden)) for name, hidden in SIMPLEAR.items()
+        )
+        print(f"{key} grows as hidden size ** {line['b']:.2f} ± {line['b_error']:.2f}; by that, {at}")
+
+
+@matplotlib.style.context(vpt.STYLES)
+def draw_study(study: dict) -> vpt.Image.Image:
+    """Accuracy by kind of target, the capacities, and where the errors are."""
+    figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+    panels = above.subplot_mosaic("AAB") | below.subplot_mosaic("CDE")
+    draw_rows(panels["A"], study["rows"])
+    kinds = study["capacity"]
+    panels["B"].boxplot(kinds.values(), tick_labels=list(kinds), medianprops={"color": vpt.BLUE})
+    panels["B"].set(title="tokens held at 99 %", ylim=(0, None))
+    errors, side = study["errors"], math.isqrt(len(study["errors"]["by_place"]))
+    places = panels["C"].imshow(np.reshape(errors["by_place"], (side, side)), cmap="viridis", vmax=100)
+    panels["C"].set(title="accuracy by place (%), 512 px", xticks=[], yticks=[])
+    below.colorbar(places, ax=panels["C"], shrink=0.85)
+    panels["D"].plot(errors["bits"], errors["by_bits"], color=vpt.BLUE, marker="o")
+    panels["D"].set(title="by surprise of the token (%)", xlabel="bits under the prompt", ylim=(0, 102))
+    captions = list(errors["by_caption"])
+    panels["E"].barh(captions, errors["by_caption"].values(), color=vpt.BLUE, height=0.6)
+    panels["E"].set(title="by caption (%)", xlim=(0, 100))
+    panels["E"].invert_yaxis()
+    for letter in "BDE":
+        panels[letter].grid(axis="x" if letter == "E" else "y")
+    return vpt.render(figure)
+
+
+def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
+    """Each target a dot, the means as bars, both sizes."""
+    labels = list(ROWS)
+    for offset, (size, colour) in zip((-0.18, 0.18), ((256, vpt.FAINT), (512, vpt.BLUE)), strict=True):
+        for place, label in enumerate(labels):
+            accuracy = rows[str(size)][label]["accuracy"]
+            name = f"{size} px" if place == 0 else None
+            axis.barh(place + offset, statistics.fmean(accuracy), height=0.34, color=colour, alpha=0.55, label=name)
+            axis.scatter(accuracy, [place + offset] * len(accuracy), s=6, color=vpt.INK, alpha=0.6, zorder=3)
+    axis.set_yticks(range(len(labels)), labels=labels)
+    axis.set(title="tokens right after one pass (%)", xlim=(0, 102))
+    axis.invert_yaxis()
+    axis.grid(axis="x")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+@matplotlib.style.context(vpt.STYLES)
+def draw_law(law: dict) -> vpt.Image.Image:
+    """What models hold against their width, with the lines and what they say of SimpleAR."""
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    panels = figure.subplots(1, 2)
+    kinds = (("capacity", "tokens held at 99 %", vpt.BLUE, 0), ("bits", "bits gained, own pictures", vpt.BLUE, 1))
+    kinds += (("random_bits", "bits gained, random tokens", vpt.ORANGE, 1),)
+    widths = np.geomspace(min(model["hidden_size"] for model in law["models"]), max(SIMPLEAR.values()), 40)
+    for key, label, colour, place in kinds:
+        axis = panels[place]
+        line = [predicted(law["lines"][key], width) for width in widths]
+        middle, low, high = zip(*line, strict=True)
+        power = law["lines"][key]
+        axis.plot(widths, middle, color=colour, linewidth=1.2)
+        axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
+        fitted = differ_in_width_alone(law["models"])
+        for model in law["models"]:
+            mean = statistics.fmean(model[key])
+            face = colour if model in fitted else "white"
+            axis.errorbar(model["hidden_size"], mean, statistics.stdev(model[key]), color=colour, marker="o", mfc=face)
+        axis.plot([], [], color=colour, label=f"{label}: D ** {power['b']:.2f} ± {power['b_error']:.2f}")
+    for axis in panels:
+        for hidden in SIMPLEAR.values():
+            axis.axvline(hidden, color=vpt.FAINT, linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", yscale="log", xlabel="hidden size D")
+        ticks = sorted({model["hidden_size"] for model in law["models"]} | set(SIMPLEAR.values()))
+        axis.set_xticks(ticks, labels=map(str, ticks))
+        axis.minorticks_off()
+        axis.legend(loc="upper left")
+        axis.grid()
+    panels[0].set_title("capacity")
+    panels[1].set_title("information")
+    return vpt.render(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--num-steps", type=int, default=1000, help="of every run (default: %(default)s)")
-    parser.add_argument("--capacity-steps", type=int, default=300, help="of a capacity's trials (default: %(default)s)")
-    parser.add_argument("--capacity-size", type=int, default=512, help="pixels of its targets (default: %(default)s)")
-    parser.add_argument("--only", choices=("table", "capacity"), help="half of it (default: both)")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=[], metavar="FOLDER", help="for the law: three or more"
+    )
+    parser.add_argument("--num-steps", type=int, default=400, help="of every run (default: %(default)s)")
+    parser.add_argument("--capacity-steps", type=int, default=200, help="of a capacity's trials (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
     args = parser.parse_args()
-    started = time.monotonic()
-    if args.only != "capacity":
-        print_table(args)
-    if args.only != "table":
-        print(f"\ncapacity: {capacity_row(args.folder, args.capacity_size, args.capacity_steps)}")
-    print(f"{time.monotonic() - started:.0f} s in all")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    started, stages, done = time.monotonic(), all_runs(args), []
+    for runs in stages:
+        do(args, runs, done, count=sum(map(len, stages)))
+    study = {
+        "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
+        "capacity": {
+            kind: found_of_capacity(args, runs_of_capacity(args, kind, None, CAPTIONS, SEEDS)) for kind in CAPACITIES
+        },
+        "errors": found_of_errors(args),
+    }
+    for size, rows in study["rows"].items():
+        print_rows(rows, size)
+    print_capacities(study["capacity"])
+    draw_study(study).save(args.folder / "study.png")
+    if args.models:
+        study["law"] = found_of_law(args)
+        print_law(study["law"])
+        draw_law(study["law"]).save(args.folder / "law.png")
+    (args.folder / "study.json").write_text(json.dumps(study, indent=1))
+    print(f"\n{(time.monotonic() - started) / 60:.0f} min in all")
 
 
 if __name__ == "__main__":
