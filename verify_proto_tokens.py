@@ -1701,7 +1701,8 @@ class LBFGS:
 
     From the last point accepted it goes along -H g, H from the newest pairs of steps and changes of the gradient, by at
     most `rate` a number (root mean square). Where the loss falls too little there (Armijo's condition), the next step
-    tries a shorter way along the same direction; after TRIES of them the pairs are forgotten.
+    tries a shorter way along the same direction; after TRIES of them the pairs are forgotten. Each embedding has a
+    scale of its own, since m stands at nearly all positions and an e_t at one.
     Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
@@ -1709,10 +1710,11 @@ class LBFGS:
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
     LEAST_CURVATURE = 1e-6  # cosine of a step and its change, below which the pair is left out
+    SCALES_APART = 30  # at most, an embedding's from that of all
 
-    def __init__(self, points: Tensor, rate: float, rounding: float):
+    def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
-        self.rate, self.rounding = rate, rounding
+        self.embedding_size, self.rate, self.rounding = embedding_size, rate, rounding
         self.point = points  # [G, P], the last one accepted
         self.loss = points.new_full((len(points),), math.inf)  # [G], there
         self.gradient = torch.zeros_like(points)
@@ -1760,7 +1762,8 @@ class LBFGS:
 
     def next_way(self) -> tuple[Tensor, Tensor]:
         """The direction from the point, [G, P], and how much of it to try, [G]."""
-        direction = -inverse_hessian_times(self.gradient, self.steps, self.changes)
+        scales = scales_of_embeddings(self.steps[:, -1], self.changes[:, -1], self.embedding_size, self.SCALES_APART)
+        direction = -inverse_hessian_times(self.gradient, self.steps, self.changes, scales)
         has_pairs = self.steps[:, -1].any(dim=1)
         # Rounding can spoil a direction; downhill is always one.
         usable = has_pairs & ((direction * self.gradient).sum(1) < 0)
@@ -1769,30 +1772,40 @@ class LBFGS:
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
 
-def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
+def scales_of_embeddings(step: Tensor, change: Tensor, embedding_size: int, apart: float) -> Tensor:
+    """s'y / y'y of a pair [G, P], each embedding's own where it is positive, and not far from that of all; [G, P]."""
+    of_all = (step * change).sum(1)[:, None] / change.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
+    steps, changes = (values.unflatten(1, (-1, embedding_size)) for values in (step, change))
+    own = (steps * changes).sum(2) / changes.square().sum(2).clamp(min=1e-30)  # [G, embeddings]
+    own = torch.where(own > 0, own, of_all).clamp(of_all / apart, of_all * apart)
+    return own.repeat_interleave(embedding_size, dim=1)
+
+
+def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
     """The BFGS matrix of pairs steps and changes [G, M, P], zero where there is none, times gradient [G, P]; [G, P].
 
     Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with S and Y of the
-    pairs as columns, R the upper triangle of S'Y, D its diagonal, and c = s'y / y'y of the newest pair,
-    H = c I + [S, cY] [[R^-T (D + c Y'Y) R^-1, -R^-T], [-R^-1, 0]] [S, cY]'.
+    pairs as columns, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, P],
+    H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'.
     """
-    of_pairs, among_changes = steps @ changes.mT, changes @ changes.mT  # [G, M, M]
+    scaled = scales[:, None] * changes  # [G, M, P]
+    of_pairs, among_changes = steps @ changes.mT, changes @ scaled.mT  # [G, M, M]
     curvature = of_pairs.diagonal(dim1=1, dim2=2)  # [G, M]
     # A pair that is none gets 1 in place of its curvature, and so takes no part.
     triangle = of_pairs.triu() + torch.diag_embed((curvature == 0).to(steps.dtype))
-    scale = curvature[:, -1:, None] / among_changes[:, -1:, -1:].clamp(min=1e-30)  # [G, 1, 1]
     column = gradient[:, :, None]  # [G, P, 1]
     along_steps = torch.linalg.solve_triangular(triangle, steps @ column, upper=True)  # [G, M, 1]
-    middle = curvature[:, :, None] * along_steps + scale * (among_changes @ along_steps - changes @ column)
+    middle = curvature[:, :, None] * along_steps + among_changes @ along_steps - scaled @ column
     weights = torch.linalg.solve_triangular(triangle.mT, middle, upper=False)
-    product = scale * column + steps.mT @ weights - scale * (changes.mT @ along_steps)
+    product = scales[:, :, None] * column + steps.mT @ weights - scaled.mT @ along_steps
     return product[:, :, 0]
 
 
-def make_optimizer(points: Tensor, args: argparse.Namespace, dtype: torch.dtype) -> AdamW | LBFGS:
+def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2ForCausalLM) -> AdamW | LBFGS:
     if args.optimizer == "adamw":
         return AdamW(points, args)
-    return LBFGS(points, args.learning_rate, rounding=torch.finfo(dtype).eps)
+    rounding = torch.finfo(generator.dtype).eps
+    return LBFGS(points, generator.config.hidden_size, args.learning_rate, rounding)
 
 
 def tensors_of(owner: object) -> dict[str, Tensor]:
@@ -1834,7 +1847,7 @@ class Optimisation:
     def newcomers(self, count: int) -> tuple[ProtoTokens, AdamW | LBFGS]:
         """What so many targets begin with."""
         proto_tokens = initial_proto_tokens(self.models, count, self.args, self.given_m)
-        return proto_tokens, make_optimizer(proto_tokens.points, self.args, self.models.generator.dtype)
+        return proto_tokens, make_optimizer(proto_tokens.points, self.args, self.models.generator)
 
     def have_in_flight(self, targets: list[int], proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> None:
         """Has these targets be the ones that learn."""

@@ -149,7 +149,7 @@ def test_a_short_run_has_positive_rates_too(num_steps):
 def minimise(start: list[list[float]], losses_of, num_steps: int, rate: float = 10, rounding: float = 0):
     """Steps of L-BFGS for problems of two numbers each; gives the losses [steps, G] of each point that it tried."""
     points = torch.tensor(start, dtype=torch.float64)
-    optimizer, tried = vpt.LBFGS(points, rate, rounding), []
+    optimizer, tried = vpt.LBFGS(points, 2, rate, rounding), []
     for _ in range(num_steps):
         points.requires_grad_()
         losses = losses_of(points)
@@ -196,7 +196,7 @@ def test_lbfgs_goes_on_where_rounding_hides_the_descent():
 def test_an_optimizer_goes_on_with_the_problems_kept_and_begins_with_those_that_come():
     rng = torch.Generator().manual_seed(0)
     points, gradients = torch.randn(2, 3, 4, generator=rng)
-    for make in (lambda points: vpt.LBFGS(points, 0.1, 0.0), lambda points: vpt.AdamW(points, vpt.parse_args([]))):
+    for make in (lambda points: vpt.LBFGS(points, 2, 0.1, 0.0), lambda points: vpt.AdamW(points, vpt.parse_args([]))):
         every, losses = make(points), torch.ones(3)
         moved = every.step(points, gradients, losses)
         vpt.exchange_problems(every, [2, 0], make(points[1:2]))
@@ -235,11 +235,20 @@ def test_the_inverse_hessian_is_that_of_the_recursion():
     for step, change in zip(steps.flip(0), changes.flip(0), strict=True):
         weights.append((step @ q) / (step @ change))
         q -= weights[-1] * change
-    q *= (steps[-1] @ changes[-1]) / (changes[-1] @ changes[-1])
+    scales = torch.rand(12, generator=rng).double()
+    q *= scales
     for step, change, weight in zip(steps, changes, reversed(weights), strict=True):
         q += (weight - (change @ q) / (step @ change)) * step
     padded = [torch.cat((torch.zeros(2, 12), pairs))[None] for pairs in (steps, changes)]  # two places still empty
-    assert torch.allclose(vpt.inverse_hessian_times(gradient[None], *padded)[0], q)
+    assert torch.allclose(vpt.inverse_hessian_times(gradient[None], *padded, scales[None])[0], q)
+
+
+def test_each_embedding_has_the_scale_of_its_own_curvature():
+    step, change = torch.ones(1, 6), torch.tensor([[4, 4, 0.5, 0.5, -1, -1]])
+    of_all = (8 + 1 - 2) / (32 + 0.5 + 2)
+    far, near = (vpt.scales_of_embeddings(step, change, 2, apart)[0].tolist() for apart in (30, 2))
+    assert far == pytest.approx([0.25, 0.25, 2, 2, of_all, of_all])  # against its curvature, there is none to have
+    assert near == pytest.approx([0.25, 0.25, 2 * of_all, 2 * of_all, of_all, of_all])
 
 
 def test_the_generator_gets_no_gradients_and_keeps_its_values_bit_for_bit(tiny_models, make_args):
