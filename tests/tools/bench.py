@@ -538,8 +538,9 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
 def bench_targets(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args), args.num_tokens or 64
     seconds = {}
-    for batch in (1, 2, 4, 8):
-        steps = endless_steps(args, models, random_codes(models, num_tokens, batch))
+    for batch in (1, 2, 4, 8, 16, 32):
+        own = ("--m", "own", "--targets-at-once", batch)
+        steps = endless_steps(args, models, random_codes(models, num_tokens, batch), *own)
         found = interleaved({"step": lambda s=steps: next(s)}, args.repeats, args.device)
         seconds[batch] = statistics.median(found["step"])
     rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]

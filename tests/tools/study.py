@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,8 @@ ROWS = {
 }
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
 CAPACITY_SIZE, LAW_SIZE = 512, 512
+# 97.5 % of the distribution, by degrees of freedom.
+STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
 
 
@@ -243,11 +247,11 @@ def line_through(x: list[float], y: list[float]) -> dict:
 
 
 def predicted(line: dict, x: float) -> tuple[float, float, float]:
-    """What a line says at x, and two standard errors of a new observation below and above."""
+    """What a line says at x, and between what a new observation lies in 95 of 100 cases."""
     at = math.log(x)
     error = line["spread"] * math.sqrt(1 + 1 / line["count"] + (at - line["mean_x"]) ** 2 / line["sum_of_squares"])
-    middle = line["a"] + line["b"] * at
-    return math.exp(middle), math.exp(middle - 2 * error), math.exp(middle + 2 * error)
+    middle, reach = line["a"] + line["b"] * at, STUDENTS_T[line["count"] - 2] * error
+    return math.exp(middle), math.exp(middle - reach), math.exp(middle + reach)
 
 
 def found_of_law(args: argparse.Namespace) -> dict:
@@ -255,11 +259,20 @@ def found_of_law(args: argparse.Namespace) -> dict:
     models = [found_of_model(args, model) for model in args.models]
     fitted = differ_in_width_alone(models)
     widths = [model["hidden_size"] for model in fitted]
-    lines = {
-        key: line_through(widths, [statistics.fmean(model[key]) for model in fitted])
-        for key in ("capacity", "bits", "random_bits")
-    }
-    return {"models": models, "lines": lines}
+    means = {key: [statistics.fmean(model[key]) for model in fitted] for key in ("capacity", "bits", "random_bits")}
+    lines = {key: line_through(widths, values) for key, values in means.items()}
+    # Of the odds, since an accuracy cannot grow as a power.
+    odds = [odds_of(statistics.fmean(model["accuracy"])) for model in fitted]
+    return {"models": models, "lines": lines | {"accuracy": line_through(widths, odds)}}
+
+
+def odds_of(accuracy: float) -> float:
+    """Of percent; half a token of 256 keeps them finite."""
+    return (accuracy + 100 / 512) / (100 - accuracy + 100 / 512)
+
+
+def accuracy_of(odds: float) -> float:
+    return 100 * odds / (1 + odds)
 
 
 def depth_and_training(model: dict) -> str:
@@ -306,17 +319,21 @@ def print_capacities(capacities: dict[str, list[int]]) -> None:
 
 
 def print_law(law: dict) -> None:
-    print("\n| hidden size, layers, training | capacity, tokens | bits of its pictures | bits of random tokens |")
-    print("|---|---|---|---|")
+    keys = ("accuracy", "capacity", "bits", "random_bits")
+    print("\n| hidden size, layers, training | accuracy, % | capacity, tokens | bits gained | of random tokens |")
+    print("|---|---|---|---|---|")
     for model in law["models"]:
-        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in ("capacity", "bits", "random_bits"))]
+        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in keys)]
         print("| " + " | ".join(cells) + " |")
     print()
-    for key, line in law["lines"].items():
-        at = ", ".join(
-            "{}: {:.0f} ({:.0f} to {:.0f})".format(name, *predicted(line, hidden)) for name, hidden in SIMPLEAR.items()
-        )
-        print(f"{key} grows as hidden size ** {line['b']:.2f} ± {line['b_error']:.2f}; by that, {at}")
+    for key in keys:
+        line, shown = law["lines"][key], accuracy_of if key == "accuracy" else float
+        expected = []
+        for name, hidden_size in SIMPLEAR.items():
+            middle, low, high = map(shown, predicted(line, hidden_size))
+            expected.append(f"{name}: {middle:.0f} ({low:.0f} to {high:.0f})")
+        grows = "its odds grow" if key == "accuracy" else "grows"
+        print(f"{key}: {grows} as hidden size ** {line['b']:.2f} ± {line['b_error']:.2f}; {', '.join(expected)}")
 
 
 @matplotlib.style.context(vpt.STYLES)
@@ -363,36 +380,42 @@ def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
 @matplotlib.style.context(vpt.STYLES)
 def draw_law(law: dict) -> vpt.Image.Image:
     """What models hold against their width, with the lines and what they say of SimpleAR."""
-    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
-    panels = figure.subplots(1, 2)
-    kinds = (("capacity", "tokens held at 99 %", vpt.BLUE, 0), ("bits", "bits gained, own pictures", vpt.BLUE, 1))
-    kinds += (("random_bits", "bits gained, random tokens", vpt.ORANGE, 1),)
-    widths = np.geomspace(min(model["hidden_size"] for model in law["models"]), max(SIMPLEAR.values()), 40)
-    for key, label, colour, place in kinds:
-        axis = panels[place]
-        line = [predicted(law["lines"][key], width) for width in widths]
-        middle, low, high = zip(*line, strict=True)
-        power = law["lines"][key]
-        axis.plot(widths, middle, color=colour, linewidth=1.2)
-        axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
-        fitted = differ_in_width_alone(law["models"])
-        for model in law["models"]:
-            mean = statistics.fmean(model[key])
-            face = colour if model in fitted else "white"
-            axis.errorbar(model["hidden_size"], mean, statistics.stdev(model[key]), color=colour, marker="o", mfc=face)
-        axis.plot([], [], color=colour, label=f"{label}: D ** {power['b']:.2f} ± {power['b_error']:.2f}")
-    for axis in panels:
-        for hidden in SIMPLEAR.values():
-            axis.axvline(hidden, color=vpt.FAINT, linewidth=0.8, linestyle="--")
-        axis.set(xscale="log", yscale="log", xlabel="hidden size D")
-        ticks = sorted({model["hidden_size"] for model in law["models"]} | set(SIMPLEAR.values()))
+    figure = Figure(figsize=(14, 4.6), dpi=130, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    draw_power(left, law, "capacity", "tokens", vpt.BLUE)
+    draw_power(middle, law, "bits", "own pictures", vpt.BLUE)
+    draw_power(middle, law, "random_bits", "random tokens", vpt.ORANGE)
+    draw_power(right, law, "accuracy", "odds of a right token", vpt.BLUE, shown=accuracy_of)
+    left.set(title="tokens held at 99 %", yscale="log")
+    middle.set(title="bits gained", yscale="log")
+    right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102))
+    ticks = sorted({model["hidden_size"] for model in law["models"]} | set(SIMPLEAR.values()))
+    for axis in (left, middle):
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+    for axis in (left, middle, right):
+        for hidden_size in SIMPLEAR.values():
+            axis.axvline(hidden_size, color=vpt.FAINT, linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", xlabel="hidden size D")
         axis.set_xticks(ticks, labels=map(str, ticks))
         axis.minorticks_off()
-        axis.legend(loc="upper left")
+        axis.legend(loc="best")
         axis.grid()
-    panels[0].set_title("capacity")
-    panels[1].set_title("information")
     return vpt.render(figure)
+
+
+def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: Callable = float) -> None:
+    """A fitted line with its band, and each model's mean and spread; hollow where a model took no part in the fit."""
+    line, models, fitted = law["lines"][key], law["models"], differ_in_width_alone(law["models"])
+    widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
+    middle, low, high = zip(*([shown(value) for value in predicted(line, width)] for width in widths), strict=True)
+    power = f"D ** {line['b']:.2f} ± {line['b_error']:.2f}"
+    axis.plot(widths, middle, color=colour, linewidth=1.2, label=f"{label}: {power}")
+    axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
+    for model in models:
+        mean, spread = statistics.fmean(model[key]), statistics.stdev(model[key])
+        face = colour if model in fitted else "white"
+        axis.errorbar(model["hidden_size"], mean, spread, color=colour, marker="o", mfc=face)
 
 
 def main() -> None:
@@ -405,6 +428,8 @@ def main() -> None:
     parser.add_argument("--capacity-steps", type=int, default=200, help="of a capacity's trials (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
     args = parser.parse_args()
+    if 0 < len(args.models) < 3:
+        parser.error("--models: a line with its error needs three or more")
     args.folder.mkdir(parents=True, exist_ok=True)
     started, stages, done = time.monotonic(), all_runs(args), []
     for runs in stages:
