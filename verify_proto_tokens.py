@@ -26,7 +26,8 @@ The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for 
 the loop itself is `Optimisation.steps`, its loss and gradient `losses_and_gradient`.
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
-target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time.
+target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time, F =
+targets in flight, G = problems that they are (1 where they learn one m, else F), L = numbers that each problem learns.
 Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what the generator reads and
 what proto_tokens.safetensors holds.
 """
@@ -1476,7 +1477,6 @@ LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 
 KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
 
 
-LAST_NUMBERS = ("loss", "num_correct", "accuracy", "top5_accuracy")
 # What an interrupted optimisation is stored with, beside its tensors.
 CARRIED_OVER = ("step", "seconds", "last_row", "in_flight", "num_begun", "turns")
 
@@ -1509,7 +1509,7 @@ class ProtoTokens(torch.nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def by_group(self, tensors: list[Tensor]) -> Tensor:
-        """The learned numbers, or what belongs to them, a row a group: [G, P]."""
+        """The learned numbers, or what belongs to them, a row a group: [G, L]."""
         return torch.cat([tensor.view(1, -1) if self.groups == 1 else tensor.flatten(1) for tensor in tensors], dim=1)
 
     @property
@@ -1522,7 +1522,7 @@ class ProtoTokens(torch.nn.Module):
 
     @torch.no_grad()
     def move_to(self, points: Tensor) -> None:
-        """Sets the learned numbers to points [G, P]."""
+        """Sets the learned numbers to points [G, L]."""
         sizes = [parameter.numel() // self.groups for parameter in self.trainable]
         for parameter, values in zip(self.trainable, points.split(sizes, dim=1), strict=True):
             parameter.copy_(values.reshape_as(parameter))
@@ -1658,7 +1658,7 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """AdamW without decay for G problems at once, each of P numbers and as it would go alone.
+    """AdamW without decay for G problems at once, each of L numbers and as it would go alone.
 
     The rate rises and falls by `rate_at`, the gradient is clipped before where that is asked for.
     Kingma and Ba, "Adam" (2015), algorithm 1.
@@ -1669,7 +1669,7 @@ class AdamW:
     def __init__(self, points: Tensor, args: argparse.Namespace):
         self.args = args
         self.taken = torch.zeros(len(points), dtype=torch.float64)  # steps; on the host
-        self.mean = torch.zeros_like(points)  # [G, P]
+        self.mean = torch.zeros_like(points)  # [G, L]
         self.mean_square = torch.zeros_like(points)
 
     @property
@@ -1682,7 +1682,7 @@ class AdamW:
         return torch.tensor(rates, dtype=torch.float64)
 
     def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
-        """Where to go from points [G, P] with gradients [G, P]."""
+        """Where to go from points [G, L] with gradients [G, L]."""
         first, second = self.args.betas
         if self.args.grad_clip > 0:
             norms = gradients.norm(dim=1, keepdim=True)
@@ -1697,7 +1697,7 @@ class AdamW:
 
 
 class LBFGS:
-    """Limited-memory BFGS for G problems at once, each of P numbers and as it would go alone; a step, one evaluation.
+    """Limited-memory BFGS for G problems at once, each of L numbers and as it would go alone; a step, one evaluation.
 
     From the last point accepted it goes along -H g, H from the newest pairs of steps and changes of the gradient, by at
     most `rate` a number (root mean square). Where the loss falls too little there (Armijo's condition), the next step
@@ -1710,12 +1710,12 @@ class LBFGS:
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
     LEAST_CURVATURE = 1e-6  # cosine of a step and its change, below which the pair is left out
-    SCALES_APART = 30  # at most, an embedding's from that of all
+    SCALES_APART = 30  # times, at most, that an embedding's is larger or smaller than that of all
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
         self.embedding_size, self.rate, self.rounding = embedding_size, rate, rounding
-        self.point = points  # [G, P], the last one accepted
+        self.point = points  # [G, L], the last one accepted
         self.loss = points.new_full((len(points),), math.inf)  # [G], there
         self.gradient = torch.zeros_like(points)
         self.direction = torch.zeros_like(points)
@@ -1730,7 +1730,7 @@ class LBFGS:
         return torch.full((len(self.point),), self.rate, dtype=torch.float64)
 
     def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
-        """Where to go from points [G, P], which were the ones to try, with their gradients and losses [G]."""
+        """Where to go from points [G, L], which were the ones to try, with their gradients and losses [G]."""
         slope = (self.gradient * self.direction).sum(1)
         enough = self.loss + self.SUFFICIENT_DECREASE * self.length * slope + self.rounding * losses.abs()
         accepted = losses <= enough
@@ -1761,7 +1761,7 @@ class LBFGS:
         self.changes = torch.where(lost[:, None, None], 0, self.changes)
 
     def next_way(self) -> tuple[Tensor, Tensor]:
-        """The direction from the point, [G, P], and how much of it to try, [G]."""
+        """The direction from the point, [G, L], and how much of it to try, [G]."""
         scales = scales_of_embeddings(self.steps[:, -1], self.changes[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.steps, self.changes, scales)
         has_pairs = self.steps[:, -1].any(dim=1)
@@ -1773,27 +1773,27 @@ class LBFGS:
 
 
 def scales_of_embeddings(step: Tensor, change: Tensor, embedding_size: int, apart: float) -> Tensor:
-    """s'y / y'y of a pair [G, P], each embedding's own where it is positive, and not far from that of all; [G, P]."""
+    """s'y / y'y of a pair [G, L], each embedding's own where it is positive, and not far from that of all; [G, L]."""
     of_all = (step * change).sum(1)[:, None] / change.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
-    steps, changes = (values.unflatten(1, (-1, embedding_size)) for values in (step, change))
-    own = (steps * changes).sum(2) / changes.square().sum(2).clamp(min=1e-30)  # [G, embeddings]
+    own_step, own_change = (values.unflatten(1, (-1, embedding_size)) for values in (step, change))  # [G, L / D, D]
+    own = (own_step * own_change).sum(2) / own_change.square().sum(2).clamp(min=1e-30)  # [G, L / D]
     own = torch.where(own > 0, own, of_all).clamp(of_all / apart, of_all * apart)
     return own.repeat_interleave(embedding_size, dim=1)
 
 
 def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-    """The BFGS matrix of pairs steps and changes [G, M, P], zero where there is none, times gradient [G, P]; [G, P].
+    """The BFGS matrix of pairs steps and changes [G, M, L], zero where there is none, times gradient [G, L]; [G, L].
 
     Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with S and Y of the
-    pairs as columns, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, P],
+    pairs as columns, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
     H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'.
     """
-    scaled = scales[:, None] * changes  # [G, M, P]
+    scaled = scales[:, None] * changes  # [G, M, L]
     of_pairs, among_changes = steps @ changes.mT, changes @ scaled.mT  # [G, M, M]
     curvature = of_pairs.diagonal(dim1=1, dim2=2)  # [G, M]
     # A pair that is none gets 1 in place of its curvature, and so takes no part.
     triangle = of_pairs.triu() + torch.diag_embed((curvature == 0).to(steps.dtype))
-    column = gradient[:, :, None]  # [G, P, 1]
+    column = gradient[:, :, None]  # [G, L, 1]
     along_steps = torch.linalg.solve_triangular(triangle, steps @ column, upper=True)  # [G, M, 1]
     middle = curvature[:, :, None] * along_steps + among_changes @ along_steps - scaled @ column
     weights = torch.linalg.solve_triangular(triangle.mT, middle, upper=False)
@@ -1882,7 +1882,7 @@ class Optimisation:
                 predictions = losses_and_gradient(self.stepping_models, proto_tokens, codes, self.targets_per_pass)
                 points, gradients = proto_tokens.points, proto_tokens.gradients
                 numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
-                took_a_step = any(numbers.finite.tolist())
+                took_a_step = any((numbers.finite & ~self.outcomes.ended[self.in_flight]).tolist())
                 if took_a_step:
                     self.step += 1  # before all else: what follows, left halfway, is no state to go on from
                 better = self.outcomes.take(self.in_flight, numbers)
@@ -1894,6 +1894,7 @@ class Optimisation:
                 if took_a_step:
                     self.last_row = self.row(numbers, rates)
                     yield self.last_row
+                    self.outcomes.just_ended = []
 
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
@@ -1987,6 +1988,8 @@ class Outcomes:
     learn one m, else for each on its own.
     """
 
+    LAST_NUMBERS = ("loss", "num_correct", "accuracy", "top5_accuracy")  # kept of each step
+
     def __init__(self, count: int, together: bool, args: argparse.Namespace):
         self.together, self.num_steps = together, args.num_steps
         self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
@@ -1996,7 +1999,7 @@ class Outcomes:
         self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
         self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
         self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
-        self.just_ended: list[int] = []  # by the last step
+        self.just_ended: list[int] = []  # since the last step that was told
 
     @property
     def begun(self) -> Tensor:
@@ -2010,16 +2013,17 @@ class Outcomes:
     def take(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
         """Takes in a step of the targets in flight; says whose present embeddings are the best yet, [F]."""
         flying = torch.tensor(in_flight)
-        learning = ~self.ended[flying]  # compiled ones fly on when they have ended
-        counts = learning & numbers.finite  # what is not finite is no step
+        still_learns = ~self.ended[flying]  # compiled ones fly on when they have ended
+        counts = still_learns & numbers.finite  # what is not finite is no step
         self.steps[flying] += counts.long()
-        self.put(flying, counts, **{name: getattr(numbers, name) for name in LAST_NUMBERS})
+        self.put(flying, counts, **{name: getattr(numbers, name) for name in self.LAST_NUMBERS})
         better = counts & self.is_better(flying, numbers)
         self.put(flying, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[flying])
-        over = learning & (self.met(numbers.accuracy) | (self.steps[flying] >= self.num_steps) | ~numbers.finite)
-        self.just_ended = flying[over].tolist()
-        self.diverged[flying] |= learning & ~numbers.finite
-        self.ended[flying] |= over
+        done = self.met(numbers.accuracy) | (self.steps[flying] >= self.num_steps)
+        ends = still_learns & (done | ~numbers.finite)
+        self.just_ended += flying[ends].tolist()
+        self.diverged[flying] |= still_learns & ~numbers.finite
+        self.ended[flying] |= ends
         return better
 
     def put(self, flying: Tensor, where: Tensor, **values: Tensor) -> None:
@@ -2076,7 +2080,7 @@ class Outcomes:
 
 
 class StepNumbers(NamedTuple):
-    """What a step says, on the host: of each target in flight [B], and the norms' means over those."""
+    """What a step says, on the host: of each target in flight [F], and the norms' means over those."""
 
     loss: Tensor  # nats
     num_correct: Tensor
@@ -3320,7 +3324,7 @@ class Recorder:
             "predicted_ids": reconstruction.predictions.ids,
             "best_accuracy": torch.tensor([target["best_accuracy"] for target in targets]),
         }
-        if self.history:
+        if "steps" in targets[0]:  # they were learned here
             of_targets["steps"] = torch.tensor([target["steps"] for target in targets])
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):

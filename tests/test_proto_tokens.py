@@ -409,6 +409,32 @@ def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_th
     assert outcomes.best_accuracy.tolist() == [99.2, 99.2] and outcomes.best_step.tolist() == [2, 2]
 
 
+def numbers_of(accuracies: list[float], finite: list[bool]) -> vpt.StepNumbers:
+    """A step's numbers, the loss falling with the accuracy."""
+    accuracy = torch.tensor(accuracies, dtype=torch.float64)
+    return vpt.StepNumbers(100 - accuracy, accuracy / 10, accuracy, accuracy, torch.tensor(finite), 1.0, 1.0, 1.0)
+
+
+def test_a_target_that_ended_is_what_it_was_however_long_it_flies_on(make_args):
+    outcomes = vpt.Outcomes(3, together=False, args=make_args("--target-accuracy", 90))
+    outcomes.take([0, 2], numbers_of([95.0, 50.0], [True, True]))
+    assert outcomes.just_ended == [0]
+    better = outcomes.take([0, 2], numbers_of([100.0, 60.0], [False, True]))
+    assert better.tolist() == [False, True] and outcomes.just_ended == [0]
+    assert outcomes.best_accuracy.tolist() == [95, -1, 60] and outcomes.steps.tolist() == [1, 0, 2]
+    assert outcomes.accuracy.tolist() == [95, 0, 60] and not outcomes.diverged.any()
+
+
+def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
+    outcomes = vpt.Outcomes(3, together=False, args=make_args())
+    outcomes.take([0, 2], numbers_of([80.0, 50.0], [True, True]))
+    outcomes.take([0, 2], numbers_of([70.0, 0.0], [True, False]))
+    means, each = outcomes.means(), outcomes.each()
+    assert means["train/accuracy"] == 60 and means["train/best_accuracy"] == pytest.approx((80 + 50) / 3)
+    assert each["targets/0/best_accuracy"] == 80 and each["targets/1/accuracy"] is None
+    assert outcomes.table() == [{"target": 2, "best_accuracy": 50, "best_step": 1, "steps": 1, "diverged": True}]
+
+
 def test_more_e_tokens_hold_more(tiny_models, make_args):
     """Sixteen embeddings for sixteen tokens leave no m, and can say each token on its own."""
     one, sixteen = (

@@ -1,7 +1,10 @@
 """The tools, each in the form that this machine has time for."""
 
+import argparse
 import json
+import math
 import sys
+from pathlib import Path
 
 import pytest
 from support.processes import ROOT, ended, start
@@ -13,16 +16,35 @@ def test_the_study_fits_a_power_law_and_says_how_sure_it_is():
     assert exact["b"] == pytest.approx(0.5) and exact["b_error"] == pytest.approx(0, abs=1e-6)
     assert study.predicted(exact, 1024) == pytest.approx((96, 96, 96))
     rough = study.line_through([128, 256, 512], [100, 300, 400])
-    # By hand: log2 of the values rises by 1 a step on average, and misses by 1/3 log2(9 / 4) at the middle.
-    assert rough["b"] == pytest.approx(1)
-    near, far = study.predicted(rough, 256), study.predicted(rough, 1536)
-    assert near[1] < 300 < near[2] and far[2] / far[1] > near[2] / near[1]
+    # By hand: rises by log 2 a doubling; misses by -1/3, 2/3 and -1/3 of log(9 / 4) / 2, on one degree of freedom.
+    spread = math.sqrt(6 / 9) * math.log(9 / 4) / 2
+    assert rough["b"] == pytest.approx(1) and rough["spread"] == pytest.approx(spread)
+    assert rough["b_error"] == pytest.approx(spread / (math.sqrt(2) * math.log(2)))
+    middle, low, high = study.predicted(rough, 256)
+    assert math.log(high / middle) == pytest.approx(12.71 * spread * math.sqrt(1 + 1 / 3)) == math.log(middle / low)
 
 
 def test_the_law_is_of_models_that_differ_in_width_alone():
     names = ("hidden128_layers6_512px", "hidden256_layers6_512px", "hidden256_layers3_512px")
     models = [{"name": name} for name in names]
     assert study.differ_in_width_alone(models) == models[:2]
+
+
+def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own():
+    models = [Path(f"hidden{width}_layers6_512px_steps9") for width in (128, 256, 384)]
+    args = argparse.Namespace(folder=Path("study"), num_steps=9, capacity_steps=9, models=models)
+    runs = [run for runs in study.all_runs(args) for run in runs]
+    assert len({run.name for run in runs}) == len(runs)
+    random = [run for run in runs if "--capacity" in run.options and "random" in run.options]
+    assert len({run.options for run in random}) == len(random) == 16
+
+
+def test_models_that_no_line_can_be_laid_through_are_refused_before_any_run(capsys, monkeypatch, tmp_path):
+    for names in (["demo", "a_1", "b_1"], ["a_1", "b_1", "c_2"]):
+        monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--models", *names])
+        with pytest.raises(SystemExit):
+            study.main()
+        assert "--models" in capsys.readouterr().err
 
 
 def test_what_is_checked_on_a_gpu_holds_on_a_cpu(tmp_path):

@@ -109,3 +109,11 @@ def test_the_training_can_go_on_from_the_demo_model_as_it_is():
     generator, text_tokenizer = train.load_generator(vpt.DEMO_FOLDER / "generator")
     assert generator.config.vocab_size == len(text_tokenizer) + train.vq.CODEBOOK_SIZE
     assert generator.dtype == torch.float32 and vpt.size_token(text_tokenizer, 512)
+
+
+def test_a_generator_can_be_of_another_width_and_depth():
+    shipped = train.load_generator(vpt.DEMO_FOLDER / "generator")[0].config
+    usual, other = train.make_generator(99, seed=0).config, train.make_generator(99, 0, 128, 2).config
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        assert getattr(usual, name) == getattr(shipped, name)
+    assert (other.hidden_size, other.num_hidden_layers, other.num_attention_heads) == (128, 2, 4)

@@ -10,7 +10,7 @@
     many      --count captions of the demo, each with an m of its own: evaluations and time of one run, against as many
               optimisations in one process and as many runs of the script, of which --singles are timed
     limit     this machine's matrix products and memory reads alone
-    targets   seconds a step and a target for 1, 2, 4 and 8 targets optimised together
+    targets   seconds a step and a target for 1 to 32 targets at a time, each with an m of its own
     start     --help, imports, loading the demo model
 
 On any device and in any precision: --device cuda --dtype bfloat16. Repeats are interleaved (ours, usual, floor, ours,
@@ -488,6 +488,11 @@ def bench_memory(args: argparse.Namespace) -> dict:
 # Accuracy for the time
 
 
+def steps_to(goal: float, curve: list[float]) -> int | None:
+    """The first step with this best accuracy."""
+    return next((step for step, best in enumerate(curve, 1) if best >= goal), None)
+
+
 def bench_accuracy(args: argparse.Namespace) -> dict:
     """8 captions x 2 seeds for each recipe, a step being one evaluation whatever the optimiser.
 
@@ -513,19 +518,23 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                 options = vpt.parse_args([*chosen, *settings])
                 learning = vpt.Optimisation(models, reference_of(models, options).codes, options)
                 rows_of_steps = list(learning.steps())
-                curves += [[row[f"targets/{k}/best_accuracy"] for row in rows_of_steps] for k in range(len(CAPTIONS))]
+                curves += [
+                    [row[f"targets/{k}/best_accuracy"] or 0.0 for row in rows_of_steps] for k in range(len(CAPTIONS))
+                ]
                 for caption, row in zip(CAPTIONS, learning.outcomes.table(), strict=True):
                     found = f"{row['best_accuracy']:.1f} % after {row['steps']}"
                     print(f"{name}; {caption}, seed {seed}: {found}", flush=True)
-            # A run that never got there counts as if it had at the very end.
-            reached = [[sum(best < goal for best in curve) + 1 for curve in curves] for goal in goals]
-            medians = [statistics.median(min(step, args.num_steps) for step in steps) for steps in reached]
+            # A target that never got there, also one that diverged, counts as if it had at the very end.
+            reached = [[steps_to(goal, curve) or args.num_steps for curve in curves] for goal in goals]
+            medians = [statistics.median(steps) for steps in reached]
             at_marks = [spread([curve[min(step, len(curve)) - 1] for curve in curves]) for step in marks]
             means = [statistics.fmean(curve[min(step, len(curve)) - 1] for curve in curves) for step in marks]
             bands = (f"{mean:.1f} ({at['min']:.0f}-{at['max']:.0f})" for mean, at in zip(means, at_marks, strict=True))
             rows.append((name, *(f"{median:.0f}" for median in medians), *bands))
             result[name] = {"curves": curves, "steps": dict(zip(goals, medians, strict=True))}
-    which = f"{args.model_path or 'demo model'}, {args.image_size} px, {len(CAPTIONS) * len(SEEDS)} runs {args.options}"
+    which = (
+        f"{args.model_path or 'demo model'}, {args.image_size} px, {len(CAPTIONS) * len(SEEDS)} targets {args.options}"
+    )
     head = ("", *(f"steps to {goal} %" for goal in goals), *(f"best at {step} (%)" for step in marks))
     table(f"{which}: median steps; mean best accuracy, lowest to highest", rows, head, args.device)
     return result

@@ -24,7 +24,7 @@ def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: 
     if (folder / name / "config.json").exists():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    images = {size: train.load_pictures(folder, size) for size in train.SIZES}
+    images = {each: train.load_pictures(folder, each) for each in train.SIZES}
     codes = train.load_codes(folder, images, train.DEMO / "vq" / "encoder.jit")
     demo, text_tokenizer = train.load_generator(train.DEMO / "generator")
     generator = train.make_generator(demo.config.vocab_size, 1, hidden_size, num_layers)
@@ -32,8 +32,10 @@ def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: 
     sequences_at_once = {size: SEQUENCES_AT_ONCE[size]}
     captions = pictures.all_captions()
     trained = train.train_generator(name, generator, text_tokenizer, captions, codes, sequences_at_once, settings)
-    text_tokenizer.save_pretrained(folder / name)
-    trained.save_pretrained(folder / name)
+    partial = folder / f"{name}.partial"
+    text_tokenizer.save_pretrained(partial)
+    trained.save_pretrained(partial)
+    partial.rename(folder / name)
     return folder / name
 
 

@@ -3,8 +3,9 @@
     python tests/tools/study.py FOLDER                     # the tables, the capacities, where the errors are
     python tests/tools/study.py FOLDER --models A B ...    # and the law over these, as small_models.py makes them
 
-Every number comes from runs of the script as a user would start them, over 8 captions x 2 seeds, a run a core. Their
-folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json, study.png and law.png there.
+Every number comes from runs of the script as a user would start them, a run a core: over 8 captions x 2 seeds, for the
+law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json,
+study.png and law.png there.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
-SIZES = (256, 512)
+SMALL, LARGE = SIZES = (256, 512)  # 64 and 256 tokens
 OWN = ("--m", "own")
 PLAIN = "plain: one e_t, one m"
 UNSEEN = "pairs left out of training"
@@ -52,7 +53,6 @@ ROWS = {
     "control: untrained generator": (*OWN, "--control", "untrained"),
 }
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
-CAPACITY_SIZE, LAW_SIZE = 512, 512
 # 97.5 % of the distribution, by degrees of freedom.
 STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
@@ -81,7 +81,7 @@ def name_of(*parts: object) -> str:
 
 def unseen_captions() -> tuple[str, ...]:
     """Eight of the pairs that the demo model was not trained on: nobody's favourites."""
-    return tuple(sorted(pictures.held_out(pictures.all_captions()))[:: 50 // 8][:8])
+    return tuple(sorted(pictures.held_out(pictures.all_captions()))[::6][: len(CAPTIONS)])
 
 
 def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
@@ -89,8 +89,9 @@ def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
     captions = unseen_captions() if label == UNSEEN else CAPTIONS
     runs = []
     for seed in SEEDS:
-        others = args.folder / run_of_others(args, size, seed).name / vpt.PROTO_TOKENS_FILE
-        options = [others if option == "OTHERS" else option for option in ROWS[label]]
+        options = ROWS[label]
+        if "OTHERS" in options:
+            options = ("--m-from", args.folder / run_of_others(args, size, seed).name / vpt.PROTO_TOKENS_FILE)
         common = ("--image-size", size, "--seed", seed, "--num-steps", args.num_steps)
         runs.append(Run(name_of(label, size, seed, args.num_steps), captions, (*common, *options)))
     return runs
@@ -102,46 +103,47 @@ def run_of_others(args: argparse.Namespace, size: int, seed: int) -> Run:
     return Run(name_of("others", size, seed, args.num_steps), OTHER_CAPTIONS, options)
 
 
-def runs_of_capacity(args: argparse.Namespace, kind: str, model: Path | None, captions: tuple, seeds: tuple) -> list:
+def runs_of_capacity(args: argparse.Namespace, kind: str, model: Path | None, seeds: tuple) -> list[Run]:
     """A run a caption and seed."""
-    common = ("--capacity", "--image-size", CAPACITY_SIZE, "--num-steps", args.capacity_steps, *CAPACITIES[kind])
-    of = model.name if model else "demo"
-    return [
-        Run(name_of("capacity", of, kind, k, seed, args.capacity_steps), (caption,), (*common, "--seed", seed), model)
-        for seed in seeds
-        for k, caption in enumerate(captions)
-    ]
+    common = ("--capacity", "--image-size", LARGE, "--num-steps", args.capacity_steps, *CAPACITIES[kind])
+    name, runs = model.name if model else "demo", []
+    for seed in seeds:
+        for k, caption in enumerate(CAPTIONS):
+            # Random codes come from the seed alone: without one for each caption all would be one target.
+            own_seed = 100 * seed + k if kind == "random" else seed
+            options = (*common, "--seed", own_seed)
+            runs.append(Run(name_of("capacity", name, kind, k, seed, args.capacity_steps), (caption,), options, model))
+    return runs
 
 
 def runs_of_law(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
     """What the law takes of a model: bits held of its own pictures and of random tokens, and capacities."""
-    common = (*OWN, "--image-size", LAW_SIZE, "--seed", SEEDS[0], "--num-steps", args.num_steps)
+    common = (*OWN, "--image-size", LARGE, "--seed", SEEDS[0], "--num-steps", args.num_steps)
     return {
         "plain": [Run(name_of(model.name, "plain", args.num_steps), CAPTIONS, common, model)],
         "random": [
             Run(name_of(model.name, "random", args.num_steps), CAPTIONS, (*common, *CAPACITIES["random"]), model)
         ],
-        "capacity": runs_of_capacity(args, "plain", model, CAPTIONS, SEEDS[:1]),
+        "capacity": runs_of_capacity(args, "plain", model, SEEDS[:1]),
     }
 
 
 def all_runs(args: argparse.Namespace) -> list[list[Run]]:
     """Every run; those of a list need nothing of one another."""
     rows = [run for size in SIZES for label in ROWS for run in runs_of_row(args, label, size)]
-    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, CAPTIONS, SEEDS)]
+    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, SEEDS)]
     law = [run for model in args.models for runs in runs_of_law(args, model).values() for run in runs]
     return [[run_of_others(args, size, seed) for size in SIZES for seed in SEEDS], rows + capacities + law]
 
 
 def do(args: argparse.Namespace, runs: list[Run], done: list[Run], count: int) -> None:
-    """Does those of the runs that are not done yet, a core each."""
+    """Does the runs, a core each; one that is done is not repeated, and refused where its settings were others."""
     started = time.monotonic()
     # A thread a run: two runs of one thread are quicker than one after the other of two.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def do_one(run: Run) -> None:
-        if not (args.folder / run.name / "summary.json").exists():
-            subprocess.run(run.command(args.folder), check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(run.command(args.folder), check=True, env=environment, stdout=subprocess.DEVNULL)
         done.append(run)
         seconds = time.monotonic() - started
         print(f"{len(done)} of {count} runs, {seconds / 60:.0f} min: {run.name}", file=sys.stderr, flush=True)
@@ -208,7 +210,7 @@ def found_of_errors(args: argparse.Namespace) -> dict:
     """Where the wrong tokens of the plain row are: by place, by how surprising a token was, by caption."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     correct, bits = [], []
-    for run in runs_of_row(args, PLAIN, 512):
+    for run in runs_of_row(args, PLAIN, LARGE):
         tensors = load_file(args.folder / run.name / vpt.PROTO_TOKENS_FILE)
         codes = tensors["target_ids"] - models.visual_offset  # [B, N]
         size = models.size_token(codes.shape[1])
@@ -228,7 +230,7 @@ def found_of_errors(args: argparse.Namespace) -> dict:
 
 
 def line_through(x: list[float], y: list[float]) -> dict:
-    """log y = a + b log x by least squares, and the errors of b and of a prediction, in logarithms.
+    """log y = a + b log x by least squares, the standard error of b, and what an error of a prediction follows from.
 
     Draper and Smith, "Applied Regression Analysis", 3rd ed., sections 1.4 and 3.1.
     """
@@ -267,8 +269,9 @@ def found_of_law(args: argparse.Namespace) -> dict:
 
 
 def odds_of(accuracy: float) -> float:
-    """Of percent; half a token of 256 keeps them finite."""
-    return (accuracy + 100 / 512) / (100 - accuracy + 100 / 512)
+    """Of percent; half a token keeps them finite."""
+    half_a_token = 50 / (LARGE // 32) ** 2
+    return (accuracy + half_a_token) / (100 - accuracy + half_a_token)
 
 
 def accuracy_of(odds: float) -> float:
@@ -312,10 +315,11 @@ def print_rows(rows: dict[str, dict], size: int) -> None:
 
 
 def print_capacities(capacities: dict[str, list[int]]) -> None:
-    print(f"\n| capacity at 99 %, beginnings of {CAPACITY_SIZE} px | tokens | lowest | highest |")
+    print(f"\n| capacity at 99 %, beginnings of {LARGE} px | tokens | lowest | highest |")
     print("|---|---|---|---|")
     for kind, found in capacities.items():
-        print(f"| {kind} | {mean_and_spread(found, 0)} | {min(found)} | {max(found)} |")
+        whole = " (all there are)" if max(found) == (LARGE // 32) ** 2 else ""
+        print(f"| {kind} | {mean_and_spread(found, 0)} | {min(found)} | {max(found)}{whole} |")
 
 
 def print_law(law: dict) -> None:
@@ -333,7 +337,8 @@ def print_law(law: dict) -> None:
             middle, low, high = map(shown, predicted(line, hidden_size))
             expected.append(f"{name}: {middle:.0f} ({low:.0f} to {high:.0f})")
         grows = "its odds grow" if key == "accuracy" else "grows"
-        print(f"{key}: {grows} as hidden size ** {line['b']:.2f} ± {line['b_error']:.2f}; {', '.join(expected)}")
+        power = f"{line['b']:.2f} (standard error {line['b_error']:.2f})"
+        print(f"{key}: {grows} as hidden size ** {power}; 95 % of new models: {', '.join(expected)}")
 
 
 @matplotlib.style.context(vpt.STYLES)
@@ -348,7 +353,7 @@ def draw_study(study: dict) -> vpt.Image.Image:
     panels["B"].set(title="tokens held at 99 %", ylim=(0, None))
     errors, side = study["errors"], math.isqrt(len(study["errors"]["by_place"]))
     places = panels["C"].imshow(np.reshape(errors["by_place"], (side, side)), cmap="viridis", vmax=100)
-    panels["C"].set(title="accuracy by place (%), 512 px", xticks=[], yticks=[])
+    panels["C"].set(title=f"accuracy by place (%), {LARGE} px", xticks=[], yticks=[])
     below.colorbar(places, ax=panels["C"], shrink=0.85)
     panels["D"].plot(errors["bits"], errors["by_bits"], color=vpt.BLUE, marker="o")
     panels["D"].set(title="by surprise of the token (%)", xlabel="bits under the prompt", ylim=(0, 102))
@@ -364,7 +369,7 @@ def draw_study(study: dict) -> vpt.Image.Image:
 def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
     """Each target a dot, the means as bars, both sizes."""
     labels = list(ROWS)
-    for offset, (size, colour) in zip((-0.18, 0.18), ((256, vpt.FAINT), (512, vpt.BLUE)), strict=True):
+    for offset, (size, colour) in zip((-0.18, 0.18), ((SMALL, vpt.FAINT), (LARGE, vpt.BLUE)), strict=True):
         for place, label in enumerate(labels):
             accuracy = rows[str(size)][label]["accuracy"]
             name = f"{size} px" if place == 0 else None
@@ -409,13 +414,23 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
     line, models, fitted = law["lines"][key], law["models"], differ_in_width_alone(law["models"])
     widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
     middle, low, high = zip(*([shown(value) for value in predicted(line, width)] for width in widths), strict=True)
-    power = f"D ** {line['b']:.2f} ± {line['b_error']:.2f}"
+    power = f"D ** {line['b']:.2f}"
     axis.plot(widths, middle, color=colour, linewidth=1.2, label=f"{label}: {power}")
     axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
     for model in models:
         mean, spread = statistics.fmean(model[key]), statistics.stdev(model[key])
         face = colour if model in fitted else "white"
         axis.errorbar(model["hidden_size"], mean, spread, color=colour, marker="o", mfc=face)
+
+
+def refuse_unfit_models(parser: argparse.ArgumentParser, models: list[Path]) -> None:
+    """Before the hours that their runs take."""
+    names = [model.name for model in models]
+    if len({*names, "demo"}) <= len(names):
+        parser.error("--models: the last part of a folder's name is a model's; each needs its own, and not demo")
+    fitted = differ_in_width_alone([{"name": name} for name in names])
+    if not 3 <= len(fitted) <= 10:
+        parser.error(f"--models: {len(fitted)} differ in width alone; a line with its error needs 3, at most 10")
 
 
 def main() -> None:
@@ -428,28 +443,27 @@ def main() -> None:
     parser.add_argument("--capacity-steps", type=int, default=200, help="of a capacity's trials (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
     args = parser.parse_args()
-    if 0 < len(args.models) < 3:
-        parser.error("--models: a line with its error needs three or more")
+    if args.models:
+        refuse_unfit_models(parser, args.models)
     args.folder.mkdir(parents=True, exist_ok=True)
     started, stages, done = time.monotonic(), all_runs(args), []
     for runs in stages:
         do(args, runs, done, count=sum(map(len, stages)))
     study = {
         "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
-        "capacity": {
-            kind: found_of_capacity(args, runs_of_capacity(args, kind, None, CAPTIONS, SEEDS)) for kind in CAPACITIES
-        },
+        "capacity": {kind: found_of_capacity(args, runs_of_capacity(args, kind, None, SEEDS)) for kind in CAPACITIES},
         "errors": found_of_errors(args),
     }
     for size, rows in study["rows"].items():
         print_rows(rows, size)
     print_capacities(study["capacity"])
     draw_study(study).save(args.folder / "study.png")
+    (args.folder / "study.json").write_text(json.dumps(study, indent=1))
     if args.models:
         study["law"] = found_of_law(args)
         print_law(study["law"])
+        (args.folder / "study.json").write_text(json.dumps(study, indent=1))
         draw_law(study["law"]).save(args.folder / "law.png")
-    (args.folder / "study.json").write_text(json.dumps(study, indent=1))
     print(f"\n{(time.monotonic() - started) / 60:.0f} min in all")
 
 
