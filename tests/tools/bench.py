@@ -587,7 +587,7 @@ def bench_many(args: argparse.Namespace) -> dict:
             command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *words]
             subprocess.run(command, check=True, capture_output=True)
 
-        def seconds_of(work: Callable) -> tuple[float, object]:
+        def seconds_of(work: Callable) -> tuple[object, float]:
             started = time.perf_counter()
             return work(), time.perf_counter() - started
 
