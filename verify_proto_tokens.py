@@ -3526,7 +3526,7 @@ def experiment(
         learned, learned_of_targets = {}, [{} for _ in reference.prompts]
     else:
         learning = learn(models, reference.codes, earlier, record)
-        proto_tokens, targets_per_pass = learning.best, learning.targets_per_pass
+        proto_tokens, targets_per_pass = learning.best, min(learning.targets_per_pass, TARGETS_PER_PASS)
         learned, learned_of_targets = learning.summary(), learning.outcomes.table()
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
