@@ -585,44 +585,43 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def stop_at_once(number: int) -> None:
-    raise Stopped(number)
+class StopSignals:
+    """The signals that ask to stop: the first raises Stopped, a second one ends the process at once.
 
-
-def on_stop_signals(handler: Callable) -> None:
-    """Has `handler` called with the number of the first signal; a second one ends the process at once.
-
-    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end.
+    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end. What came stays in `received`,
+    since Python drops what a handler raises in the middle of a callback, and calls one at every import.
     """
-    received = []
 
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) > 1:
+    def __init__(self):
+        self.received: list[int] = []
+        self.wait = False
+
+    def listen(self) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as `nohup` has it
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        if len(self.received) > 1:
             os._exit(128 + number)
-        handler(number)
+        if not self.wait:
+            raise Stopped(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        number = getattr(signal, name, None)  # Windows lacks some
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as `nohup` has it
-            signal.signal(number, handle)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[list[int]]:
+        """In here a signal ends nothing: its number is in the list, for whoever can stop in good order.
 
-
-@contextlib.contextmanager
-def stop_signals_wait() -> Iterator[list[int]]:
-    """In here a signal ends nothing: its number comes into the list, for whoever can stop in good order.
-
-    Raises Stopped at the end where one came that nobody saw.
-    """
-    received = []
-    on_stop_signals(received.append)
-    try:
-        yield received
-        if received:
-            raise Stopped(received[0])
-    finally:
-        if not received:
-            on_stop_signals(stop_at_once)
+        Raises Stopped at the end where one came that nobody saw.
+        """
+        self.wait = True
+        try:
+            yield self.received
+        finally:
+            self.wait = False
+        if self.received:
+            raise Stopped(self.received[0])
 
 
 def line_of(error: BaseException, number: int = 0) -> str:
@@ -3185,8 +3184,8 @@ class Recorder:
     A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict):
-        self.args, self.folder, self.settings = args, folder, settings
+    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, stop_signals: StopSignals):
+        self.args, self.folder, self.settings, self.stop_signals = args, folder, settings, stop_signals
         self.saved = read_state(folder / STATE_FILE) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
@@ -3411,13 +3410,13 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
     else:
         bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
     try:
-        with stop_signals_wait() as signals, bar, enough_memory_for("a step of the optimisation"):
+        with record.stop_signals.waiting() as received, bar, enough_memory_for("a step of the optimisation"):
             for row in learning.steps():
                 record.step(row, learning)
                 show_step(bar, row, learning)
-                if signals:
+                if received:
                     record.save_state(learning)
-                    raise Stopped(signals[0])
+                    raise Stopped(received[0])
     except UserError:
         record.save_state(learning)
         raise
@@ -3539,7 +3538,7 @@ def experiment(
     return summary
 
 
-def run_experiment(args: argparse.Namespace) -> None:
+def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
     """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
         if wants_wandb(args):
@@ -3558,15 +3557,16 @@ def run_experiment(args: argparse.Namespace) -> None:
             return
         if not args.from_proto_tokens:
             warn_if_slow(models, settings["num_tokens"], args.num_steps)
-        with Recorder(args, folder, settings) as record:
+        with Recorder(args, folder, settings, stop_signals) as record:
             summary = experiment(models, args, earlier, pictures, record)
         print_results(summary, record)
 
 
 def main(args: argparse.Namespace) -> None:
-    on_stop_signals(stop_at_once)
+    stop_signals = StopSignals()
+    stop_signals.listen()
     try:
-        run_experiment(args)
+        run_experiment(args, stop_signals)
     except UserError as error:
         exit_with_error(error)
     except Stopped as stopped:

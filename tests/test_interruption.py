@@ -22,6 +22,21 @@ from support.tiny_model import save_tiny_generator, tiny_arguments
 
 import verify_proto_tokens as vpt
 
+# Runs the script, but has Ctrl-C come within a callback of the interpreter's, where Python drops what a handler raises.
+DROPPING = """
+import signal, sys, weakref
+import verify_proto_tokens as vpt
+
+really_load = vpt.load_models
+
+def load_models(args):
+    weakref.ref(vpt.StopSignals(), lambda reference: signal.raise_signal(signal.SIGINT))
+    return really_load(args)
+
+vpt.load_models = load_models
+vpt.main(vpt.parse_args(sys.argv[1:]))
+"""
+
 TWENTY_STEPS = ("--num-steps", 20, "--save-every", 5, "--target-accuracy", 0, "--wandb-run-name", "run")
 
 
@@ -107,6 +122,13 @@ def test_ctrl_c_ends_with_130_also_before_the_first_step(model_folders, tmp_path
     process.send_signal(signal.SIGINT)
     end = ended(process, 20)
     assert end.code == 130 and "Traceback" not in end.err
+
+
+def test_ctrl_c_that_python_drops_on_the_way_stops_after_the_first_step(model_folders, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
+    end = ended(start([sys.executable, "-c", DROPPING, *arguments], tmp_path))
+    assert end.code == 130 and "Exception ignored" in end.err
+    assert steps_in(tmp_path / "out" / "run") == [1] and (tmp_path / "out" / "run" / STATE).exists()
 
 
 def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_script):
