@@ -1,11 +1,11 @@
 """What one pass over two embeddings can hold: against the kind of target, the model's width, depth and training.
 
     python tests/tools/study.py FOLDER                     # the tables, the capacities, where the errors are
-    python tests/tools/study.py FOLDER --models A B ...    # and the law over these, as small_models.py makes them
+    python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
 
 Every number comes from runs of the script as a user would start them, a run a core: over 8 captions x 2 seeds, for the
-law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json,
-study.png and law.png there.
+law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json and
+study.png there, or law.json and law.png.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def runs_of_capacity(args: argparse.Namespace, kind: str, model: Path | None, se
     return runs
 
 
-def runs_of_law(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
+def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
     """What the law takes of a model: bits held of its own pictures and of random tokens, and capacities."""
     common = (*OWN, "--image-size", LARGE, "--seed", SEEDS[0], "--num-steps", args.num_steps)
     return {
@@ -128,17 +128,19 @@ def runs_of_law(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
     }
 
 
-def all_runs(args: argparse.Namespace) -> list[list[Run]]:
-    """Every run; those of a list need nothing of one another."""
+def runs_of_tables(args: argparse.Namespace) -> list[Run]:
     rows = [run for size in SIZES for label in ROWS for run in runs_of_row(args, label, size)]
     capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, SEEDS)]
-    law = [run for model in args.models for runs in runs_of_law(args, model).values() for run in runs]
-    return [[run_of_others(args, size, seed) for size in SIZES for seed in SEEDS], rows + capacities + law]
+    return rows + capacities
 
 
-def do(args: argparse.Namespace, runs: list[Run], done: list[Run], count: int) -> None:
+def runs_of_law(args: argparse.Namespace) -> list[Run]:
+    return [run for model in args.models for runs in runs_of_model(args, model).values() for run in runs]
+
+
+def do(args: argparse.Namespace, runs: list[Run]) -> None:
     """Does the runs, a core each; one that is done is not repeated, and refused where its settings were others."""
-    started = time.monotonic()
+    started, done = time.monotonic(), []
     # A thread a run: two runs of one thread are quicker than one after the other of two.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -146,7 +148,7 @@ def do(args: argparse.Namespace, runs: list[Run], done: list[Run], count: int) -
         subprocess.run(run.command(args.folder), check=True, env=environment, stdout=subprocess.DEVNULL)
         done.append(run)
         seconds = time.monotonic() - started
-        print(f"{len(done)} of {count} runs, {seconds / 60:.0f} min: {run.name}", file=sys.stderr, flush=True)
+        print(f"{len(done)} of {len(runs)} runs, {seconds / 60:.0f} min: {run.name}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(do_one, runs):
@@ -191,7 +193,7 @@ def found_of_capacity(args: argparse.Namespace, runs: list[Run]) -> list[int]:
 
 def found_of_model(args: argparse.Namespace, model: Path) -> dict:
     config = json.loads((model / "config.json").read_text())
-    runs = runs_of_law(args, model)
+    runs = runs_of_model(args, model)
     plain, control = (targets_of(args, runs[kind]) for kind in ("plain", "random"))
     return {
         "hidden_size": config["hidden_size"],
@@ -423,6 +425,29 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
         axis.errorbar(model["hidden_size"], mean, spread, color=colour, marker="o", mfc=face)
 
 
+def make_tables(args: argparse.Namespace) -> None:
+    do(args, [run_of_others(args, size, seed) for size in SIZES for seed in SEEDS])  # first: others are given their m
+    do(args, runs_of_tables(args))
+    study = {
+        "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
+        "capacity": {kind: found_of_capacity(args, runs_of_capacity(args, kind, None, SEEDS)) for kind in CAPACITIES},
+        "errors": found_of_errors(args),
+    }
+    (args.folder / "study.json").write_text(json.dumps(study, indent=1))
+    for size, rows in study["rows"].items():
+        print_rows(rows, size)
+    print_capacities(study["capacity"])
+    draw_study(study).save(args.folder / "study.png")
+
+
+def make_law(args: argparse.Namespace) -> None:
+    do(args, runs_of_law(args))
+    law = found_of_law(args)
+    (args.folder / "law.json").write_text(json.dumps(law, indent=1))
+    print_law(law)
+    draw_law(law).save(args.folder / "law.png")
+
+
 def refuse_unfit_models(parser: argparse.ArgumentParser, models: list[Path]) -> None:
     """Before the hours that their runs take."""
     names = [model.name for model in models]
@@ -446,24 +471,11 @@ def main() -> None:
     if args.models:
         refuse_unfit_models(parser, args.models)
     args.folder.mkdir(parents=True, exist_ok=True)
-    started, stages, done = time.monotonic(), all_runs(args), []
-    for runs in stages:
-        do(args, runs, done, count=sum(map(len, stages)))
-    study = {
-        "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
-        "capacity": {kind: found_of_capacity(args, runs_of_capacity(args, kind, None, SEEDS)) for kind in CAPACITIES},
-        "errors": found_of_errors(args),
-    }
-    for size, rows in study["rows"].items():
-        print_rows(rows, size)
-    print_capacities(study["capacity"])
-    draw_study(study).save(args.folder / "study.png")
-    (args.folder / "study.json").write_text(json.dumps(study, indent=1))
+    started = time.monotonic()
     if args.models:
-        study["law"] = found_of_law(args)
-        print_law(study["law"])
-        (args.folder / "study.json").write_text(json.dumps(study, indent=1))
-        draw_law(study["law"]).save(args.folder / "law.png")
+        make_law(args)
+    else:
+        make_tables(args)
     print(f"\n{(time.monotonic() - started) / 60:.0f} min in all")
 
 
