@@ -1619,9 +1619,9 @@ def joined(parts: list[Predictions]) -> Predictions:
 
 
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """One pass for the targets codes [B, N], so many of them at a time, and what it predicts."""
+    """One pass for the targets codes [B, N], so many of them at a time or fewer, and what it predicts."""
     parts = []
-    for some in slices(len(codes), targets_per_pass):
+    for some in slices(len(codes), min(targets_per_pass, TARGETS_PER_PASS)):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
@@ -1866,7 +1866,7 @@ class Optimisation:
 
     @property
     def finished(self) -> bool:
-        return all(self.outcomes.ended.tolist())
+        return self.outcomes.num_ended == len(self.codes)
 
     def steps(self) -> Iterator[dict[str, float]]:
         """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
@@ -1893,7 +1893,6 @@ class Optimisation:
                 if took_a_step:
                     self.last_row = self.row(numbers, rates)
                     yield self.last_row
-                    self.outcomes.just_ended = []
 
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
@@ -1934,8 +1933,8 @@ class Optimisation:
         row["embeddings/m_norm"] = numbers.m_norm
         row["gradients/grad_norm"] = numbers.grad_norm
         if len(self.codes) > SHOWN_TARGETS:
-            num_ended = sum(self.outcomes.ended.tolist())
-            row["targets/ended"], row["targets/in_flight"] = num_ended, self.num_begun - num_ended
+            row["targets/ended"] = self.outcomes.num_ended
+            row["targets/in_flight"] = self.num_begun - self.outcomes.num_ended
             row |= self.outcomes.quantiles()
         elif len(self.codes) > 1:
             row |= self.outcomes.each()
@@ -1998,11 +1997,14 @@ class Outcomes:
         self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
         self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
         self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
-        self.just_ended: list[int] = []  # since the last step that was told
 
     @property
     def begun(self) -> Tensor:
         return self.steps > 0
+
+    @property
+    def num_ended(self) -> int:
+        return sum(self.ended.tolist())
 
     @property
     def reached(self) -> bool:
@@ -2019,10 +2021,8 @@ class Outcomes:
         better = counts & self.is_better(flying, numbers)
         self.put(flying, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[flying])
         done = self.met(numbers.accuracy) | (self.steps[flying] >= self.num_steps)
-        ends = still_learns & (done | ~numbers.finite)
-        self.just_ended += flying[ends].tolist()
         self.diverged[flying] |= still_learns & ~numbers.finite
-        self.ended[flying] |= ends
+        self.ended[flying] |= still_learns & (done | ~numbers.finite)
         return better
 
     def put(self, flying: Tensor, where: Tensor, **values: Tensor) -> None:
@@ -3191,7 +3191,7 @@ class Recorder:
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
         self.wandb_run: object | None = None
-        self.recorded_step = 0
+        self.recorded_step = self.recorded_ended = 0
 
     def __enter__(self) -> Recorder:
         if wants_wandb(self.args):
@@ -3232,14 +3232,15 @@ class Recorder:
             if self.history:
                 self.send_missing(learning.step)
             self.saved = None  # of the trials of a search for the capacity, one was interrupted
-        self.recorded_step = learning.step
+        self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keeps a step's row, picture and state, as often as these are asked for, and what targets came to that ended.
 
         Where targets take turns, rows are as rare: a thousand targets do not have a thousand times one's history.
         """
-        if self.history and learning.outcomes.just_ended and len(learning.codes) > 1:
+        some_ended = learning.outcomes.num_ended > self.recorded_ended
+        if self.history and some_ended and len(learning.codes) > 1:
             self.write_targets(learning.outcomes)
         log_every = self.args.log_every * learning.turns
         if self.history and (learning.step == 1 or learning.step % log_every == 0 or learning.finished):
@@ -3248,8 +3249,8 @@ class Recorder:
         every = self.args.image_every
         if every and (learning.step % every == 0 or learning.finished):
             self.keep_frame(learning)
-        self.recorded_step = learning.step
-        if learning.outcomes.just_ended or learning.step % self.args.save_every == 0:
+        self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
+        if some_ended or learning.step % self.args.save_every == 0:
             self.save_state(learning)
 
     def write_targets(self, outcomes: Outcomes) -> None:
@@ -3405,7 +3406,7 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
         learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
     record.restore(learning)
     if learning.turns > 1:
-        num_ended = sum(learning.outcomes.ended.tolist())
+        num_ended = learning.outcomes.num_ended
         bar = progress_bar(None, "proto-tokens", "targets", total=len(codes), initial=num_ended)
     else:
         bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
@@ -3434,7 +3435,7 @@ def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
     correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
     best = f"best {row['train/best_accuracy']:.1f} %"
     bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-    bar.update(len(learning.outcomes.just_ended) if learning.turns > 1 else 1)
+    bar.update((learning.outcomes.num_ended if learning.turns > 1 else learning.step) - bar.n)
 
 
 def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
@@ -3525,7 +3526,7 @@ def experiment(
         learned, learned_of_targets = {}, [{} for _ in reference.prompts]
     else:
         learning = learn(models, reference.codes, earlier, record)
-        proto_tokens, targets_per_pass = learning.best, min(learning.targets_per_pass, TARGETS_PER_PASS)
+        proto_tokens, targets_per_pass = learning.best, learning.targets_per_pass
         learned, learned_of_targets = learning.summary(), learning.outcomes.table()
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
