@@ -1,7 +1,8 @@
 """Measures the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
 
-    step      one optimisation step, against the usual recipe, plain and compiled, against the best that torch ships
-              (linear_cross_entropy with its options), and against its bare matrix products
+    step      one optimisation step, and what it does beside the evaluation, against the usual recipe, plain and
+              compiled, against the best that torch ships (linear_cross_entropy with its options), and against its bare
+              matrix products
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
     prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
@@ -302,6 +303,7 @@ def bench_step(args: argparse.Namespace) -> dict:
     steps = endless_steps(args, models, codes)
     candidates = {
         "ours": lambda: next(steps),
+        "ours but the evaluation": rest_of_step(args, models, codes),
         "usual": lambda: reference_step(models.generator, parameters, optimizer, target_ids),
         "floor": matrix_products(models, num_tokens),
     }
@@ -329,6 +331,23 @@ def endless_steps(args: argparse.Namespace, models: vpt.Models, codes: Tensor, *
     """The script's own optimisation, a step at each `next`."""
     endless = script_arguments(args, "--num-steps", 10**6, "--target-accuracy", 0, *options)
     return vpt.Optimisation(models, codes, endless).steps()
+
+
+def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> Callable:
+    """A step of the script's own optimisation that is given its evaluation, always the same."""
+    steps, evaluate, evaluations = endless_steps(args, models, codes), vpt.losses_and_gradient, []
+
+    def evaluate_once(*arguments) -> vpt.Predictions:
+        if not evaluations:
+            evaluations.append(evaluate(*arguments))
+        return evaluations[0]
+
+    def step() -> None:
+        vpt.losses_and_gradient = evaluate_once
+        next(steps)
+        vpt.losses_and_gradient = evaluate
+
+    return step
 
 
 def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> dict[str, float]:
