@@ -14,7 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_model" / "training"))
 import pictures
 import train
+from transformers import Qwen2Tokenizer
 
+# Four heads of 32 numbers to a key-value head, but six of 192 and five of 320.
+WIDTHS = (128, 192, 256, 320, 384, 512, 640, 768)
 SEQUENCES_AT_ONCE = {256: 64, 512: 16}
 
 
@@ -26,8 +29,9 @@ def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: 
     folder.mkdir(parents=True, exist_ok=True)
     images = {each: train.load_pictures(folder, each) for each in train.SIZES}
     codes = train.load_codes(folder, images, train.DEMO / "vq" / "encoder.jit")
-    demo, text_tokenizer = train.load_generator(train.DEMO / "generator")
-    generator = train.make_generator(demo.config.vocab_size, 1, hidden_size, num_layers)
+    text_tokenizer = Qwen2Tokenizer.from_pretrained(train.DEMO / "generator")
+    vocab_size = len(text_tokenizer) + train.vq.CODEBOOK_SIZE
+    generator = train.make_generator(vocab_size, 1, hidden_size, num_layers)
     settings = argparse.Namespace(work_dir=folder, seed=1, small_steps=num_steps, generator_steps=num_steps)
     sequences_at_once = {size: SEQUENCES_AT_ONCE[size]}
     captions = pictures.all_captions()
@@ -42,7 +46,7 @@ def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128 (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, choices=WIDTHS, default=256, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, choices=train.SIZES, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=1500, help="of training (default: %(default)s)")

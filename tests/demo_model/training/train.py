@@ -234,7 +234,7 @@ def make_text_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
 
 
 def make_generator(vocab_size: int, seed: int, hidden_size: int = 512, num_layers: int = 6) -> Qwen2ForCausalLM:
-    """Four heads a key-value head of 32 numbers; the hidden size is a multiple of 128."""
+    """Of heads of 32 numbers, and a key-value head for each 128 of the hidden size."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
