@@ -142,7 +142,7 @@ def as_path(text: str) -> Path:
 
 
 # Not a number fails every comparison.
-COUNT = checked(whole, lambda n: n >= 1, "a whole number of at least 1")
+COUNT = checked(whole, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
 COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
 TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
@@ -558,7 +558,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -1165,15 +1165,6 @@ NEGATIVE_PROMPT = (
 
 LARGEST_PICTURE = 500e6  # pixels: more than a telephone takes; of these some 6 GB of memory are needed
 Image.MAX_IMAGE_PIXELS = None  # read_picture has the limit above
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # what EXIF's orientations ask for
 
 
 @dataclass(frozen=True)
@@ -1279,9 +1270,9 @@ def read_picture(file: Path, size: int) -> Tensor:
                 raise ValueError(f"it has {image.width * image.height / 1e6:.0f} million pixels: make it smaller")
             if image.mode == "F":
                 raise ValueError("its pixels are of floating point; convert it to 8 or 16 bits")
-            turn = TURNS.get(orientation_of(image))
-            if turn is not None:
-                image = image.transpose(turn)
+            image.load()  # a damaged picture is an error here; below, damaged EXIF is none
+            with contextlib.suppress(Exception):  # whatever its bytes suggest; the picture turns before it is rewritten
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
                 values = np.asarray(image).clip(0, 65535)
                 image = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -1297,14 +1288,6 @@ def read_picture(file: Path, size: int) -> Tensor:
         image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def orientation_of(image: Image.Image) -> object:
-    """What EXIF says of it; damaged EXIF is none."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever the bytes suggest
-        return None
 
 
 @contextlib.contextmanager
@@ -1994,7 +1977,7 @@ class Outcomes:
         self.steps = torch.zeros(count, dtype=torch.long)  # taken
         self.loss, self.num_correct, self.accuracy, self.top5_accuracy = torch.zeros(4, count, dtype=torch.float64)
         self.best_step = torch.zeros(count, dtype=torch.long)
-        self.best_accuracy = torch.full((count,), -1.0, dtype=torch.float64)  # percent
+        self.best_accuracy = torch.zeros(count, dtype=torch.float64)  # percent
         self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
         self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
 
@@ -2053,7 +2036,7 @@ class Outcomes:
             "train/accuracy": mean(self.accuracy[begun]),
             "train/top5_accuracy": mean(self.top5_accuracy[begun]),
             "train/correct_tokens": int(sum(self.num_correct.tolist())),
-            "train/best_accuracy": mean(self.best_accuracy.clamp(min=0)),
+            "train/best_accuracy": mean(self.best_accuracy),
         }
 
     def each(self) -> dict[str, float | None]:
@@ -3522,7 +3505,8 @@ def experiment(
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
-        proto_tokens, targets_per_pass = earlier.proto_tokens(models.device), TARGETS_PER_PASS
+        proto_tokens = earlier.proto_tokens(models.device)
+        _, targets_per_pass = memory_plan(models, *reference.codes.shape, args.gradient_checkpointing)
         learned, learned_of_targets = {}, [{} for _ in reference.prompts]
     else:
         learning = learn(models, reference.codes, earlier, record)

@@ -53,10 +53,11 @@ def test_transparent_parts_are_white(tmp_path):
     assert torch.equal(vpt.read_picture(saved(tmp_path, image), 16), torch.ones(3, 16, 16))
 
 
-def test_a_picture_is_turned_as_its_camera_held_it(tmp_path):
+@pytest.mark.parametrize("name", ["p.png", "p.tiff"])  # Pillow itself turns a TIFF
+def test_a_picture_is_turned_as_its_camera_held_it(tmp_path, name):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise shows it upright
-    file = saved(tmp_path, picture().rotate(90), exif=exif)
+    file = saved(tmp_path, picture().rotate(90), name, exif=exif)
     assert torch.equal(vpt.read_picture(file, 16)[0], vpt.read_picture(saved(tmp_path, picture(), "q.png"), 16)[0])
 
 
