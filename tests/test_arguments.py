@@ -134,7 +134,7 @@ def test_demo_only_points_at_the_bundled_models():
 
 
 REFUSED = {
-    "--num-steps": ["0", "-1", "1.5", "many", ""],
+    "--num-steps": ["0", "-1", "1.5", "1e20", "many", ""],
     "--wandb-tags": ["x" * 65],
     "--learning-rate": ["0", "-0.1", "nan", "inf", "1e39", "fast"],
     "--temperature": ["0", "-1", "nan", "inf", "1e-300"],
@@ -279,10 +279,6 @@ def test_an_option_comes_before_the_environment_and_this_before_the_default(name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_number_of_any_length_is_taken():
-    assert vpt.parse_args(["--num-steps", "9" * 400]).num_steps == int("9" * 400)
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,7 @@ def test_a_target_that_ended_is_what_it_was_however_long_it_flies_on(make_args):
     assert outcomes.num_ended == 1
     better = outcomes.take([0, 2], numbers_of([100.0, 60.0], [False, True]))
     assert better.tolist() == [False, True] and outcomes.num_ended == 1
-    assert outcomes.best_accuracy.tolist() == [95, -1, 60] and outcomes.steps.tolist() == [1, 0, 2]
+    assert outcomes.best_accuracy.tolist() == [95, 0, 60] and outcomes.steps.tolist() == [1, 0, 2]
     assert outcomes.accuracy.tolist() == [95, 0, 60] and not outcomes.diverged.any()
 
 
