@@ -27,9 +27,9 @@ the loop itself is `Optimisation.steps`, its loss and gradient `losses_and_gradi
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time, F =
-targets in flight, G = problems that they are (1 where they learn one m, else F), L = numbers that each problem learns.
-Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what the generator reads and
-what proto_tokens.safetensors holds.
+targets in flight, G = problems that they are (1 where they learn one m, else F), L = numbers that each problem learns,
+T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what
+the generator reads and what proto_tokens.safetensors holds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -93,7 +93,7 @@ class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with code 2."""
 
 
-def exit_with_error(message: object) -> None:
+def exit_with_error(message: object) -> NoReturn:
     print("verify_proto_tokens.py: error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -395,6 +395,22 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
         args.grad_clip = 0.0  # it could not tell a clipped gradient from the loss's own
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
+    choose_targets(args)
+    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
+    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
+    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
+    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    if args.wandb_tags is None:
+        try:
+            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+        except argparse.ArgumentTypeError as error:
+            exit_with_error(f"WANDB_TAGS of the environment {error}")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        args.wandb_mode = args.wandb_mode or "disabled"
+
+
+def choose_targets(args: argparse.Namespace) -> None:
+    """Puts the prompts and pictures of this run's shard in the place of what was given."""
     args.images = args.images or []
     args.prompts = args.prompts or []
     if args.prompts_file:
@@ -411,17 +427,6 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
         exit_with_error("--targets-at-once and --shard are for targets that learn alone: add --m own or --m-from")
     if args.shard:
         args.prompts, args.images = in_shard(args.prompts, args.shard), in_shard(args.images, args.shard)
-    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
-    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
-    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
-    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    if args.wandb_tags is None:
-        try:
-            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
-        except argparse.ArgumentTypeError as error:
-            exit_with_error(f"WANDB_TAGS of the environment {error}")
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        args.wandb_mode = args.wandb_mode or "disabled"
 
 
 def in_shard(items: list, shard: tuple[int, int]) -> list:
@@ -466,24 +471,12 @@ def default_run_name(args: argparse.Namespace) -> str:
     return name
 
 
-class LastingOutput(io.RawIOBase):
+class LastingOutput(io.FileIO):
     """A stream's file; what it does not take (the reader of a pipe is gone, the disk is full) is dropped."""
-
-    def __init__(self, stream: io.TextIOBase):
-        self.stream = stream
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
 
     def write(self, content: bytes) -> int:
         with contextlib.suppress(OSError):
-            return os.write(self.fileno(), content)
+            return super().write(content) or len(content)  # None: it would have to wait
         return len(content)
 
 
@@ -492,7 +485,7 @@ def keep_outputs_open() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # neither a closed one nor a notebook's own
-            buffer = io.BufferedWriter(LastingOutput(stream))
+            buffer = io.BufferedWriter(LastingOutput(stream.fileno(), "w", closefd=False))
             lasting = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, lasting)
 
@@ -651,7 +644,7 @@ def enough_memory_for(what: str) -> Iterator[None]:
 
 
 def slices(count: int, at_once: int) -> list[slice]:
-    return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    return [slice(first, first + at_once) for first in range(0, count, at_once)]
 
 
 def time_on(device: torch.device) -> float:
@@ -920,10 +913,13 @@ def read_config(folder: Path) -> Qwen2Config:
     try:
         if rows < 1:
             raise ValueError(f"vocab_size is {rows}")
-        return Qwen2Config.from_dict(fields)
+        config = Qwen2Config.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{file} does not describe a Qwen2 model: {why[:200]}") from None
+    if "sliding_attention" in config.layer_types:
+        raise UserError(f"--model-path {folder} attends within sliding windows, which no SimpleAR generator does")
+    return config
 
 
 def read_repetition_penalty(folder: Path) -> float:
@@ -1215,7 +1211,7 @@ def make_reference(
     elif args.control == "random":
         index, count = args.shard or (1, 1)
         every = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
-        codes = every[index - 1 :: count]
+        codes = every[index - 1 :: count].clone()  # else the saved state would hold all shards'
     elif args.images:
         codes = encode_pixels(models.vq_encoder, pictures, models.factor).cpu()
         if not models.has(codes):
@@ -1323,7 +1319,7 @@ class Decoded(NamedTuple):
 
 
 class PromptedLayers:
-    """The generator's layers with prompts before them: [2B, L] over one key/value cache of L + N places.
+    """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N places.
 
     The B conditional prompts, then as often the negative one, padded in front; what comes later comes to both halves.
     """
@@ -1336,9 +1332,9 @@ class PromptedLayers:
         padded = [[0] * (length - len(row)) + row for row in ids]
         is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
         self.generator, self.layers, self.compiled = models.generator, models.generator.model, False
-        self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, L]
-        self.is_token = torch.tensor(is_token, device=models.device)  # [2B, L + N]
-        self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, L + N]
+        self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, T]
+        self.is_token = torch.tensor(is_token, device=models.device)  # [2B, T + N]
+        self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
         self.places = torch.arange(length + num_tokens, device=models.device)
         self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
         self.filled = 0  # places behind the newest token
@@ -1362,16 +1358,12 @@ class PromptedLayers:
 
     def through(self, layers: Callable, ids: Tensor) -> Tensor:
         newest = slice(self.filled, self.filled + ids.shape[1])
-        if windows_slide(self.generator):
-            mask = self.is_token.long()
-        else:
-            behind = self.places[newest, None] - self.places  # [n, L + N]
-            seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
-            mask = {"full_attention": seen[:, None]}
+        behind = self.places[newest, None] - self.places  # [n, T + N]
+        seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
         output = layers(
             input_ids=ids,
             position_ids=self.position_ids[:, newest].contiguous(),
-            attention_mask=mask,
+            attention_mask={"full_attention": seen[:, None]},
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -1454,13 +1446,10 @@ def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bo
 
 FINAL_RATE = 1e-5
 LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
-# Numbers that autograd keeps of a layer for each token, in units of the hidden size, of the keys' and of the MLP's;
-# and in half precision float32 copies of its norms' inputs, in units of the hidden size.
-KEPT_PER_TOKEN = {"hidden": 4.5, "keys": 2, "mlp": 3, "float32_copies": 1.2}
 
 
 # What an interrupted optimisation is stored with, beside its tensors.
-CARRIED_OVER = ("step", "seconds", "last_row", "in_flight", "num_begun", "turns")
+CARRIED_OVER = ("step", "seconds", "in_flight", "num_begun", "turns")
 
 
 class ProtoTokens(torch.nn.Module):
@@ -1537,15 +1526,10 @@ def initial_proto_tokens(
     return ProtoTokens(e_t, m.repeat(batch if args.m == "own" else 1, 1)).to(models.device)
 
 
-def windows_slide(generator: Qwen2ForCausalLM) -> bool:
-    """Whether layers need the library's own masks; making them, it asks the device a question in every pass."""
-    return "sliding_attention" in generator.config.layer_types
-
-
 def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, some: slice) -> Tensor:
     """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
     inputs_embeds = proto_tokens(num_tokens, some).to(models.generator.dtype)
-    mask = None if windows_slide(models.generator) else {"full_attention": None}
+    mask = {"full_attention": None}  # causal; making its own, the library asks the device a question in every pass
     return models.layers(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
 
@@ -1655,13 +1639,10 @@ class AdamW:
         self.mean_square = torch.zeros_like(points)
 
     @property
-    def rates(self) -> Tensor:
-        """Of the coming step: [G], on the host."""
-        args = self.args
-        rates = [
-            rate_at(taken + 1, args.num_steps, args.warmup_steps, args.learning_rate) for taken in self.taken.tolist()
-        ]
-        return torch.tensor(rates, dtype=torch.float64)
+    def rates(self) -> list[float]:
+        """Of the coming step, one for each problem."""
+        schedule = self.args.num_steps, self.args.warmup_steps, self.args.learning_rate
+        return [rate_at(taken + 1, *schedule) for taken in self.taken.tolist()]
 
     def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
         """Where to go from points [G, L] with gradients [G, L]."""
@@ -1669,7 +1650,7 @@ class AdamW:
         if self.args.grad_clip > 0:
             norms = gradients.norm(dim=1, keepdim=True)
             gradients = gradients * (self.args.grad_clip / (norms + 1e-6)).clamp(max=1)
-        rates = self.rates
+        rates = torch.tensor(self.rates, dtype=torch.float64)
         self.taken = self.taken + 1
         self.mean = self.mean.lerp(gradients, 1 - first)
         self.mean_square = second * self.mean_square + (1 - second) * gradients.square()
@@ -1707,9 +1688,9 @@ class LBFGS:
         self.changes = torch.zeros_like(self.steps)
 
     @property
-    def rates(self) -> Tensor:
-        """Of the coming step: [G], on the host."""
-        return torch.full((len(self.point),), self.rate, dtype=torch.float64)
+    def rates(self) -> list[float]:
+        """Of the coming step, which is the same for each problem."""
+        return [self.rate]
 
     def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
         """Where to go from points [G, L], which were the ones to try, with their gradients and losses [G]."""
@@ -1727,9 +1708,9 @@ class LBFGS:
         self.gradient = torch.where(accepted[:, None], gradients, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
         direction, length = self.next_way()
-        turns = accepted | lost
-        self.direction = torch.where(turns[:, None], direction, self.direction)
-        self.length = torch.where(turns, length, shorter)
+        ends = accepted | lost
+        self.direction = torch.where(ends[:, None], direction, self.direction)
+        self.length = torch.where(ends, length, shorter)
         self.failures = torch.where(lost, 0, self.failures)
         return self.point + self.length[:, None] * self.direction
 
@@ -1815,7 +1796,6 @@ class Optimisation:
         self.recomputes, self.targets_per_pass = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
         self.step = 0  # steps behind it
         self.seconds = 0.0
-        self.last_row: dict[str, float] = {}
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
         places = count if self.together else min(count, targets_in_flight(self.targets_per_pass, num_tokens, args))
@@ -1851,6 +1831,13 @@ class Optimisation:
     def finished(self) -> bool:
         return self.outcomes.num_ended == len(self.codes)
 
+    @property
+    def progress(self) -> tuple[int, int, str]:
+        """Done, of how many, of what: steps, or where targets take turns those that have ended."""
+        if self.turns > 1:
+            return self.outcomes.num_ended, len(self.codes), "targets"
+        return self.step, self.args.num_steps, "steps"
+
     def steps(self) -> Iterator[dict[str, float]]:
         """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
 
@@ -1874,8 +1861,7 @@ class Optimisation:
                 self.replace_the_ended()
                 self.seconds += time.perf_counter() - started
                 if took_a_step:
-                    self.last_row = self.row(numbers, rates)
-                    yield self.last_row
+                    yield self.row(numbers, rates)
 
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
@@ -1904,14 +1890,14 @@ class Optimisation:
         self.have_in_flight(targets, self.proto_tokens.exchanged(kept, proto_tokens), self.optimizer)
         self.num_begun += len(coming)
 
-    def row(self, numbers: StepNumbers, rates: Tensor) -> dict[str, float]:
+    def row(self, numbers: StepNumbers, rates: list[float]) -> dict[str, float]:
         """A step's numbers by their W&B names.
 
         The targets' are their last ones, also of those that have ended; the rate, the norms and the gradient are of
         those in flight.
         """
         row = {"step": self.step, **self.outcomes.means()}
-        row["train/learning_rate"] = statistics.median(rates.tolist())
+        row["train/learning_rate"] = statistics.median(rates)
         row["embeddings/e_t_norm"] = numbers.e_t_norm
         row["embeddings/m_norm"] = numbers.m_norm
         row["gradients/grad_norm"] = numbers.grad_norm
@@ -1932,10 +1918,11 @@ class Optimisation:
 
     def summary(self) -> dict:
         """What belongs to the last step, and to the whole."""
+        last = self.outcomes.means()
         return {
-            "final_accuracy": self.last_row["train/accuracy"],
-            "final_top5_accuracy": self.last_row["train/top5_accuracy"],
-            "final_loss": self.last_row["train/loss"],
+            "final_accuracy": last["train/accuracy"],
+            "final_top5_accuracy": last["train/top5_accuracy"],
+            "final_loss": last["train/loss"],
             "best_step": self.outcomes.best_step.max().item(),
             "steps": self.step,
             "optimisation_seconds": self.seconds,
@@ -2112,11 +2099,10 @@ def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tup
 def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
     config, itemsize = models.generator.config, models.generator.dtype.itemsize
-    numbers = KEPT_PER_TOKEN["hidden"] * config.hidden_size + KEPT_PER_TOKEN["mlp"] * config.intermediate_size
-    numbers += KEPT_PER_TOKEN["keys"] * keys_per_token(models)
-    kept = numbers * itemsize
+    # Of a layer for each token, counted; in half precision float32 copies of its norms' inputs, too.
+    kept = (4.5 * config.hidden_size + 3 * config.intermediate_size + 2 * keys_per_token(models)) * itemsize
     if itemsize < 4:
-        kept += KEPT_PER_TOKEN["float32_copies"] * config.hidden_size * 4
+        kept += 1.2 * config.hidden_size * 4
     if models.device.type == "cuda" and itemsize == 4:
         # In float32, CUDA's attention for grouped queries holds its weights (by torch's documentation; not measured).
         kept += config.num_attention_heads * num_tokens * itemsize
@@ -2275,18 +2261,19 @@ def status_of(best_accuracy: float) -> str:
 def describe_targets(
     reference: Reference, reconstruction: Reconstruction, bits: dict[str, list[float]], learned: list[dict]
 ) -> list[dict]:
-    """A row for each target: how it learned, its prompt, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
+    """A row for each target: its prompt, how it learned, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
     num_tokens, num_correct = reference.codes.shape[1], reconstruction.predictions.num_correct.tolist()
     columns = {
-        "target": range(len(num_correct)),
-        "prompt": reference.prompts,
         "best_accuracy": [100 * count / num_tokens for count in num_correct],
         "num_errors": [num_tokens - count for count in num_correct],
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    rows = zip(*columns.values(), strict=True)
-    return [row | dict(zip(columns, values, strict=True)) for row, values in zip(learned, rows, strict=True)]
+    rows = zip(reference.prompts, learned, zip(*columns.values(), strict=True), strict=True)
+    return [
+        {"target": k, "prompt": prompt} | row | dict(zip(columns, values, strict=True))
+        for k, (prompt, row, values) in enumerate(rows)
+    ]
 
 
 def summarise(
@@ -2558,8 +2545,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
 
 
 def tiled(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size (the first of many), in about as many rows as columns; one alone is itself."""
-    images = images[:SHOWN_TARGETS]
+    """Pictures of one size, in about as many rows as columns; one alone is itself."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -2591,21 +2577,24 @@ def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[di
 
 
 def draw_results(
-    shown: list[dict], count: int, rank: Tensor, summary: dict, history: list[dict[str, float]]
+    targets: list[dict], rank: Tensor, summary: dict, history: list[dict[str, float]]
 ) -> dict[str, Image.Image]:
-    """Every picture of a run of `count` targets, by its W&B name, which with `.png` is its file's; rank is [B, N]."""
-    first, worst = shown[:SHOWN_TARGETS], shown[SHOWN_TARGETS:]
-    maps = zip(first, rank)  # noqa: B905
+    """Every picture of a run, of the targets that are shown, by its W&B name, which with `.png` is its file's.
+
+    `rank` [B, N] is of all targets, which begin with those that are shown first.
+    """
+    first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
+    maps = zip(first, rank[: len(first)], strict=True)
     images = {
         "reference_image": tiled([target["reference"] for target in first]),
         "reconstructed_image": tiled([target["reconstruction"] for target in first]),
         "token_error_map": tiled([draw_token_error_map(target["error_map"], of_target) for target, of_target in maps]),
     }
-    if count == 1:
+    if len(rank) == 1:
         pair = first[0]["reference"], first[0]["reconstruction"]
         images["comparison"] = draw_comparison(first[0]["prompt"], *pair, summary)
     else:
-        title = f"the first {len(first)} of {count} targets" if worst else ""
+        title = f"the first {len(first)} of {len(rank)} targets" if worst else ""
         images["comparison"] = draw_contact_sheet(first, title)
     if worst:
         images["worst_targets"] = draw_contact_sheet(worst, f"the worst {len(worst)} of the other targets")
@@ -2619,7 +2608,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 6
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 7
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
@@ -2754,7 +2743,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "versions": versions,
     }
     if args.m_from and not args.from_proto_tokens:  # else it is not read
-        settings["m_from_fingerprint"] = digest_of([Path(args.m_from)])
+        settings["m_from_fingerprint"] = digest_of([args.m_from])
     return {name: settings[name] for name in SETTINGS if name in settings}
 
 
@@ -3036,7 +3025,7 @@ def wandb_settings(args: argparse.Namespace) -> object:
     )
 
 
-def check_wandb(args: argparse.Namespace) -> None:
+def prepare_wandb(args: argparse.Namespace) -> None:
     """Raises UserError where an option or a WANDB_ variable has a value that W&B does not take."""
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
@@ -3212,8 +3201,11 @@ class Recorder:
         if self.saved:
             learning.load_state_dict(self.saved["learning"])
             print(f"resumed after step {learning.step}")
-            if self.history:
-                self.send_missing(learning.step)
+            for step, file in self.frames().items():
+                if step > learning.step:
+                    file.unlink()  # it will be drawn again
+            if self.history and self.wandb_run:
+                self.send_missing()
             self.saved = None  # of the trials of a search for the capacity, one was interrupted
         self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
 
@@ -3245,7 +3237,7 @@ class Recorder:
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
-        accuracy = learning.last_row["train/best_accuracy"]
+        accuracy = learning.outcomes.means()["train/best_accuracy"]
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         file.parent.mkdir(exist_ok=True)
@@ -3275,7 +3267,7 @@ class Recorder:
         with written_whole(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
-    def give_up(self, learning: Optimisation) -> None:
+    def give_up(self, learning: Optimisation) -> NoReturn:
         """Keeps the best of an optimisation that diverged. Raises UserError."""
         why = f"the loss or its gradient is no longer finite at step {learning.step + 1}"
         remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
@@ -3294,16 +3286,11 @@ class Recorder:
     # ---- at the end
 
     def finish(
-        self,
-        reference: Reference,
-        reconstruction: Reconstruction,
-        proto_tokens: ProtoTokens,
-        summary: dict,
-        targets: list[dict],
+        self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
         """Writes and logs the results of an optimisation."""
         of_targets = {
-            "target_ids": reference.codes + self.settings["visual_offset"],
+            "target_ids": self.reference.codes + self.settings["visual_offset"],
             "predicted_ids": reconstruction.predictions.ids,
             "best_accuracy": torch.tensor([target["best_accuracy"] for target in targets]),
         }
@@ -3320,7 +3307,7 @@ class Recorder:
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.shown]
         history = self.history.rows() if self.history else []
-        images = draw_results(shown, len(targets), reconstruction.predictions.rank, summary, history)
+        images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
 
     def finish_capacity(self, summary: dict) -> None:
@@ -3365,14 +3352,11 @@ class Recorder:
     def log_trial(self, trial: dict, count: int) -> None:
         self.log({f"capacity/{name}": value for name, value in trial.items()}, count)
 
-    def send_missing(self, last_step: int) -> None:
-        """After a resumption, what the interrupted run had not sent; what it did after its state was saved goes."""
+    def send_missing(self) -> None:
+        """After a resumption, what the interrupted run had not sent."""
         rows = {row["step"]: row for row in self.history.rows()}
         frames = self.frames()
         for step in sorted(rows.keys() | frames.keys()):
-            if step > last_step:
-                frames[step].unlink()
-                continue
             if step in rows:
                 self.log_row(rows[step])
             if step in frames:
@@ -3388,11 +3372,8 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
     record.restore(learning)
-    if learning.turns > 1:
-        num_ended = learning.outcomes.num_ended
-        bar = progress_bar(None, "proto-tokens", "targets", total=len(codes), initial=num_ended)
-    else:
-        bar = progress_bar(None, "proto-tokens", "steps", total=record.args.num_steps, initial=learning.step)
+    done, total, unit = learning.progress
+    bar = progress_bar(None, "proto-tokens", unit, total=total, initial=done)
     try:
         with record.stop_signals.waiting() as received, bar, enough_memory_for("a step of the optimisation"):
             for row in learning.steps():
@@ -3418,7 +3399,8 @@ def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
     correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
     best = f"best {row['train/best_accuracy']:.1f} %"
     bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-    bar.update((learning.outcomes.num_ended if learning.turns > 1 else learning.step) - bar.n)
+    done, _, _ = learning.progress
+    bar.update(done - bar.n)
 
 
 def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
@@ -3484,14 +3466,9 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     return lines
 
 
-def experiment(
-    models: Models,
-    args: argparse.Namespace,
-    earlier: EarlierRun | None,
-    pictures: Tensor | None,
-    record: Recorder,
-) -> dict:
+def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | None, record: Recorder) -> dict:
     """The experiment itself. Returns its summary."""
+    args = record.args
     # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
@@ -3519,7 +3496,7 @@ def experiment(
     targets = describe_targets(reference, reconstruction, bits, learned_of_targets)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
     with enough_memory_for("the results"):
-        record.finish(reference, reconstruction, proto_tokens, summary, targets)
+        record.finish(reconstruction, proto_tokens, summary, targets)
     return summary
 
 
@@ -3527,7 +3504,7 @@ def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
     """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
         if wants_wandb(args):
-            check_wandb(args)
+            prepare_wandb(args)
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
             args = with_settings_of(earlier, args)
@@ -3543,7 +3520,7 @@ def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
         if not args.from_proto_tokens:
             warn_if_slow(models, settings["num_tokens"], args.num_steps)
         with Recorder(args, folder, settings, stop_signals) as record:
-            summary = experiment(models, args, earlier, pictures, record)
+            summary = experiment(models, earlier, pictures, record)
         print_results(summary, record)
 
 

@@ -21,6 +21,12 @@ def test_a_quantised_checkpoint_is_refused_and_told_why(call_tiny, model_folders
     refused(call_tiny(), "quantised", "gradients")
 
 
+def test_a_checkpoint_with_sliding_windows_is_refused(call_tiny, model_folders):
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}
+    change(model_folders[0] / "config.json", **windows)
+    refused(call_tiny(), "--model-path", "sliding windows")
+
+
 def test_a_checkpoint_that_says_it_is_not_quantised_loads(call_tiny, model_folders):
     change(model_folders[0] / "config.json", quantization_config=None)
     assert call_tiny().code == 0
