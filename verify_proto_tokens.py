@@ -1814,8 +1814,8 @@ class Optimisation:
     def have_in_flight(self, targets: list[int], proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> None:
         """Has these targets be the ones that learn."""
         self.in_flight, self.proto_tokens, self.optimizer = targets, proto_tokens, optimizer
-        self.rows = torch.tensor(targets, dtype=torch.long, device=self.models.device)
-        self.codes_in_flight = self.codes[self.rows]
+        self.in_flight_on_device = torch.tensor(targets, dtype=torch.long, device=self.models.device)
+        self.codes_in_flight = self.codes[self.in_flight_on_device]
 
     def with_compiled_layers(self) -> Models:
         def compiled_by(layers: Callable) -> Models:
@@ -1867,13 +1867,13 @@ class Optimisation:
     def keep_the_best(self, better: Tensor) -> None:
         """Keeps the present embeddings of those in flight that are the best yet, [F]."""
         better = better.to(self.models.device, non_blocking=True)
-        e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.rows])
-        self.best.e_t.index_copy_(0, self.rows, e_t)
+        e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.in_flight_on_device])
+        self.best.e_t.index_copy_(0, self.in_flight_on_device, e_t)
         if self.together:  # all are better or none is
             self.best.m.copy_(torch.where(better[:1, None], self.proto_tokens.m, self.best.m))
         elif self.given_m is None:
-            m = torch.where(better[:, None], self.proto_tokens.m, self.best.m[self.rows])
-            self.best.m.index_copy_(0, self.rows, m)
+            m = torch.where(better[:, None], self.proto_tokens.m, self.best.m[self.in_flight_on_device])
+            self.best.m.index_copy_(0, self.in_flight_on_device, m)
 
     def replace_the_ended(self) -> None:
         """Takes the targets that ended out of the flight, and lets as many of those that wait begin."""
@@ -1983,31 +1983,32 @@ class Outcomes:
 
     def take(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
         """Takes in a step of the targets in flight; says whose present embeddings are the best yet, [F]."""
-        flying = torch.tensor(in_flight)
-        still_learns = ~self.ended[flying]  # compiled ones fly on when they have ended
+        still_learns = ~self.ended[in_flight]  # compiled ones fly on when they have ended
         counts = still_learns & numbers.finite  # what is not finite is no step
-        self.steps[flying] += counts.long()
-        self.put(flying, counts, **{name: getattr(numbers, name) for name in self.LAST_NUMBERS})
-        better = counts & self.is_better(flying, numbers)
-        self.put(flying, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[flying])
-        done = self.met(numbers.accuracy) | (self.steps[flying] >= self.num_steps)
-        self.diverged[flying] |= still_learns & ~numbers.finite
-        self.ended[flying] |= still_learns & (done | ~numbers.finite)
+        self.steps[in_flight] += counts.long()
+        self.put(in_flight, counts, **{name: getattr(numbers, name) for name in self.LAST_NUMBERS})
+        better = counts & self.is_better(in_flight, numbers)
+        self.put(
+            in_flight, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[in_flight]
+        )
+        done = self.met(numbers.accuracy) | (self.steps[in_flight] >= self.num_steps)
+        self.diverged[in_flight] |= still_learns & ~numbers.finite
+        self.ended[in_flight] |= still_learns & (done | ~numbers.finite)
         return better
 
-    def put(self, flying: Tensor, where: Tensor, **values: Tensor) -> None:
+    def put(self, in_flight: list[int], where: Tensor, **values: Tensor) -> None:
         for name, new in values.items():
             of_all = getattr(self, name)
-            of_all[flying] = torch.where(where, new, of_all[flying])
+            of_all[in_flight] = torch.where(where, new, of_all[in_flight])
 
-    def is_better(self, flying: Tensor, numbers: StepNumbers) -> Tensor:
+    def is_better(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
         """Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher."""
 
         def judged(values: Tensor) -> Tensor:
             return values.mean().expand(len(values)) if self.together else values
 
-        accuracy, best_accuracy = judged(numbers.accuracy), judged(self.best_accuracy[flying])
-        closer = judged(numbers.loss) < judged(self.best_loss[flying])
+        accuracy, best_accuracy = judged(numbers.accuracy), judged(self.best_accuracy[in_flight])
+        closer = judged(numbers.loss) < judged(self.best_loss[in_flight])
         return self.met(numbers.accuracy) | (accuracy > best_accuracy) | ((accuracy == best_accuracy) & closer)
 
     def met(self, accuracy: Tensor) -> Tensor:
