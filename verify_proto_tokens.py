@@ -240,7 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", "reference", type=PROMPTS, action="extend", metavar="TEXT", dest="prompts",
         help="what the reference image shows; given several times, the targets are optimised together "
         f"(default: {DEFAULT_PROMPT})")
-    add("--prompts-file", "nothing", type=FILE, metavar="FILE", help="further prompts, one a line")
+    add("--prompts-file", "nothing", type=FILES, action="extend", metavar="FILE", dest="prompts_files",
+        help="further prompts, one a line")
     add("--shard", "nothing", type=SHARD, metavar="I/N",
         help="of all prompts, only each N-th from the I-th on: one of N runs that share the work (default: 1/1)")
     add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
@@ -396,6 +397,8 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
     choose_targets(args)
+    if args.demo and not DEMO_FOLDER.is_dir():
+        exit_with_error(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
@@ -413,8 +416,9 @@ def choose_targets(args: argparse.Namespace) -> None:
     """Puts the prompts and pictures of this run's shard in the place of what was given."""
     args.images = args.images or []
     args.prompts = args.prompts or []
-    if args.prompts_file:
-        args.prompts += read_prompts(args.prompts_file)
+    args.prompts_files = args.prompts_files or []
+    for file in args.prompts_files:
+        args.prompts += read_prompts(file)
     if not args.prompts:
         args.prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
     if not args.prompts:
@@ -440,7 +444,7 @@ def in_shard(items: list, shard: tuple[int, int]) -> list:
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines do not count."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         exit_with_error(f"--prompts-file {file} cannot be read: {getattr(error, 'strerror', None) or error}")
     prompts = [line.strip() for line in lines if line.strip()]
@@ -850,13 +854,16 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     """The folder itself, or the local snapshot of a hub repository, downloaded where needed. Raises UserError."""
     try:
         folder = Path(name).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
     except RuntimeError:
         raise UserError(f"{option} {name}: there is no such user, or no home") from None
-    if folder.is_dir():
+    except OSError as error:  # no right to look, or too long a name
+        raise UserError(f"{option} {name} cannot be read: {error.strerror}") from None
+    if is_folder:
         for file in (file for pattern in patterns for file in folder.glob(pattern)):
             refuse_pointer(file)
         return folder
-    if folder.exists():
+    if is_there:
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
     no_folder = f"{option} {name}: there is no such folder"
     elsewhere = "name a local folder, or try --demo"
@@ -1277,7 +1284,7 @@ def read_picture(file: Path, size: int) -> Tensor:
             image = image.crop((left, top, left + side, top + side)).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"--image {file}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
@@ -2655,8 +2662,8 @@ def written_whole(file: Path) -> Iterator[Path]:
 def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Makes <save-dir>/<run-name>, tries that it can be written, and keeps other runs out of it. Raises UserError."""
     folder, cache = args.save_dir / args.wandb_run_name, args.save_dir / CACHE_FOLDER
-    made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
     try:
+        made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
         for path in (folder, cache):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -2665,6 +2672,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     try:
+        refuse_foreign(folder)
         remove_leftovers(args.save_dir, folder)
         yield folder
     finally:
@@ -2672,6 +2680,16 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()  # only what this run made, and only what stayed empty
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where something else than a run has its config.json there, a model for example."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "generator_fingerprint" not in config:
+            raise UserError(
+                f"{folder} is no run's folder, and its config.json would be lost: choose another --save-dir"
+            )
 
 
 def locked(folder: Path) -> int:
@@ -2705,11 +2723,12 @@ def remove_leftovers(save_dir: Path, folder: Path) -> None:
 
 
 def remove_results(folder: Path) -> None:
-    """What an earlier run of this name left: never a mixture of two runs."""
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
-    for frame in folder.glob(FRAMES):
-        frame.unlink()
+    """What an earlier run of this name left: never a mixture of two runs. Raises UserError."""
+    for file in [*(folder / name for name in RESULTS), *folder.glob(FRAMES)]:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {file}, of an earlier run: {error.strerror}") from None
     with contextlib.suppress(OSError):
         (folder / "progress").rmdir()
 
@@ -2727,6 +2746,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     settings |= {
         "prompt": prompts[0] if len(prompts) == 1 else prompts,
         "images": [str(image) for image in args.images],
+        "prompts_files": [str(file) for file in args.prompts_files],
         "num_tokens": num_tokens,
         "final_learning_rate": FINAL_RATE,
         "prompt_templates": [conditional_prompt("", size), negative_prompt(size)],
@@ -2857,6 +2877,7 @@ class ReferenceCache:
 
     def write(self, prompt: str, compiled: bool, codes: Tensor, seconds: float) -> None:
         file, key = self.entry(prompt, compiled)
+        self.folder.mkdir(parents=True, exist_ok=True)  # a run that made it, left it empty and ended has removed it
         with written_whole(file) as partial:
             content = to_safetensors({"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
             partial.write_bytes(content)
@@ -3031,13 +3052,15 @@ def prepare_wandb(args: argparse.Namespace) -> None:
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     provide_home()
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     try:
         wandb.setup()  # reads the environment, and what `wandb offline` and the like left in a folder
         wandb_settings(args)
-    except (wandb.Error, ValueError) as error:
-        raise UserError(f"W&B does not take these settings: {refused_setting(error)}") from None
+    except Exception as error:  # of W&B, its settings files or the disk: no common class
+        raise cannot_start(error) from None
 
 
 def provide_home() -> None:
@@ -3060,6 +3083,12 @@ def refused_setting(error: Exception) -> str:
     return f"{variables[0] if variables else details['loc'][0]} is {value!r}: {details['msg']}"
 
 
+def cannot_start(error: Exception) -> UserError:
+    if isinstance(error, OSError):
+        return UserError(f"W&B cannot start ({line_of(error)}): set WANDB_DIR to a folder that can be written")
+    return UserError(f"W&B does not take these settings: {refused_setting(error)}")
+
+
 def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
     """A new W&B run, or the one called `run_id` continued; offline where the server gives trouble, which is said once.
 
@@ -3075,7 +3104,7 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
         resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
     start = functools.partial(wandb.init, config=settings, id=run_id, resume=resume, settings=wandb_settings(args))
     mode = args.wandb_mode or wandb.setup().settings.mode
-    if mode == "online":
+    if mode in ("online", "run", "shared"):
         try:
             wandb.login(verify=True)  # asks for a key on a terminal only
         except wandb.Error as error:
@@ -3086,13 +3115,13 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
         except wandb.errors.CommError as error:
             wandb.teardown()  # a service that failed once would fail an offline run too
             run = start(mode=keep_offline(error))
-    except (wandb.Error, ValueError) as error:
+    except Exception as error:  # of W&B, its settings files or the disk: no common class
         if "already exists" in str(error):
             there = (
                 f"W&B has a run {os.environ.get('WANDB_RUN_ID')} already, the id that WANDB_RUN_ID gives to this one"
             )
             raise UserError(f"{there}: unset it, or go on with that run by --resume") from None
-        raise UserError(f"W&B does not take these settings: {line_of(error)}") from None
+        raise cannot_start(error) from None
     run.define_metric("optimisation_step", hidden=True)
     run.define_metric("capacity/*", step_metric="capacity/num_tokens")
     for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
@@ -3115,6 +3144,15 @@ def finish_wandb(run: object, exit_code: int) -> None:
         print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
 
 
+def abandon_wandb(run: object, error: Exception) -> None:
+    import wandb
+
+    kept = f"send what it has with: {sync_command(run)}"
+    print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
+    with contextlib.suppress(Exception):
+        wandb.teardown()  # which would at the end of the process print a traceback
+
+
 def sync_command(run: object) -> str:
     """The command that sends what is only here; without the option wandb passes over runs that began online."""
     option = "" if run.offline else "--no-skip-online "
@@ -3135,12 +3173,27 @@ def as_table(rows: list[dict]) -> object:
     return wandb.Table(columns=list(rows[0]), data=[[as_media(value) for value in row.values()] for row in rows])
 
 
+def log_values(run: object, values: dict, step: int) -> None:
+    if step >= run.starting_step:
+        run.log({name: as_media(value) for name, value in values.items()}, step=step)
+
+
+def log_results(run: object, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
+    media = {name: as_media(image) for name, image in images.items()}
+    media |= {name: as_table(rows) for name, rows in tables.items()}
+    # A run that was stopped after its last step goes on with the next.
+    step = max(summary["steps"], run.starting_step) if "steps" in summary else None
+    run.log(media, step=step)
+    run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+
+
 def log_proto_tokens(run: object, file: Path, status: str) -> None:
     """The file as an artifact; as a file of the run where an artifact lacks the server or the home that it needs."""
     import wandb
 
     try:
-        artifact = wandb.Artifact(f"proto_tokens_{run.id}", type="proto-tokens", metadata={"status": status})
+        name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{run.id}", flags=re.ASCII)[:128]  # an id may be more than that
+        artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
         artifact.add_file(str(file))
         run.log_artifact(artifact)
     except (wandb.Error, OSError):  # no server, or no home for a copy of the file
@@ -3164,11 +3217,13 @@ class Recorder:
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
         self.wandb_run: object | None = None
+        self.run_id: str | None = self.saved["run_id"] if self.saved else None
         self.recorded_step = self.recorded_ended = 0
 
     def __enter__(self) -> Recorder:
         if wants_wandb(self.args):
-            self.wandb_run = start_wandb(self.args, self.settings, self.saved["run_id"] if self.saved else None)
+            self.wandb_run = start_wandb(self.args, self.settings, self.run_id)
+            self.run_id = self.wandb_run.id
         for count, trial in enumerate(self.trials, 1):
             self.log_trial(trial, count)
         return self
@@ -3176,9 +3231,8 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.history:
             self.history.stream.close()
-        if self.wandb_run:
-            exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-            finish_wandb(self.wandb_run, exit_code)
+        exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
+        self.tell_wandb(lambda run: finish_wandb(run, exit_code))
 
     def begin(self, reference: Reference) -> None:
         """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
@@ -3241,7 +3295,10 @@ class Recorder:
         accuracy = learning.outcomes.means()["train/best_accuracy"]
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
-        file.parent.mkdir(exist_ok=True)
+        try:
+            file.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(file, error) from None
         write_image(file, frame)
         self.log_frame(learning.step, frame)
 
@@ -3261,7 +3318,7 @@ class Recorder:
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history_size": self.history.size if self.history else 0,
-            "run_id": self.wandb_run.id if self.wandb_run else None,
+            "run_id": self.run_id,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -3300,8 +3357,7 @@ class Recorder:
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        if self.wandb_run:
-            log_proto_tokens(self.wandb_run, self.folder / PROTO_TOKENS_FILE, summary["status"])
+        self.tell_wandb(lambda run: log_proto_tokens(run, self.folder / PROTO_TOKENS_FILE, summary["status"]))
         rows, tables = draw_targets(targets, reconstruction), {}
         if len(targets) > 1:
             write_table(self.folder / TARGETS_FILE, targets)
@@ -3322,22 +3378,25 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
-        if self.wandb_run:
-            media = {name: as_media(image) for name, image in images.items()}
-            media |= {name: as_table(rows) for name, rows in tables.items()}
-            # A run that was stopped after its last step goes on with the next.
-            step = max(summary["steps"], self.wandb_run.starting_step) if "steps" in summary else None
-            self.wandb_run.log(media, step=step)
-            self.wandb_run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+        self.tell_wandb(lambda run: log_results(run, images, summary, tables))
         write_json(self.folder / "summary.json", summary)
         (self.folder / STATE_FILE).unlink(missing_ok=True)
 
-    # ---- rows of W&B's history
+    # ---- W&B
+
+    def tell_wandb(self, tell: Callable) -> None:
+        """Calls `tell` with W&B's run, where there is one; if its client fails, the run goes on without it."""
+        if self.wandb_run is None:
+            return
+        try:
+            tell(self.wandb_run)
+        except Exception as error:  # of the client, of its service process or of the disk: no common class
+            abandon_wandb(self.wandb_run, error)
+            self.wandb_run = None
 
     def log(self, values: dict, step: int) -> None:
-        """Unless a resumed run had sent them before it was interrupted."""
-        if self.wandb_run and step >= self.wandb_run.starting_step:
-            self.wandb_run.log(values, step=step)
+        """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
+        self.tell_wandb(lambda run: log_values(run, values, step))
 
     def log_row(self, row: dict[str, float]) -> None:
         """`best_accuracy` too, so that a sweep can stop a run early."""
@@ -3347,8 +3406,7 @@ class Recorder:
         self.log(values, row["step"])
 
     def log_frame(self, step: int, frame: Image.Image) -> None:
-        if self.wandb_run:
-            self.log({"progress/reconstruction": as_media(frame), "optimisation_step": step}, step)
+        self.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def log_trial(self, trial: dict, count: int) -> None:
         self.log({f"capacity/{name}": value for name, value in trial.items()}, count)

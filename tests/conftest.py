@@ -73,7 +73,7 @@ def call_script(tmp_path, monkeypatch, capfd):
                 vpt.main(vpt.parse_args([str(argument) for argument in arguments]))
             except SystemExit as exit:
                 code = exit.code
-            if "wandb" in sys.modules:
+            if sys.modules.get("wandb"):
                 sys.modules["wandb"].teardown()  # its service keeps the environment that it was started in
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)

@@ -243,6 +243,22 @@ def test_only_a_runs_own_files_are_replaced(call_tiny, tmp_path):
     assert (tmp_path / "out" / "mine" / "holiday.png").read_text() == "precious"
 
 
+def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_tiny, model_folders, tmp_path):
+    before = (model_folders[0] / "config.json").read_text()
+    refused(call_tiny("--save-dir", tmp_path, "--wandb-run-name", model_folders[0].name), "no run's folder")
+    assert (model_folders[0] / "config.json").read_text() == before
+
+
+def test_a_result_that_cannot_be_replaced_is_one_line(call_tiny, tmp_path):
+    (tmp_path / "out" / "mine" / "capacity.png").mkdir(parents=True)
+    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "cannot remove", "capacity.png")
+
+
+@pytest.mark.parametrize("option", ["--save-dir", "--model-path", "--vq-model-ckpt"])
+def test_a_name_too_long_for_the_file_system_is_one_line(call_tiny, option):
+    refused(call_tiny(option, "x" * 300), option)
+
+
 def test_a_real_size_model_on_a_cpu_is_announced_with_its_duration(tiny_models, monkeypatch, capsys):
     monkeypatch.setattr(vpt, "REAL_SIZE", 1)
     vpt.warn_if_slow(tiny_models, num_tokens=16, num_steps=10)

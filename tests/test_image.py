@@ -178,3 +178,8 @@ def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_f
     result = call_tiny("--image", file)
     refused(result, "encoder.jit cannot run", "GPU")
     assert "generator:" not in result.out  # before it is loaded
+
+
+def test_a_picture_of_a_kind_that_pillow_does_not_know_is_one_line(call_tiny, tmp_path):
+    (tmp_path / "p.dds").write_bytes(b"DDS \x7c" + bytes(203))
+    refused(call_tiny("--image", tmp_path / "p.dds"), "--image", "cannot be read")

@@ -208,6 +208,13 @@ def prompts_file(tmp_path):
     return file
 
 
+def test_prompts_come_from_several_files_a_line_each_whatever_letters_are_in_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a red\u2028apple\r\n\r\nb\x85c\r\n".encode())
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthe last")
+    args = vpt.parse_args(["--prompts-file", str(tmp_path / "a.txt"), "--prompts-file", str(tmp_path / "b.txt")])
+    assert args.prompts == ["a red\u2028apple", "b\x85c", "the last"]
+
+
 def test_many_targets_learn_a_few_at_a_time_and_each_gets_a_row_of_the_table(run_into, prompts_file):
     folder = run_into("many", "--prompts-file", prompts_file, *MANY)
     rows, history = rows_of(folder / "targets.csv"), rows_of(folder / "history.csv")

@@ -1,12 +1,16 @@
 """Weights & Biases: a real offline run, read back from its `.wandb` file."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from support import wandb_file
 from support.contract import HISTORY, MEDIA, SUMMARY
-from support.tiny_model import spoil_text_head
+from support.processes import ended, let_go_on, start_pausing
+from support.results import refused
+from support.tiny_model import spoil_text_head, tiny_arguments
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,33 @@ def test_a_run_under_a_sweep_agent_logs_without_the_flag(call_tiny, tmp_path):
     assert result.code == 0, result.err
     assert "best_accuracy" in wandb_file.read(tmp_path).summary
     assert len(list((tmp_path / "out").glob("*_run1"))) == 1
+
+
+def test_a_run_id_that_is_no_artifacts_name_gives_a_name_like_it(call_tiny, tmp_path):
+    assert call_tiny("--use-wandb", env={"WANDB_MODE": "offline", "WANDB_RUN_ID": "exp\u00e9 1" + "x" * 120}).code == 0
+    (artifact,) = [a for a in wandb_file.read(tmp_path).artifacts if a.type == "proto-tokens"]
+    assert artifact.name.startswith("proto_tokens_exp__1xxx") and len(artifact.name) == 128
+
+
+def test_a_folder_that_wandb_cannot_write_is_one_line(call_tiny, tmp_path):
+    (tmp_path / "wandb").write_text("a file")
+    refused(call_tiny("--use-wandb", "--wandb-mode", "offline"), "W&B cannot start", "WANDB_DIR")
+
+
+def test_a_missing_wandb_is_one_line_that_says_how_to_get_it(call_tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(call_tiny("--use-wandb"), "--use-wandb", "pip install")
+
+
+def test_a_run_whose_wandb_client_dies_goes_on_without_it(model_folders, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), "--num-steps", 9, "--target-accuracy", 0, "--save-dir", "out")
+    process = start_pausing(tmp_path, 4, *arguments, "--use-wandb", env={"WANDB_MODE": "offline"})
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "wandb-core"], check=True)
+    let_go_on(tmp_path)
+    end = ended(process)
+    assert end.code == 0 and "the run goes on without it" in end.err and "Traceback" not in end.err
+    (summary,) = (tmp_path / "out").glob("*/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 9
 
 
 def test_a_diverged_run_ends_as_failed_with_one_line_and_no_traceback(call_tiny, model_folders, tmp_path):
