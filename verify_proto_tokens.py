@@ -3149,6 +3149,7 @@ def abandon_wandb(run: object, error: Exception) -> None:
 
     kept = f"send what it has with: {sync_command(run)}"
     print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
+    logging.raiseExceptions = False  # else its log would say with each line, at length, that it cannot be written
     with contextlib.suppress(Exception):
         wandb.teardown()  # which would at the end of the process print a traceback
 
