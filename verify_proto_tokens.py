@@ -3105,8 +3105,10 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     start = functools.partial(wandb.init, config=settings, id=run_id, resume=resume, settings=wandb_settings(args))
     mode = args.wandb_mode or wandb.setup().settings.mode
     if mode in ("online", "run", "shared"):
+        asks = wandb.setup().settings.mode == mode  # on a terminal only, and not where `wandb offline` was said before
         try:
-            wandb.login(verify=True)  # asks for a key on a terminal only
+            if not wandb.login(verify=True) and asks:
+                mode = "offline"  # so it was chosen
         except wandb.Error as error:
             mode = keep_offline(error)
     try:
