@@ -304,6 +304,13 @@ def test_an_unknown_abbreviated_or_contradictory_option_is_refused(arguments, ca
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_the_script_alone_says_what_its_demo_needs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vpt, "DEMO_FOLDER", tmp_path / "tests" / "demo_model")
+    with pytest.raises(SystemExit) as stop:
+        vpt.parse_args(["--demo"])
+    assert stop.value.code == 2 and "tests/demo_model" in capsys.readouterr().err
+
+
 def test_help_and_mistakes_do_not_wait_for_the_heavy_imports():
     probe = (
         "import sys, runpy\n"
