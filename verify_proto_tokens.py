@@ -2684,7 +2684,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def refuse_foreign(folder: Path) -> None:
     """Raises UserError where something else than a run has its config.json there, a model for example."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "generator_fingerprint" not in config:
             raise UserError(
