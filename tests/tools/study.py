@@ -401,18 +401,20 @@ def draw_law(law: dict) -> vpt.Image.Image:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
     for axis in (left, middle, right):
-        for hidden_size in SIMPLEAR.values():
+        for name, hidden_size in SIMPLEAR.items():
             axis.axvline(hidden_size, color=vpt.FAINT, linewidth=0.8, linestyle="--")
+            place = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "bottom"}
+            axis.text(hidden_size, 0.02, f"{name} ", fontsize=8, color=vpt.INK, **place)
         axis.set(xscale="log", xlabel="hidden size D")
         axis.set_xticks(ticks, labels=map(str, ticks))
         axis.minorticks_off()
-        axis.legend(loc="best")
+        axis.legend(loc="lower left" if axis is right else "upper left")
         axis.grid()
     return vpt.render(figure)
 
 
 def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: Callable = float) -> None:
-    """A fitted line with its band, and each model's mean and spread; hollow where a model took no part in the fit."""
+    """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
     line, models, fitted = law["lines"][key], law["models"], differ_in_width_alone(law["models"])
     widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
     middle, low, high = zip(*([shown(value) for value in predicted(line, width)] for width in widths), strict=True)
@@ -420,9 +422,9 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
     axis.plot(widths, middle, color=colour, linewidth=1.2, label=f"{label}: {power}")
     axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
     for model in models:
-        mean, spread = statistics.fmean(model[key]), statistics.stdev(model[key])
-        face = colour if model in fitted else "white"
-        axis.errorbar(model["hidden_size"], mean, spread, color=colour, marker="o", mfc=face)
+        captions, face = model[key], colour if model in fitted else "white"
+        axis.scatter([model["hidden_size"]] * len(captions), captions, s=5, color=colour, alpha=0.4, linewidths=0)
+        axis.plot(model["hidden_size"], statistics.fmean(captions), color=colour, marker="o", mfc=face)
 
 
 def make_tables(args: argparse.Namespace) -> None:
