@@ -3,8 +3,9 @@
     python tests/tools/small_models.py FOLDER --hidden-size 256 --layers 10    # goes on where it was interrupted
 
 They learn what the demo model learned, by its own training (which see for the packages that it needs), from the start
-and at one size. FOLDER keeps the pictures and their tokens for the next model. The last line says where the model is,
-for --model-path; --vq-model-ckpt is the demo's, tests/demo_model/vq.
+and at one size. Look at what a model draws before using it: after 500 steps they drew backgrounds and no things. FOLDER
+keeps the pictures and their tokens for the next model. The last line says where the model is, for --model-path;
+--vq-model-ckpt is the demo's, tests/demo_model/vq.
 """
 
 import argparse
