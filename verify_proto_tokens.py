@@ -2645,10 +2645,11 @@ def cannot_write(file: Path, error: OSError) -> UserError:
 def written_whole(file: Path) -> Iterator[Path]:
     """Yields a temporary path that takes the file's place when the block ends well: the old file or the new, whole.
 
-    Raises UserError where it cannot be written.
+    Makes its folder where there is none. Raises UserError where it cannot be written.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)  # another run that left the reference cache empty removed it
         yield partial
         os.replace(partial, file)
     except OSError as error:
@@ -2877,7 +2878,6 @@ class ReferenceCache:
 
     def write(self, prompt: str, compiled: bool, codes: Tensor, seconds: float) -> None:
         file, key = self.entry(prompt, compiled)
-        self.folder.mkdir(parents=True, exist_ok=True)  # a run that made it, left it empty and ended has removed it
         with written_whole(file) as partial:
             content = to_safetensors({"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
             partial.write_bytes(content)
@@ -3295,13 +3295,9 @@ class Recorder:
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
-        accuracy = learning.outcomes.means()["train/best_accuracy"]
+        accuracy = mean(learning.outcomes.best_accuracy)
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
-        try:
-            file.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise cannot_write(file, error) from None
         write_image(file, frame)
         self.log_frame(learning.step, frame)
 
