@@ -3,9 +3,9 @@
     python tests/tools/study.py FOLDER                     # the tables, the capacities, where the errors are
     python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
 
-Every number comes from runs of the script as a user would start them, a run a core: over 8 captions x 2 seeds, for the
-law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json and
-study.png there, or law.json and law.png.
+Every number comes from runs of the script as a user would start them, a run a core: over 8 captions and the --seeds,
+for the law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json
+and study.png there, or law.json and law.png.
 """
 
 import argparse
@@ -36,9 +36,10 @@ from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
-SMALL, LARGE = SIZES = (256, 512)  # 64 and 256 tokens
+LARGE, SMALL = SIZES = (512, 256)  # 256 and 64 tokens
 OWN = ("--m", "own")
 PLAIN = "plain: one e_t, one m"
+FROZEN = "m learned on 8 others, frozen"
 UNSEEN = "pairs left out of training"
 ROWS = {
     PLAIN: OWN,
@@ -46,7 +47,7 @@ ROWS = {
     "K = 4 e_t": (*OWN, "--num-e-tokens", 4),
     "K = 8 e_t": (*OWN, "--num-e-tokens", 8),
     "m shared by the 8": (),
-    "m learned on 8 others, frozen": ("--m-from", "OTHERS"),
+    FROZEN: ("--m-from", "OTHERS"),
     UNSEEN: OWN,
     "control: shuffled tokens": (*OWN, "--control", "shuffled"),
     "control: random tokens": (*OWN, "--control", "random"),
@@ -88,7 +89,7 @@ def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
     """A run a seed."""
     captions = unseen_captions() if label == UNSEEN else CAPTIONS
     runs = []
-    for seed in SEEDS:
+    for seed in args.seeds:
         options = ROWS[label]
         if "OTHERS" in options:
             options = ("--m-from", args.folder / run_of_others(args, size, seed).name / vpt.PROTO_TOKENS_FILE)
@@ -128,10 +129,14 @@ def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]
     }
 
 
-def runs_of_tables(args: argparse.Namespace) -> list[Run]:
-    rows = [run for size in SIZES for label in ROWS for run in runs_of_row(args, label, size)]
-    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, SEEDS)]
-    return rows + capacities
+def do_tables(args: argparse.Namespace) -> None:
+    """The frozen rows after the runs whose m they are given; the many short runs last, so that no core waits."""
+    others = [run_of_others(args, size, seed) for size in SIZES for seed in args.seeds]
+    rows = [run for size in SIZES for label in ROWS if label != FROZEN for run in runs_of_row(args, label, size)]
+    do(args, others + rows)
+    frozen = [run for size in SIZES for run in runs_of_row(args, FROZEN, size)]
+    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, args.seeds)]
+    do(args, frozen + capacities)
 
 
 def runs_of_law(args: argparse.Namespace) -> list[Run]:
@@ -219,10 +224,10 @@ def found_of_errors(args: argparse.Namespace) -> dict:
         correct.append((tensors["predicted_ids"] == tensors["target_ids"]).numpy())
         for caption, of_target in zip(run.captions, codes, strict=True):
             bits.append(vpt.teacher_forced_bits(models, vpt.conditional_prompt(caption, size), of_target).numpy())
-    correct, bits = np.concatenate(correct), np.stack(bits)  # [16, N] each
+    correct, bits = np.concatenate(correct), np.stack(bits)  # [captions of all seeds, N] each
     edges = np.quantile(bits, np.linspace(0, 1, 9))
     groups = np.clip(np.searchsorted(edges, bits, side="right") - 1, 0, 7)
-    of_captions = correct.reshape(len(SEEDS), len(CAPTIONS), -1).mean((0, 2))
+    of_captions = correct.reshape(-1, len(CAPTIONS), correct.shape[1]).mean((0, 2))
     return {
         "by_place": (100 * correct.mean(0)).tolist(),
         "bits": [float(np.median(bits[groups == group])) for group in range(8)],
@@ -300,7 +305,7 @@ def mean_and_spread(values: list[float], digits: int = 1) -> str:
 
 
 def print_rows(rows: dict[str, dict], size: int) -> None:
-    print(f"\n{size} px, {len(CAPTIONS) * len(SEEDS)} targets: mean ± standard deviation")
+    print(f"\n{size} px, {len(rows[PLAIN]['accuracy'])} targets: mean ± standard deviation")
     print("| | accuracy, % | lowest | whole | PSNR of the others, dB | gain, bits a target | bits a parameter |")
     print("|---|---|---|---|---|---|---|")
     for label, found in rows.items():
@@ -428,11 +433,11 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
 
 
 def make_tables(args: argparse.Namespace) -> None:
-    do(args, [run_of_others(args, size, seed) for size in SIZES for seed in SEEDS])  # first: others are given their m
-    do(args, runs_of_tables(args))
+    do_tables(args)
+    runs_of_kinds = {kind: runs_of_capacity(args, kind, None, args.seeds) for kind in CAPACITIES}
     study = {
         "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
-        "capacity": {kind: found_of_capacity(args, runs_of_capacity(args, kind, None, SEEDS)) for kind in CAPACITIES},
+        "capacity": {kind: found_of_capacity(args, runs) for kind, runs in runs_of_kinds.items()},
         "errors": found_of_errors(args),
     }
     (args.folder / "study.json").write_text(json.dumps(study, indent=1))
@@ -468,6 +473,7 @@ def main() -> None:
     )
     parser.add_argument("--num-steps", type=int, default=400, help="of every run (default: %(default)s)")
     parser.add_argument("--capacity-steps", type=int, default=200, help="of a capacity's trials (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the tables (default: 42 43)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
     args = parser.parse_args()
     if args.models:
