@@ -387,6 +387,13 @@ def options_of_adamw(args: argparse.Namespace) -> list[str]:
 
 def fill_in_defaults(args: argparse.Namespace) -> None:
     """Puts what follows from other options in the place of each one that was not given."""
+    choose_recipe(args)
+    choose_targets(args)
+    choose_models(args)
+    name_for_wandb(args)
+
+
+def choose_recipe(args: argparse.Namespace) -> None:
     if args.optimizer is None and options_of_adamw(args):
         args.optimizer = "adamw"
     for name, values in RECIPES.items():
@@ -396,20 +403,6 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
         args.grad_clip = 0.0  # it could not tell a clipped gradient from the loss's own
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
-    choose_targets(args)
-    if args.demo and not DEMO_FOLDER.is_dir():
-        exit_with_error(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
-    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
-    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
-    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
-    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    if args.wandb_tags is None:
-        try:
-            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
-        except argparse.ArgumentTypeError as error:
-            exit_with_error(f"WANDB_TAGS of the environment {error}")
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        args.wandb_mode = args.wandb_mode or "disabled"
 
 
 def choose_targets(args: argparse.Namespace) -> None:
@@ -451,6 +444,26 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         exit_with_error(f"--prompts-file {file} holds no prompt")
     return prompts
+
+
+def choose_models(args: argparse.Namespace) -> None:
+    if args.demo and not DEMO_FOLDER.is_dir():
+        exit_with_error(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
+    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
+    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
+
+
+def name_for_wandb(args: argparse.Namespace) -> None:
+    """Puts the run's name, project and tags in the place of those that were not given: the environment's come first."""
+    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
+    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    if args.wandb_tags is None:
+        try:
+            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+        except argparse.ArgumentTypeError as error:
+            exit_with_error(f"WANDB_TAGS of the environment {error}")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        args.wandb_mode = args.wandb_mode or "disabled"
 
 
 def default_run_name(args: argparse.Namespace) -> str:
@@ -3177,6 +3190,7 @@ def as_table(rows: list[dict]) -> object:
 
 
 def log_values(run: object, values: dict, step: int) -> None:
+    """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
     if step >= run.starting_step:
         run.log({name: as_media(value) for name, value in values.items()}, step=step)
 
@@ -3203,6 +3217,49 @@ def log_proto_tokens(run: object, file: Path, status: str) -> None:
         run.save(str(file), base_path=str(file.parent), policy="now")
 
 
+class Tracker:
+    """What tells W&B of a run, if it was started; where W&B's client fails, the run goes on without it."""
+
+    def __init__(self, run_id: str | None):
+        self.run_id = run_id  # of the W&B run to continue
+        self.run: object | None = None
+
+    def start(self, args: argparse.Namespace, settings: dict) -> None:
+        self.run = start_wandb(args, settings, self.run_id)
+        self.run_id = self.run.id
+
+    def tell(self, log: Callable, *values: object) -> None:
+        if self.run is None:
+            return
+        try:
+            log(self.run, *values)
+        except Exception as error:  # of the client, of its service process or of the disk: no common class
+            abandon_wandb(self.run, error)
+            self.run = None
+
+    def row(self, row: dict[str, float]) -> None:
+        """`best_accuracy` too, so that a sweep can stop a run early."""
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        values["best_accuracy"] = row["train/best_accuracy"]
+        values["optimisation_step"] = row["step"]
+        self.tell(log_values, values, row["step"])
+
+    def frame(self, step: int, frame: Image.Image) -> None:
+        self.tell(log_values, {"progress/reconstruction": frame, "optimisation_step": step}, step)
+
+    def trial(self, trial: dict, count: int) -> None:
+        self.tell(log_values, {f"capacity/{name}": value for name, value in trial.items()}, count)
+
+    def proto_tokens(self, file: Path, status: str) -> None:
+        self.tell(log_proto_tokens, file, status)
+
+    def results(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
+        self.tell(log_results, images, summary, tables)
+
+    def finish(self, exit_code: int) -> None:
+        self.tell(finish_wandb, exit_code)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Recording
 
@@ -3219,23 +3276,21 @@ class Recorder:
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
-        self.wandb_run: object | None = None
-        self.run_id: str | None = self.saved["run_id"] if self.saved else None
+        self.tracker = Tracker(self.saved["run_id"] if self.saved else None)
         self.recorded_step = self.recorded_ended = 0
 
     def __enter__(self) -> Recorder:
         if wants_wandb(self.args):
-            self.wandb_run = start_wandb(self.args, self.settings, self.run_id)
-            self.run_id = self.wandb_run.id
+            self.tracker.start(self.args, self.settings)
         for count, trial in enumerate(self.trials, 1):
-            self.log_trial(trial, count)
+            self.tracker.trial(trial, count)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.history:
             self.history.stream.close()
         exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-        self.tell_wandb(lambda run: finish_wandb(run, exit_code))
+        self.tracker.finish(exit_code)
 
     def begin(self, reference: Reference) -> None:
         """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
@@ -3262,10 +3317,20 @@ class Recorder:
             for step, file in self.frames().items():
                 if step > learning.step:
                     file.unlink()  # it will be drawn again
-            if self.history and self.wandb_run:
+            if self.history and self.tracker.run:
                 self.send_missing()
             self.saved = None  # of the trials of a search for the capacity, one was interrupted
         self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
+
+    def send_missing(self) -> None:
+        """After a resumption, what the interrupted run had not sent."""
+        rows = {row["step"]: row for row in self.history.rows()}
+        frames = self.frames()
+        for step in sorted(rows.keys() | frames.keys()):
+            if step in rows:
+                self.tracker.row(rows[step])
+            if step in frames:
+                self.tracker.frame(step, Image.open(frames[step]))
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keeps a step's row, picture and state, as often as these are asked for, and what targets came to that ended.
@@ -3278,7 +3343,7 @@ class Recorder:
         log_every = self.args.log_every * learning.turns
         if self.history and (learning.step == 1 or learning.step % log_every == 0 or learning.finished):
             self.history.append(row)
-            self.log_row(row)
+            self.tracker.row(row)
         every = self.args.image_every
         if every and (learning.step % every == 0 or learning.finished):
             self.keep_frame(learning)
@@ -3299,7 +3364,7 @@ class Recorder:
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
-        self.log_frame(learning.step, frame)
+        self.tracker.frame(learning.step, frame)
 
     def frames(self) -> dict[int, Path]:
         """The files of the moving picture, by their step, in order."""
@@ -3317,7 +3382,7 @@ class Recorder:
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history_size": self.history.size if self.history else 0,
-            "run_id": self.run_id,
+            "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -3338,7 +3403,7 @@ class Recorder:
     def trial(self, trial: dict) -> None:
         """Keeps what a search for the capacity has tried."""
         self.trials = [*self.trials, trial]
-        self.log_trial(trial, len(self.trials))
+        self.tracker.trial(trial, len(self.trials))
 
     # ---- at the end
 
@@ -3356,7 +3421,7 @@ class Recorder:
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        self.tell_wandb(lambda run: log_proto_tokens(run, self.folder / PROTO_TOKENS_FILE, summary["status"]))
+        self.tracker.proto_tokens(self.folder / PROTO_TOKENS_FILE, summary["status"])
         rows, tables = draw_targets(targets, reconstruction), {}
         if len(targets) > 1:
             write_table(self.folder / TARGETS_FILE, targets)
@@ -3377,48 +3442,9 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
-        self.tell_wandb(lambda run: log_results(run, images, summary, tables))
+        self.tracker.results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         (self.folder / STATE_FILE).unlink(missing_ok=True)
-
-    # ---- W&B
-
-    def tell_wandb(self, tell: Callable) -> None:
-        """Calls `tell` with W&B's run, where there is one; if its client fails, the run goes on without it."""
-        if self.wandb_run is None:
-            return
-        try:
-            tell(self.wandb_run)
-        except Exception as error:  # of the client, of its service process or of the disk: no common class
-            abandon_wandb(self.wandb_run, error)
-            self.wandb_run = None
-
-    def log(self, values: dict, step: int) -> None:
-        """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
-        self.tell_wandb(lambda run: log_values(run, values, step))
-
-    def log_row(self, row: dict[str, float]) -> None:
-        """`best_accuracy` too, so that a sweep can stop a run early."""
-        values = {name: value for name, value in row.items() if name != "step" and value is not None}
-        values["best_accuracy"] = row["train/best_accuracy"]
-        values["optimisation_step"] = row["step"]
-        self.log(values, row["step"])
-
-    def log_frame(self, step: int, frame: Image.Image) -> None:
-        self.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
-
-    def log_trial(self, trial: dict, count: int) -> None:
-        self.log({f"capacity/{name}": value for name, value in trial.items()}, count)
-
-    def send_missing(self) -> None:
-        """After a resumption, what the interrupted run had not sent."""
-        rows = {row["step"]: row for row in self.history.rows()}
-        frames = self.frames()
-        for step in sorted(rows.keys() | frames.keys()):
-            if step in rows:
-                self.log_row(rows[step])
-            if step in frames:
-                self.log_frame(step, Image.open(frames[step]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3497,8 +3523,8 @@ def print_results(summary: dict, record: Recorder) -> None:
     else:
         lines = lines_of_results(summary)
     lines["files"] = f"{record.folder}/"
-    if record.wandb_run and record.wandb_run.offline:
-        lines["to W&B later"] = sync_command(record.wandb_run)
+    if record.tracker.run and record.tracker.run.offline:
+        lines["to W&B later"] = sync_command(record.tracker.run)
     print()
     for label, text in lines.items():
         print(f"  {label:<14} {text}")
