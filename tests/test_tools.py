@@ -32,8 +32,9 @@ def test_the_law_is_of_models_that_differ_in_width_alone():
 
 def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own():
     models = [Path(f"hidden{width}_layers6_512px_steps9") for width in (128, 256, 384)]
-    args = argparse.Namespace(folder=Path("study"), num_steps=9, capacity_steps=9, models=models)
-    runs = study.runs_of_tables(args) + study.runs_of_law(args)
+    args = argparse.Namespace(folder=Path("study"), num_steps=9, capacity_steps=9, seeds=(42, 43), models=models)
+    first, then = study.runs_of_tables(args)
+    runs = first + then + study.runs_of_law(args)
     assert len({run.name for run in runs}) == len(runs)
     random = [run for run in runs if "--capacity" in run.options and "random" in run.options]
     assert len({run.options for run in random}) == len(random) == 16

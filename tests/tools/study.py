@@ -129,14 +129,13 @@ def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]
     }
 
 
-def do_tables(args: argparse.Namespace) -> None:
-    """The frozen rows after the runs whose m they are given; the many short runs last, so that no core waits."""
+def runs_of_tables(args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
+    """What comes first, and what is given the m of these; the many short runs last, so that no core waits."""
     others = [run_of_others(args, size, seed) for size in SIZES for seed in args.seeds]
     rows = [run for size in SIZES for label in ROWS if label != FROZEN for run in runs_of_row(args, label, size)]
-    do(args, others + rows)
     frozen = [run for size in SIZES for run in runs_of_row(args, FROZEN, size)]
     capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, args.seeds)]
-    do(args, frozen + capacities)
+    return others + rows, frozen + capacities
 
 
 def runs_of_law(args: argparse.Namespace) -> list[Run]:
@@ -433,7 +432,8 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
 
 
 def make_tables(args: argparse.Namespace) -> None:
-    do_tables(args)
+    for runs in runs_of_tables(args):
+        do(args, runs)
     runs_of_kinds = {kind: runs_of_capacity(args, kind, None, args.seeds) for kind in CAPACITIES}
     study = {
         "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
