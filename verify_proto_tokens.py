@@ -59,7 +59,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -349,7 +349,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([as_typed(word, parser.options) for word in words if not is_nothing(word)])
     refuse_contradictions(args)
-    fill_in_defaults(args)
+    # What was not given follows from what was.
+    choose_recipe(args)
+    choose_targets(args)
+    choose_models(args)
+    name_for_wandb(args)
     return args
 
 
@@ -383,14 +387,6 @@ def options_of_adamw(args: argparse.Namespace) -> list[str]:
     """Those that were given."""
     options = {"--warmup-steps": args.warmup_steps, "--betas": args.betas, "--grad-clip": args.grad_clip}
     return [name for name, value in options.items() if value is not None]
-
-
-def fill_in_defaults(args: argparse.Namespace) -> None:
-    """Puts what follows from other options in the place of each one that was not given."""
-    choose_recipe(args)
-    choose_targets(args)
-    choose_models(args)
-    name_for_wandb(args)
 
 
 def choose_recipe(args: argparse.Namespace) -> None:
@@ -553,6 +549,7 @@ if __name__ == "__main__":
 
 # A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for each
 import matplotlib
 import matplotlib.style
 import numpy as np
@@ -764,9 +761,6 @@ class Models:
     @property
     def first_code(self) -> int:
         return 0 if self.vocabulary == "visual" else self.visual_offset
-
-    def num_tokens(self, image_size: int) -> int:
-        return num_tokens_of(image_size, self.factor)
 
     def size_token(self, num_tokens: int) -> str:
         return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
@@ -1222,26 +1216,34 @@ def make_reference(
 
     An interrupted run's are not drawn again: on another device, or by another torch, they would be others.
     """
-    num_tokens, rng = models.num_tokens(args.image_size), torch.Generator().manual_seed(args.seed)
-    seconds, final = None, False
     if args.from_proto_tokens:
-        codes, final = earlier.target_ids - models.visual_offset, True
+        codes, seconds = earlier.target_ids - models.visual_offset, None
     elif interrupted and not args.images:
-        codes, seconds, final = interrupted["codes"], interrupted["autoregressive_seconds"], True
-    elif args.control == "random":
+        codes, seconds = interrupted["codes"], interrupted["autoregressive_seconds"]
+    else:
+        codes, seconds = new_targets(models, args, cache, pictures)
+    codes = codes.to(models.device)
+    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes[:SHOWN_TARGETS]), args.prompts)
+
+
+def new_targets(
+    models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
+) -> tuple[Tensor, float | None]:
+    """Codes [B, N] as --image and --control ask, and the seconds of decoding where they are the generator's own."""
+    num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
+    if args.control == "random":
         index, count = args.shard or (1, 1)
         every = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
-        codes = every[index - 1 :: count].clone()  # else the saved state would hold all shards'
-    elif args.images:
-        codes = encode_pixels(models.vq_encoder, pictures, models.factor).cpu()
+        return every[index - 1 :: count].clone(), None  # else the saved state would hold all shards'
+    if args.images:
+        codes, seconds = encode_pixels(models.vq_encoder, pictures, models.factor).cpu(), None
         if not models.has(codes):
             raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
-    if args.control == "shuffled" and not final:
-        codes, seconds = codes[:, torch.randperm(num_tokens, generator=rng)], None
-    codes = codes.to(models.device)
-    return Reference(codes, seconds, decode_codes(models.vq_decoder, codes[:SHOWN_TARGETS]), args.prompts)
+    if args.control == "shuffled":
+        return codes[:, torch.randperm(num_tokens, generator=rng)], None
+    return codes, seconds
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float]:
@@ -1249,7 +1251,7 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 
     Returns codes [B, N] and the seconds that decoding them took, whenever that was.
     """
-    num_tokens, prompts = models.num_tokens(args.image_size), list(dict.fromkeys(args.prompts))
+    num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     compiled = args.compile == "on"
     decoded = {} if args.force_generate else cache.read(prompts, compiled)  # prompt -> codes [N], seconds
     if compiled and not args.force_generate:
@@ -1351,7 +1353,7 @@ class PromptedLayers:
         length = max(map(len, ids))
         padded = [[0] * (length - len(row)) + row for row in ids]
         is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
-        self.generator, self.layers, self.compiled = models.generator, models.generator.model, False
+        self.plain_layers = self.layers = models.generator.model
         self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, T]
         self.is_token = torch.tensor(is_token, device=models.device)  # [2B, T + N]
         self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
@@ -1364,13 +1366,13 @@ class PromptedLayers:
         first_ids = self.prompt_ids[:, -1:].contiguous()
         self(first_ids)
         if compiling:
-            self.layers, self.compiled = compile_layers(self.layers, lambda layers: self.through(layers, first_ids))
+            self.layers = compile_layers(self.plain_layers, lambda layers: self.through(layers, first_ids))
         self.cache.reset()
         self.filled = 0
 
     def prefill(self) -> Tensor:
         """[2B, D] after the prompts."""
-        return self.through(self.generator.model, self.prompt_ids)  # of another shape than all that is compiled
+        return self.through(self.plain_layers, self.prompt_ids)  # of another shape than all that is compiled
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[2B, D] after one more token each, ids [2B, 1]."""
@@ -1422,7 +1424,8 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
                 raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
             codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
-        return Decoded(torch.stack(codes, dim=1), time_on(models.device) - started, layers.compiled)
+        seconds, compiled = time_on(models.device) - started, layers.layers is not layers.plain_layers
+        return Decoded(torch.stack(codes, dim=1), seconds, compiled)
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1444,8 +1447,8 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     return (probability / torch.stack(noise)).argmax(-1)
 
 
-def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bool]:
-    """The layers compiled, after they were used twice, which no clock is to pay for, or as they are; and which."""
+def compile_layers(layers: torch.nn.Module, use: Callable) -> Callable:
+    """The layers compiled, and used twice already, for which no clock is to pay; as they are where that fails."""
     mode = "reduce-overhead" if layers.device.type == "cuda" else "default"
     torch.compiler.reset()  # of another shape's; after eight of them the library goes on uncompiled, and says it once
     compiled = torch.compile(layers, dynamic=False, mode=mode)
@@ -1457,8 +1460,8 @@ def compile_layers(layers: torch.nn.Module, use: Callable) -> tuple[Callable, bo
         if is_out_of_memory(error):
             raise
         print(f"note: the layers are not compiled, which fails here: {line_of(error)}")
-        return layers, False
-    return compiled, True
+        return layers
+    return compiled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1747,9 +1750,8 @@ class LBFGS:
         """The direction from the point, [G, L], and how much of it to try, [G]."""
         scales = scales_of_embeddings(self.steps[:, -1], self.changes[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.steps, self.changes, scales)
-        has_pairs = self.steps[:, -1].any(dim=1)
-        # Rounding can spoil a direction; downhill is always one.
-        usable = has_pairs & ((direction * self.gradient).sum(1) < 0)
+        # Without a pair it is 0, and rounding can spoil it; downhill is always one.
+        usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
@@ -1818,9 +1820,12 @@ class Optimisation:
         self.seconds = 0.0
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
-        places = count if self.together else min(count, targets_in_flight(self.targets_per_pass, num_tokens, args))
-        self.num_begun, self.turns = places, math.ceil(count / places)
-        self.have_in_flight(list(range(places)), *self.newcomers(places))
+        self.places = count
+        if not self.together:
+            fitting = min(self.targets_per_pass, TOKENS_IN_FLIGHT // num_tokens)
+            self.places = min(count, args.targets_at_once or max(1, fitting))
+        self.num_begun, self.turns = self.places, math.ceil(count / self.places)
+        self.have_in_flight(list(range(self.places)), *self.newcomers(self.places))
         if args.compile == "on" and self.recomputes:
             print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
         elif args.compile == "on":
@@ -1838,14 +1843,11 @@ class Optimisation:
         self.codes_in_flight = self.codes[self.in_flight_on_device]
 
     def with_compiled_layers(self) -> Models:
-        def compiled_by(layers: Callable) -> Models:
-            return dataclasses.replace(self.models, compiled_layers=layers)
-
         def step(layers: Callable) -> None:
-            losses_and_gradient(compiled_by(layers), self.proto_tokens, self.codes_in_flight, self.targets_per_pass)
+            models = dataclasses.replace(self.models, compiled_layers=layers)
+            losses_and_gradient(models, self.proto_tokens, self.codes_in_flight, self.targets_per_pass)
 
-        layers, compiled = compile_layers(self.models.generator.model, step)
-        return compiled_by(layers) if compiled else self.models
+        return dataclasses.replace(self.models, compiled_layers=compile_layers(self.models.layers, step))
 
     @property
     def finished(self) -> bool:
@@ -1896,14 +1898,17 @@ class Optimisation:
             self.best.m.index_copy_(0, self.in_flight_on_device, m)
 
     def replace_the_ended(self) -> None:
-        """Takes the targets that ended out of the flight, and lets as many of those that wait begin."""
-        places = [place for place, ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if ended]
-        coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + len(places))))
-        if self.stepping_models is not self.models:
-            places = places[: len(coming)]  # another number of targets would be compiled anew
-        if self.together or not places:
+        """Takes the targets that ended out of the flight, and lets as many begin as there is room for."""
+        ended = [place for place, ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if ended]
+        room = max(0, self.places - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
+        coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
+        if self.stepping_models.layers is not self.models.layers:
+            # Another number of targets would be compiled anew.
+            coming = coming[: len(ended)]
+            ended = ended[: len(coming)]
+        if self.together or not ended:
             return
-        kept = [place for place in range(len(self.in_flight)) if place not in places]
+        kept = [place for place in range(len(self.in_flight)) if place not in ended]
         proto_tokens, optimizer = self.newcomers(len(coming))
         exchange_problems(self.optimizer, kept, optimizer)
         targets = [self.in_flight[place] for place in kept] + coming
@@ -2061,12 +2066,12 @@ class Outcomes:
         spread = self.best_accuracy[self.begun].quantile(shares).tolist()
         return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
 
-    def table(self) -> list[dict]:
+    def table(self, prompts: Sequence[str]) -> list[dict]:
         """A row for each target that has ended."""
         names = ("best_accuracy", "best_step", "steps", "diverged")
         columns = {name: getattr(self, name).tolist() for name in names}
         ended = self.ended.nonzero().flatten().tolist()
-        return [{"target": k} | {name: column[k] for name, column in columns.items()} for k in ended]
+        return [{"target": k, "prompt": prompts[k]} | {name: columns[name][k] for name in names} for k in ended]
 
 
 class StepNumbers(NamedTuple):
@@ -2103,11 +2108,6 @@ def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_no
     return StepNumbers(
         loss, num_correct, 100 * num_correct / num_tokens, 100 * num_in_top5 / num_tokens, finite, *means
     )
-
-
-def targets_in_flight(fitting: int, num_tokens: int, args: argparse.Namespace) -> int:
-    """How many targets learn at a time where each learns alone, of which so many fit into one pass."""
-    return args.targets_at_once or max(1, min(fitting, TOKENS_IN_FLIGHT // num_tokens))
 
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
@@ -2196,9 +2196,7 @@ class Reconstruction:
 
     predictions: Predictions
     errors: Tensor  # [B], mean squared, of pixels in [0, 1]
-    shown: list[int]  # the targets that stand in figures
-    originals: Tensor  # [S, 3, H, W] in [0, 1], of those
-    pixels: Tensor  # likewise
+    pictures: dict[int, Tensor]  # of the targets in figures, original and reconstruction: [2, 3, H, W] in [0, 1]
     one_pass_seconds: float
 
 
@@ -2220,11 +2218,9 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
         errors.append((pixels - originals).square().mean((1, 2, 3)))
-        for k, pair in enumerate(zip(originals, pixels, strict=True), some.start):
-            if k in shown:
-                drawn[k] = torch.stack(pair)
-    originals, pixels = torch.stack([drawn[k] for k in shown], dim=1)  # [S, 3, H, W] each
-    return Reconstruction(predictions, torch.cat(errors), shown, originals, pixels, one_pass_seconds)
+        pairs = enumerate(zip(originals, pixels, strict=True), some.start)
+        drawn |= {k: torch.stack(pair) for k, pair in pairs if k in shown}
+    return Reconstruction(predictions, torch.cat(errors), {k: drawn[k] for k in shown}, one_pass_seconds)
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
@@ -2279,22 +2275,17 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
-def describe_targets(
-    reference: Reference, reconstruction: Reconstruction, bits: dict[str, list[float]], learned: list[dict]
-) -> list[dict]:
-    """A row for each target: its prompt, how it learned, accuracy in percent, wrong tokens, PSNR in dB, and bits."""
-    num_tokens, num_correct = reference.codes.shape[1], reconstruction.predictions.num_correct.tolist()
+def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], learned: list[dict]) -> list[dict]:
+    """The targets' rows, how each learned, with its accuracy in percent, wrong tokens, PSNR in dB, and bits."""
+    num_tokens, num_correct = reconstruction.predictions.rank.shape[1], reconstruction.predictions.num_correct.tolist()
     columns = {
         "best_accuracy": [100 * count / num_tokens for count in num_correct],
         "num_errors": [num_tokens - count for count in num_correct],
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    rows = zip(reference.prompts, learned, zip(*columns.values(), strict=True), strict=True)
-    return [
-        {"target": k, "prompt": prompt} | row | dict(zip(columns, values, strict=True))
-        for k, (prompt, row, values) in enumerate(rows)
-    ]
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [row | of_target for row, of_target in zip(learned, found, strict=True)]
 
 
 def summarise(
@@ -2376,15 +2367,6 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-@contextlib.contextmanager
-def boxes_for_missing_letters() -> Iterator[None]:
-    """Without a warning for each letter that no font here has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-@boxes_for_missing_letters()
 def render(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -2414,11 +2396,10 @@ def families_for(text: str) -> list[str]:
     return families
 
 
-@boxes_for_missing_letters()
 def fit(text: Text, figure: Figure, share: float) -> None:
     """Shrinks a text to a share of the figure's width, if it is wider."""
     width = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
-    text.set_fontsize(text.get_fontsize() * min(1, share * figure.bbox.width / width))
+    text.set_fontsize(text.get_fontsize() * min(1, share * figure.bbox.width / max(width, 1)))
 
 
 def likeness(decibels: float) -> str:
@@ -2434,7 +2415,7 @@ def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> N
 
 
 @matplotlib.style.context(STYLES)
-def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.Image, summary: dict) -> Image.Image:
+def draw_comparison(target: dict, summary: dict) -> Image.Image:
     """Reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150)
     left, right = figure.subplots(1, 2)
@@ -2444,9 +2425,9 @@ def draw_comparison(prompt: str, reference: Image.Image, reconstruction: Image.I
     correct = total - summary["num_errors"]
     one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
-    show(left, reference, "reference", f"{total} tokens{one_by_one}")
-    show(right, reconstruction, f"one forward pass over {embeddings} embeddings", accuracy)
-    caption = caption_of(prompt)
+    show(left, target["reference"], "reference", f"{total} tokens{one_by_one}")
+    show(right, target["reconstruction"], f"one forward pass over {embeddings} embeddings", accuracy)
+    caption = caption_of(target["prompt"])
     heading = figure.suptitle(caption, fontsize=13, fontweight="bold", y=0.965, parse_math=False)
     heading.set_fontfamily(families_for(caption))
     fit(heading, figure, share=0.96)
@@ -2589,8 +2570,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
     """The targets' rows with the pictures of those that figures show."""
     rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
-    pairs = zip(reconstruction.originals, reconstruction.pixels, strict=True)
-    for k, (original, pixels) in zip(reconstruction.shown, pairs, strict=True):
+    for k, (original, pixels) in reconstruction.pictures.items():
         rows[k]["reference"] = to_image(original)
         rows[k]["reconstruction"] = to_image(pixels)
         rows[k]["error_map"] = mark_errors(rows[k]["reference"], reconstruction.predictions.rank[k])
@@ -2612,8 +2592,7 @@ def draw_results(
         "token_error_map": tiled([draw_token_error_map(target["error_map"], of_target) for target, of_target in maps]),
     }
     if len(rank) == 1:
-        pair = first[0]["reference"], first[0]["reconstruction"]
-        images["comparison"] = draw_comparison(first[0]["prompt"], *pair, summary)
+        images["comparison"] = draw_comparison(first[0], summary)
     else:
         title = f"the first {len(first)} of {len(rank)} targets" if worst else ""
         images["comparison"] = draw_contact_sheet(first, title)
@@ -2633,8 +2612,6 @@ STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 7
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
-FIGURES = ("reference_image", "reconstructed_image", "comparison", "token_error_map", "training_curves", "capacity")
-FIGURES += ("worst_targets",)
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
 RESULTS = [
     "summary.json",
@@ -2645,8 +2622,14 @@ RESULTS = [
     "capacity.csv",
     PROTO_TOKENS_FILE,
     "progress.gif",
+    "reference_image.png",
+    "reconstructed_image.png",
+    "comparison.png",
+    "worst_targets.png",
+    "token_error_map.png",
+    "training_curves.png",
+    "capacity.png",
 ]
-RESULTS += [f"{name}.png" for name in FIGURES]
 ABANDONED_SECONDS = 3600  # no file takes so long to write
 
 
@@ -2755,7 +2738,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
             versions[package] = importlib.metadata.version(package)
     versions["torch"] = torch.__version__  # which says the build, too
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    prompts, num_tokens = settings.pop("prompts"), models.num_tokens(args.image_size)
+    prompts, num_tokens = settings.pop("prompts"), num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
     settings |= {
         "prompt": prompts[0] if len(prompts) == 1 else prompts,
@@ -2837,10 +2820,9 @@ class HistoryFile:
             raise cannot_write(file, error) from None
 
     def append(self, row: dict[str, float]) -> None:
-        lines = [row.values()] if self.size else [row.keys(), row.values()]
-        content = "".join(
-            ",".join("" if value is None else str(value) for value in line) + "\n" for line in lines
-        ).encode()
+        head = "" if self.size else ",".join(row) + "\n"
+        line = ",".join("" if value is None else str(value) for value in row.values()) + "\n"
+        content = (head + line).encode()
         try:
             written = self.stream.write(content)
             if written < len(content):
@@ -2961,10 +2943,8 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
 
 def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, but for what the earlier run's proto-tokens mean nothing without."""
-    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
-    del taken_over["prompt"]
-    taken_over["prompts"] = earlier.prompts
-    return argparse.Namespace(**(vars(args) | taken_over))
+    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER if name != "prompt"}
+    return argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
 
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
@@ -2973,14 +2953,7 @@ def refuse_other_models(models: Models, args: argparse.Namespace, earlier: Earli
     def control_of(control: str | None, seed: int) -> str:
         return f"seed {seed}" if control == "untrained" else "none"
 
-    names = (
-        "hidden_size",
-        "visual_offset",
-        "codebook_size",
-        "factor",
-        "generator_fingerprint",
-        "vq_fingerprint",
-    )
+    names = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
     ours = {name: getattr(models, name) for name in names}
     ours["untrained control"] = control_of(args.control, args.seed)
     theirs = {name: earlier.settings.get(name) for name in names}
@@ -3250,15 +3223,6 @@ class Tracker:
     def trial(self, trial: dict, count: int) -> None:
         self.tell(log_values, {f"capacity/{name}": value for name, value in trial.items()}, count)
 
-    def proto_tokens(self, file: Path, status: str) -> None:
-        self.tell(log_proto_tokens, file, status)
-
-    def results(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
-        self.tell(log_results, images, summary, tables)
-
-    def finish(self, exit_code: int) -> None:
-        self.tell(finish_wandb, exit_code)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recording
@@ -3277,6 +3241,7 @@ class Recorder:
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
         self.tracker = Tracker(self.saved["run_id"] if self.saved else None)
+        self.newest_row: dict[str, float] | None = None  # until it is in the history
         self.recorded_step = self.recorded_ended = 0
 
     def __enter__(self) -> Recorder:
@@ -3290,7 +3255,7 @@ class Recorder:
         if self.history:
             self.history.stream.close()
         exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-        self.tracker.finish(exit_code)
+        self.tracker.tell(finish_wandb, exit_code)
 
     def begin(self, reference: Reference) -> None:
         """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
@@ -3337,26 +3302,39 @@ class Recorder:
 
         Where targets take turns, rows are as rare: a thousand targets do not have a thousand times one's history.
         """
-        some_ended = learning.outcomes.num_ended > self.recorded_ended
-        if self.history and some_ended and len(learning.codes) > 1:
-            self.write_targets(learning.outcomes)
-        log_every = self.args.log_every * learning.turns
-        if self.history and (learning.step == 1 or learning.step % log_every == 0 or learning.finished):
-            self.history.append(row)
-            self.tracker.row(row)
-        every = self.args.image_every
-        if every and (learning.step % every == 0 or learning.finished):
+        self.newest_row = row
+        if learning.step == 1 or learning.step % (self.args.log_every * learning.turns) == 0:
+            self.keep_newest_row()
+        if self.args.image_every and learning.step % self.args.image_every == 0:
             self.keep_frame(learning)
+        if learning.finished:
+            return
+        some_ended = learning.outcomes.num_ended > self.recorded_ended
+        if some_ended:
+            self.keep_table(learning)
         self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
         if some_ended or learning.step % self.args.save_every == 0:
             self.save_state(learning)
 
-    def write_targets(self, outcomes: Outcomes) -> None:
-        """targets.csv, which has a row for each target that has ended."""
-        rows = [
-            {"target": row["target"], "prompt": self.reference.prompts[row["target"]]} | row for row in outcomes.table()
-        ]
-        write_table(self.folder / TARGETS_FILE, rows)
+    def end(self, learning: Optimisation) -> None:
+        """Keeps the last step, however rarely others are kept. No step of its own may have ended the last targets."""
+        self.keep_newest_row()
+        if self.args.image_every and learning.step > max(self.frames(), default=0):
+            self.keep_frame(learning)
+        self.keep_table(learning)
+        self.recorded_step = learning.step
+        self.save_state(learning)
+
+    def keep_newest_row(self) -> None:
+        if self.history and self.newest_row:  # a search for the capacity has no history
+            self.history.append(self.newest_row)
+            self.tracker.row(self.newest_row)
+        self.newest_row = None
+
+    def keep_table(self, learning: Optimisation) -> None:
+        """Of the targets that have ended."""
+        if self.history and len(learning.codes) > 1:
+            write_table(self.folder / TARGETS_FILE, learning.outcomes.table(self.reference.prompts))
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
@@ -3407,6 +3385,7 @@ class Recorder:
 
     # ---- at the end
 
+    @enough_memory_for("the results")
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
@@ -3421,16 +3400,17 @@ class Recorder:
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
         if frames := list(self.frames().values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        self.tracker.proto_tokens(self.folder / PROTO_TOKENS_FILE, summary["status"])
+        self.tracker.tell(log_proto_tokens, self.folder / PROTO_TOKENS_FILE, summary["status"])
         rows, tables = draw_targets(targets, reconstruction), {}
         if len(targets) > 1:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
-        shown = [rows[k] for k in reconstruction.shown]
+        shown = [rows[k] for k in reconstruction.pictures]
         history = self.history.rows() if self.history else []
         images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
 
+    @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:
         """Writes and logs the results of a search for the capacity."""
         write_table(self.folder / "capacity.csv", self.trials)
@@ -3442,7 +3422,7 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
-        self.tracker.results(images, summary, tables)
+        self.tracker.tell(log_results, images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         (self.folder / STATE_FILE).unlink(missing_ok=True)
 
@@ -3451,10 +3431,10 @@ class Recorder:
 # Main
 
 
-def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> Optimisation:
+def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
     """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
     with enough_memory_for("the optimisation"):
-        learning = Optimisation(models, codes, record.args, given_m=earlier.m if earlier else None)
+        learning = Optimisation(models, codes, record.args, given_m)
     record.restore(learning)
     done, total, unit = learning.progress
     bar = progress_bar(None, "proto-tokens", unit, total=total, initial=done)
@@ -3463,10 +3443,10 @@ def learn(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Rec
             for row in learning.steps():
                 record.step(row, learning)
                 show_step(bar, row, learning)
-                if received:
-                    record.save_state(learning)
+                if received and not learning.finished:
                     raise Stopped(received[0])
-    except UserError:
+            record.end(learning)
+    except (UserError, Stopped):
         record.save_state(learning)
         raise
     diverged = learning.outcomes.diverged
@@ -3487,12 +3467,12 @@ def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
     bar.update(done - bar.n)
 
 
-def find_capacity(models: Models, codes: Tensor, earlier: EarlierRun | None, record: Recorder) -> dict:
+def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
     """Tries longer and shorter beginnings of codes [B, N] until the capacity is known. Returns the summary."""
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
-        learning = learn(models, codes[:, :num_tokens], earlier, record)
+        learning = learn(models, codes[:, :num_tokens], given_m, record)
         record.trial(
             {
                 "num_tokens": num_tokens,
@@ -3559,28 +3539,27 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     record.begin(reference)
     if args.control == "untrained":
         models = with_fresh_weights(models, args.seed)
+    given_m = earlier.m if earlier else None
     if args.capacity:
-        summary = find_capacity(models, reference.codes, earlier, record)
-        with enough_memory_for("the results"):
-            record.finish_capacity(summary)
+        summary = find_capacity(models, reference.codes, given_m, record)
+        record.finish_capacity(summary)
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
         proto_tokens = earlier.proto_tokens(models.device)
         _, targets_per_pass = memory_plan(models, *reference.codes.shape, args.gradient_checkpointing)
-        learned, learned_of_targets = {}, [{} for _ in reference.prompts]
+        learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
-        learning = learn(models, reference.codes, earlier, record)
+        learning = learn(models, reference.codes, given_m, record)
         proto_tokens, targets_per_pass = learning.best, learning.targets_per_pass
-        learned, learned_of_targets = learning.summary(), learning.outcomes.table()
+        learned, rows = learning.summary(), learning.outcomes.table(reference.prompts)
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_per_pass)
         bits = information(models, reference, reconstruction.predictions)
-    targets = describe_targets(reference, reconstruction, bits, learned_of_targets)
+    targets = describe_targets(reconstruction, bits, rows)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
-    with enough_memory_for("the results"):
-        record.finish(reconstruction, proto_tokens, summary, targets)
+    record.finish(reconstruction, proto_tokens, summary, targets)
     return summary
 
 
@@ -3598,9 +3577,9 @@ def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
         settings = describe_run(args, models)
         if args.resume:
             refuse_other_settings(folder, settings)
-        if args.resume and is_finished(folder):
-            print(f"the run in {folder} is finished: there is nothing to resume")
-            return
+            if is_finished(folder):
+                print(f"the run in {folder} is finished: there is nothing to resume")
+                return
         if not args.from_proto_tokens:
             warn_if_slow(models, settings["num_tokens"], args.num_steps)
         with Recorder(args, folder, settings, stop_signals) as record:

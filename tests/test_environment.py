@@ -59,11 +59,12 @@ def test_what_an_output_cannot_print_is_escaped(hostile):
 
 
 def test_figures_are_the_same_under_any_settings():
-    pictures = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    target = {"prompt": "a", "reference": red, "reconstruction": blue}
     summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
-    plain = vpt.draw_comparison("a", *pictures, summary)
+    plain = vpt.draw_comparison(target, summary)
     with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font", "axes.labelsize": 40}):
-        assert vpt.draw_comparison("a", *pictures, summary).tobytes() == plain.tobytes()
+        assert vpt.draw_comparison(target, summary).tobytes() == plain.tobytes()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")

@@ -432,7 +432,8 @@ def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
     means, each = outcomes.means(), outcomes.each()
     assert means["train/accuracy"] == 60 and means["train/best_accuracy"] == pytest.approx((80 + 50) / 3)
     assert each["targets/0/best_accuracy"] == 80 and each["targets/1/accuracy"] is None
-    assert outcomes.table() == [{"target": 2, "best_accuracy": 50, "best_step": 1, "steps": 1, "diverged": True}]
+    row = {"target": 2, "prompt": "c", "best_accuracy": 50, "best_step": 1, "steps": 1, "diverged": True}
+    assert outcomes.table(["a", "b", "c"]) == [row]
 
 
 def test_more_e_tokens_hold_more(tiny_models, make_args):

@@ -67,7 +67,7 @@ def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_m
     )
     text = full.predictions.ids < 1401  # a random model prefers a text id nearly everywhere
     assert text.any() and (full.predictions.rank[text] > 0).all()
-    assert torch.equal(full.pixels, visual.pixels)
+    assert torch.equal(full.pictures[0], visual.pictures[0])
     assert (visual.predictions.ids >= 1401).all()
 
 
@@ -89,7 +89,7 @@ def summary_of(tiny_models, make_args):
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_per_pass=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
-        targets = vpt.describe_targets(reference, reconstruction, bits, learned=[{} for _ in prompts])
+        targets = vpt.describe_targets(reconstruction, bits, learned=[{"prompt": prompt} for prompt in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
 
     return summary_of
@@ -178,11 +178,12 @@ def test_curves_can_be_drawn_for_any_number_of_steps(steps):
     assert vpt.draw_training_curves(history(steps)).size == vpt.draw_training_curves(history()).size
 
 
-@pytest.mark.parametrize("prompt", ["$x^2 \\frac{a}$", "🍎 苹果", "a " * 400, "line\nbreak"])
+@pytest.mark.parametrize("prompt", ["$x^2 \\frac{a}$", "🍎 苹果", "a " * 400, "line\nbreak", "\u200b"])
 def test_any_prompt_can_head_a_figure(prompt):
     picture = Image.new("RGB", (32, 32))
     summary = {"num_tokens": 4, "num_errors": 1, "psnr": math.inf, "num_e_tokens": 1}
-    assert vpt.draw_comparison(prompt, picture, picture, summary).width > 800
+    target = {"prompt": prompt, "reference": picture, "reconstruction": picture}
+    assert vpt.draw_comparison(target, summary).width > 800
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -226,7 +227,7 @@ def columns_with_ink(image) -> list[int]:
 def test_a_heading_stays_within_the_figure(prompt):
     picture = Image.new("RGB", (32, 32), "white")
     summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
-    image = vpt.draw_comparison(prompt, picture, picture, summary)
+    image = vpt.draw_comparison({"prompt": prompt, "reference": picture, "reconstruction": picture}, summary)
     ink = columns_with_ink(image)
     assert ink[0] > image.width * 0.01 and ink[-1] < image.width * 0.99
 

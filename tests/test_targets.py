@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support import wandb_file
 from support.builders import optimise, random_codes
 from support.contract import FILES, STATE
-from support.results import config_in, refused, results_of, rows_of, summary_in
+from support.results import config_in, refused, results_of, rows_of, steps_in, summary_in
 from support.results import tensors_in as stored
 from support.tiny_model import save_tiny_generator
 
@@ -284,6 +284,35 @@ def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
     hook.remove()
     assert learning.outcomes.diverged.tolist() == [False, True, True] and learning.outcomes.steps.tolist() == [5, 0, 0]
     assert all(math.isfinite(row["train/loss"]) for row in rows)
+
+
+def test_the_last_step_is_kept_also_where_a_target_diverged_after_it(call_tiny, tmp_path, monkeypatch):
+    passes, really_step = [], vpt.losses_and_gradient
+
+    def step(*arguments):
+        passes.append(arguments)
+        predictions = really_step(*arguments)
+        return predictions._replace(losses=predictions.losses * math.nan) if len(passes) == 9 else predictions
+
+    monkeypatch.setattr(vpt, "losses_and_gradient", step)
+    options = ("--target-accuracy", 0, "--log-every", 10, "--image-every", 10, "--wandb-run-name", "lost")
+    result = call_tiny(*TWO, "--m", "own", "--targets-at-once", 1, "--num-steps", 6, "--save-dir", "out", *options)
+    folder = tmp_path / "out" / "lost"
+    assert result.code == 0 and "1 of 2 targets ended" in result.out
+    assert steps_in(folder)[-1] == summary_in(folder)["steps"] == 8
+    assert (folder / "progress" / "step_000008.png").exists()
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(tiny_models, make_args, at_once):
+    codes = random_codes(tiny_models, batch=9)
+    options = ("--m", "own", "--num-steps", 3, "--target-accuracy", 0, "--targets-at-once")
+    interrupted = vpt.Optimisation(tiny_models, codes, make_args(*options, 2))
+    next(interrupted.steps())
+    resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
+    resumed.load_state_dict(interrupted.state_dict())
+    in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
+    assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 9
 
 
 def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, prompts_file, tmp_path):

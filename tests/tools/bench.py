@@ -540,9 +540,9 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                 curves += [
                     [row[f"targets/{k}/best_accuracy"] or 0.0 for row in rows_of_steps] for k in range(len(CAPTIONS))
                 ]
-                for caption, row in zip(CAPTIONS, learning.outcomes.table(), strict=True):
+                for row in learning.outcomes.table(CAPTIONS):
                     found = f"{row['best_accuracy']:.1f} % after {row['steps']}"
-                    print(f"{name}; {caption}, seed {seed}: {found}", flush=True)
+                    print(f"{name}; {row['prompt']}, seed {seed}: {found}", flush=True)
             # A target that never got there, also one that diverged, counts as if it had at the very end.
             reached = [[steps_to(goal, curve) or args.num_steps for curve in curves] for goal in goals]
             medians = [statistics.median(steps) for steps in reached]
