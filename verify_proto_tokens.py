@@ -519,9 +519,10 @@ RESOLVED = {
     "prompt_templates": ("reference", None),
     "visual_offset": ("reference", None),
     "generator_fingerprint": ("reference", None),
-    "device_type": ("environment", None),
+    "device_name": ("environment", None),
     "torch_version": ("environment", None),
     "m_from_fingerprint": ("result", None),
+    "images_fingerprint": ("result", None),
     "final_learning_rate": ("result", None),
     "factor": ("result", None),
     "hidden_size": ("result", None),
@@ -778,6 +779,8 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 def load_models(args: argparse.Namespace) -> Models:
     """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # some of torch asks for the current one alone
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     vocabulary_rows = config.vocab_size
@@ -831,6 +834,11 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # not known, not there; not built for it
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: another GPU's references are not the same, nor as quick."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1010,15 +1018,13 @@ def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
 
 
 @enough_memory_for("the untrained model")
-def with_fresh_weights(models: Models, seed: int) -> Models:
-    """The same architecture before any training, for the control."""
+def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
+    """Gives the generator the weights that it would have before any training, for the control."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = Qwen2ForCausalLM(models.generator.config)
-    for parameter in generator.parameters():
-        # Of the parameters alone: as in a loaded model, the rotary frequencies stay in float32.
-        parameter.data = parameter.data.to(models.generator.dtype)
-    return dataclasses.replace(models, generator=freeze(generator.to(models.device)))
+        untrained = Qwen2ForCausalLM(generator.config)
+    for parameter, fresh in zip(generator.parameters(), untrained.parameters(), strict=True):
+        parameter.data.copy_(fresh)
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -1099,7 +1105,8 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
     try:
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
-        indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
+        with torch.jit.optimized_execution(False):  # else the same picture could get other codes from a second call on
+            indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
     except Exception as error:  # whatever foreign TorchScript may raise
         if is_out_of_memory(error):
@@ -1214,11 +1221,11 @@ def make_reference(
 ) -> Reference:
     """The targets of a run: those of an earlier one, pictures of one's own, or what the generator draws.
 
-    An interrupted run's are not drawn again: on another device, or by another torch, they would be others.
+    An interrupted run's are not made again: on another device, or by another torch, they could be others.
     """
     if args.from_proto_tokens:
         codes, seconds = earlier.target_ids - models.visual_offset, None
-    elif interrupted and not args.images:
+    elif interrupted:
         codes, seconds = interrupted["codes"], interrupted["autoregressive_seconds"]
     else:
         codes, seconds = new_targets(models, args, cache, pictures)
@@ -1310,8 +1317,10 @@ def read_picture(file: Path, size: int) -> Tensor:
 
 @contextlib.contextmanager
 def quick_products_of_few_rows(generator: Qwen2ForCausalLM) -> Iterator[None]:
-    """In here the generator's linear layers compute as `few_rows_linear`. Leaves the generator as it was."""
-    layers = [module for module in generator.modules() if isinstance(module, torch.nn.Linear)]
+    """In here a CPU's generator has linear layers that compute as `few_rows_linear`. Leaves it as it was."""
+    layers = []
+    if generator.device.type == "cpu":
+        layers = [module for module in generator.modules() if isinstance(module, torch.nn.Linear)]
     for layer in layers:
         layer.forward = functools.partial(few_rows_linear, weight=layer.weight, bias=layer.bias)
     try:
@@ -1362,7 +1371,11 @@ class PromptedLayers:
         self.filled = 0  # places behind the newest token
 
     def warm_up(self, compiling: bool) -> None:
-        """Passes over one token that no clock is to pay for, by layers compiled if that is wanted and works."""
+        """Passes that no clock is to pay for, by layers compiled if that is wanted and works."""
+        if self.prompt_ids.device.type != "cpu":  # a GPU's kernels are loaded, and some of them chosen, by shape
+            self.prefill()
+            self.cache.reset()
+            self.filled = 0
         first_ids = self.prompt_ids[:, -1:].contiguous()
         self(first_ids)
         if compiling:
@@ -1402,7 +1415,8 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
     # A stream for each target: its picture does not depend on the others'.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
-    codes, all_finite = [], torch.ones((), dtype=torch.bool, device=models.device)
+    codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
+    all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     with quick_products_of_few_rows(models.generator):
         layers = PromptedLayers(models, prompts, num_tokens)
         layers.warm_up(compiling=args.compile == "on")
@@ -1411,21 +1425,21 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
             if position == 0:
                 hidden_states = layers.prefill()  # [2B, D]
             else:
-                newest_ids = codes[-1] + models.visual_offset
+                newest_ids = codes[:, position - 1] + models.visual_offset
                 hidden_states = layers(newest_ids.repeat(2)[:, None])  # both prompts are fed the same token
             logits = few_rows_linear(hidden_states, models.visual_head).float()  # [2B, C]
             cond_logits, uncond_logits = logits.chunk(2)
             if models.repetition_penalty != 1 and position > 0:
-                cond_logits = penalise(torch.stack(codes, dim=1), cond_logits)
+                cond_logits = penalise(codes[:, :position], cond_logits)
             scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
             all_finite = all_finite & scores.isfinite().all()
             if position in (0, num_tokens - 1) and not all_finite:  # not at each: the device would have to wait
                 damaged = "the generator's logits are not finite: try another --dtype; else its weights are damaged"
                 raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
-            codes.append(sample(scores, args.temperature, args.top_k, args.top_p, rngs))  # [B]
+            codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
         seconds, compiled = time_on(models.device) - started, layers.layers is not layers.plain_layers
-        return Decoded(torch.stack(codes, dim=1), seconds, compiled)
+        return Decoded(codes, seconds, compiled)
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1444,7 +1458,8 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     probability = scores.softmax(-1)
     # What torch.multinomial does, but for asking the device whether the probabilities are any.
     noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
-    return (probability / torch.stack(noise)).argmax(-1)
+    # On MPS it can be 0, and 0 / 0 would be the largest: pytorch/pytorch#192577.
+    return (probability / torch.stack(noise).clamp(min=torch.finfo(torch.float32).tiny)).argmax(-1)
 
 
 def compile_layers(layers: torch.nn.Module, use: Callable) -> Callable:
@@ -1888,7 +1903,9 @@ class Optimisation:
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
         """Keeps the present embeddings of those in flight that are the best yet, [F]."""
-        better = better.to(self.models.device, non_blocking=True)
+        if not any(better.tolist()):
+            return
+        better = better.to(self.models.device)
         e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.in_flight_on_device])
         self.best.e_t.index_copy_(0, self.in_flight_on_device, e_t)
         if self.together:  # all are better or none is
@@ -2112,7 +2129,7 @@ def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_no
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
     """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets a pass."""
-    budget = 0.8 * free_bytes(models.device)
+    budget = 0.8 * free_bytes(models.device) - loss_bytes(models, num_tokens)
     recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
     return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
 
@@ -2131,6 +2148,11 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     if recomputes:
         of_all_layers = config.num_hidden_layers * config.hidden_size * itemsize + kept
     return int(of_all_layers * num_tokens)
+
+
+def loss_bytes(models: Models, num_tokens: int) -> int:
+    """What a chunk of logits takes in float32, with its probabilities and its gradient."""
+    return 12 * min(LOGITS_AT_ONCE, num_tokens * len(models.head))
 
 
 def keys_per_token(models: Models) -> int:
@@ -2160,7 +2182,7 @@ def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[No
     if not on:
         yield
         return
-    generator.model.activation_checkpointing_enable({"use_reentrant": False})
+    generator.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     generator.model.train()
     try:
         yield
@@ -2755,13 +2777,15 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "generator_fingerprint": models.generator_fingerprint,
         "vq_fingerprint": models.vq_fingerprint,
         "device": str(models.device),
-        "device_type": models.device.type,
+        "device_name": device_name(models.device),
         "dtype": name_of(models.generator.dtype),
         "torch_version": torch.__version__,
         "versions": versions,
     }
     if args.m_from and not args.from_proto_tokens:  # else it is not read
         settings["m_from_fingerprint"] = digest_of([args.m_from])
+    if args.images:
+        settings["images_fingerprint"] = digest_of(args.images)
     return {name: settings[name] for name in SETTINGS if name in settings}
 
 
@@ -3258,15 +3282,10 @@ class Recorder:
         self.tracker.tell(finish_wandb, exit_code)
 
     def begin(self, reference: Reference) -> None:
-        """Writes what is known before the first step, in place of an earlier run's results unless this one goes on.
-
-        Raises UserError where the interrupted run had another target.
-        """
+        """Writes what is known before the first step, in place of an earlier run's results unless this one goes on."""
         self.reference = reference
         if self.saved is None:
             remove_results(self.folder)
-        elif not torch.equal(self.saved["codes"], reference.codes.cpu()):
-            raise UserError("--resume: the reference is not the interrupted run's; leave out --resume to run anew")
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
 
@@ -3538,7 +3557,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
     if args.control == "untrained":
-        models = with_fresh_weights(models, args.seed)
+        forget_training(models.generator, args.seed)
     given_m = earlier.m if earlier else None
     if args.capacity:
         summary = find_capacity(models, reference.codes, given_m, record)

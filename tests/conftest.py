@@ -20,6 +20,10 @@ from support.tiny_model import save_tiny_models, tiny_arguments  # noqa: E402
 import verify_proto_tokens as vpt  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:Glyph .* missing from font")  # as the script has it
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """The tiny models, not to be changed."""

@@ -145,16 +145,6 @@ def test_an_image_of_more_tokens_than_positions_is_refused_before_the_generator_
     assert "generator:" not in result.out
 
 
-def test_an_untrained_generator_keeps_its_rotary_frequencies_in_float32(make_args):
-    models = vpt.load_models(make_args("--dtype", "bfloat16"))
-    untrained = vpt.with_fresh_weights(models, seed=0)
-    assert untrained.generator.dtype == torch.bfloat16
-    for (name, ours), (_, loaded) in zip(
-        untrained.generator.named_buffers(), models.generator.named_buffers(), strict=True
-    ):
-        assert ours.dtype == torch.float32 and torch.equal(ours, loaded), name
-
-
 @pytest.mark.parametrize("position", [0, 5, 15])
 def test_logits_that_are_not_finite_end_the_decoding_in_one_line(call_tiny, monkeypatch, position):
     really_guided, calls = vpt.guided_scores, iter(range(100))

@@ -248,13 +248,16 @@ def test_a_control_of_shuffled_codes_has_the_references_own_in_other_places(tiny
 
 
 def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_again_for_the_seed(tiny_models):
-    first, again, other = (vpt.with_fresh_weights(tiny_models, seed).generator for seed in (1, 1, 2))
-    weights = [dict(each.named_parameters()) for each in (tiny_models.generator, first, again, other)]
-    name = "model.layers.0.mlp.down_proj.weight"
-    trained, fresh, same, different = (each[name] for each in weights)
-    assert trained.shape == fresh.shape and torch.equal(fresh, same)
+    generator = tiny_models.generator.bfloat16()
+    weight = generator.model.layers[0].mlp.down_proj.weight
+    weights = [weight.clone()]
+    for seed in (1, 1, 2):
+        vpt.forget_training(generator, seed)
+        weights.append(weight.clone())
+    trained, fresh, same, different = weights
+    assert torch.equal(fresh, same) and fresh.dtype == torch.bfloat16
     assert not torch.equal(fresh, trained) and not torch.equal(fresh, different)
-    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not any(parameter.requires_grad for parameter in generator.parameters())
 
 
 @pytest.mark.parametrize(
