@@ -4,13 +4,12 @@ First whether it is right: greedy tokens against the CPU's; loss and gradient ag
 precision; a whole run, twice, then killed and resumed; and what running out of memory leaves. Then how quick it is:
 steps and tokens a second and peak memory for each size of picture, plain and compiled, beside the bare products, the
 bare reading of the weights and the README's formula. Ends with exit code 0 only if all that was checked holds, prints
-a table for the README, and writes gpu_check.json as it goes. Meant for ten minutes on a large GPU, of which compiling
-takes the most (`--compile off` leaves it out); it was never run on one. On a CPU (--device cpu) the same
-on the demo model and less of it, which is one of the tests.
+a table for the README, and writes gpu_check.json as it goes. Meant for ten minutes on a large GPU; `--compile on` takes
+minutes more for each row. It was never run on one. On a CPU (--device cpu) the same on the demo model and less of it,
+which is one of the tests.
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import shutil
@@ -95,10 +94,10 @@ def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens:
     """Greedy tokens in float32 are those of the CPU."""
     options = vpt.parse_args(["--demo", "--top-k", "1"])
     codes = []
+    models = bench.build_models(on(args, shape=shape, device=bench.CPU))
     for device in (bench.CPU, args.device):
-        models = bench.build_models(on(args, shape=shape, device=bench.CPU))
-        moved = dataclasses.replace(models, generator=models.generator.to(device))
-        codes.append(vpt.generate_visual_codes(moved, ["a red apple", "a cat"], num_tokens, options).codes.cpu())
+        models.generator.to(device)
+        codes.append(vpt.generate_visual_codes(models, ["a red apple", "a cat"], num_tokens, options).codes.cpu())
     same = int((codes[0] == codes[1]).sum())
     check.holds(f"greedy tokens of the {shape} shape are the CPU's", same == codes[0].numel(), f"{same} equal")
 
@@ -144,11 +143,23 @@ def check_runs(check: Check, args: argparse.Namespace, folder: Path) -> None:
         check.holds("a demo run learns", accuracy > 20, f"{accuracy:.1f} % in {args.num_steps} steps")
     else:
         check.holds("a demo run reaches every token", accuracy == 100, f"{accuracy:.1f} %, {first[2]['steps']} steps")
-    check.holds("two runs have the same tokens, history and summary", first == second)
+    check.holds(f"two runs have {what_is_the_same(args)}", same_results(args, first, second))
     killed = [*options, "--wandb-run-name", "killed", "--resume"]
     kill(start_pausing(folder, 7, *killed))
     vpt.main(vpt.parse_args(killed))
-    check.holds("a run killed and resumed has them too", results_of(folder / "killed") == first)
+    check.holds("a run killed and resumed has them too", same_results(args, results_of(folder / "killed"), first))
+
+
+def what_is_the_same(args: argparse.Namespace) -> str:
+    return "the same tokens, history and summary" if args.small else "the same reference, and end about alike"
+
+
+def same_results(args: argparse.Namespace, first: tuple, second: tuple) -> bool:
+    """Bit for bit on a CPU; a GPU adds the gradients of attention in any order."""
+    if args.small:
+        return first == second
+    steps = [summary["steps"] for _, _, summary in (first, second)]
+    return first[0]["target_ids"] == second[0]["target_ids"] and max(steps) <= 1.5 * min(steps)
 
 
 def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
@@ -176,16 +187,18 @@ def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int, choi
         torch.cuda.reset_peak_memory_stats(args.device)
         next(steps)
         weights = sum(p.numel() * p.itemsize for p in models.generator.parameters())
-        figures["peak GB"] = torch.cuda.max_memory_allocated(args.device) / 1e9
+        figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9  # with what graphs keep
         figures["formula GB"] = (weights + vpt.step_bytes(models, num_tokens, recomputes=False)) / 1e9 + 0.8
     candidates = {"step": lambda: next(steps), "floor": bench.matrix_products(models, num_tokens)}
     seconds = bench.interleaved(candidates, args.repeats, args.device)
     step, floor = (min(seconds[name]) for name in ("step", "floor"))
     options = vpt.parse_args(["--demo", "--device", str(args.device), "--compile", choice])
-    decoded = vpt.generate_visual_codes(models, ["a red apple"], min(num_tokens, args.decoded), options)
+    figures |= {"steps/s": 1 / step, "of the products": floor / step}
+    if num_tokens != args.sizes[0]:  # longer pictures are decoded as quickly, but for their caches
+        return figures
+    decoded = vpt.generate_visual_codes(models, ["a red apple"], args.decoded, options)
     reading = min(bench.interleaved({"read": bench.read_weights(models)}, 3, args.device)["read"])
     rate = decoded.codes.numel() / decoded.seconds
-    figures |= {"steps/s": 1 / step, "of the products": floor / step}
     return figures | {"tokens/s": rate, "of the reading": rate * reading, "decoding compiled": str(decoded.compiled)}
 
 
@@ -232,7 +245,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
     parser.add_argument("--shapes", nargs="+", choices=("demo", "0.5B", "1.5B"), help="to measure (default: both real)")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="tokens (default: 256 1024 2304 4096)")
-    parser.add_argument("--compile", nargs="+", choices=("off", "on"), help="(default: off on, in this order)")
+    parser.add_argument("--compile", nargs="+", choices=("off", "on"), help="(default: off alone)")
     args = parser.parse_args()
     args.small = args.device.type == "cpu"
     args.num_steps = 10 if args.small else 1000
@@ -240,7 +253,9 @@ def main() -> None:
     args.decoded = 16 if args.small else 128
     args.shapes = args.shapes or (["demo"] if args.small else ["0.5B", "1.5B"])
     args.sizes = args.sizes or ([16] if args.small else [256, 1024, 2304, 4096])
-    args.compile = args.compile or (["off"] if args.small else ["off", "on"])
+    args.compile = args.compile or ["off"]
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     check, started, folder = Check(), time.monotonic(), Path(tempfile.mkdtemp(prefix="gpu_check-"))
     try:
         for shape, num_tokens in (("demo", 8),) if args.small else (("demo", 64), ("0.5B", 16), ("1.5B", 8)):
