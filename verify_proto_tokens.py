@@ -1173,24 +1173,22 @@ def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
 # Reference
 
 CACHE_FORMAT = 4
-TARGETS_PER_PASS = 16  # in a batch without gradients, whose key/value cache must fit
+BATCH_WITHOUT_GRADIENTS = 16  # targets, whose key/value cache must fit
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
 )
-
-
 LARGEST_PICTURE = 500e6  # pixels: more than a telephone takes; of these some 6 GB of memory are needed
 Image.MAX_IMAGE_PIXELS = None  # read_picture has the limit above
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The targets: visual codes [B, N] and prompts, and the pixels of the first."""
+    """The targets: visual codes and prompts, and the pixels of the first few."""
 
-    codes: Tensor
+    codes: Tensor  # [B, N]
     autoregressive_seconds: float | None  # of decoding them one after another, where they were
-    pixels: Tensor  # [B, 3, H, W] in [0, 1], of at most SHOWN_TARGETS
+    pixels: Tensor  # [SHOWN_TARGETS or fewer, 3, H, W] in [0, 1]
     prompts: list[str]
 
 
@@ -1219,7 +1217,7 @@ def make_reference(
     pictures: Tensor | None = None,
     interrupted: dict | None = None,
 ) -> Reference:
-    """The targets of a run: those of an earlier one, pictures of one's own, or what the generator draws.
+    """The targets of a run: those of an earlier or of the interrupted one, or new ones.
 
     An interrupted run's are not made again: on another device, or by another torch, they could be others.
     """
@@ -1275,11 +1273,11 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 
 
 def targets_per_decoding(models: Models, num_tokens: int) -> int:
-    """TARGETS_PER_PASS, or as many as have room for their keys and values behind prompts of a usual length."""
+    """BATCH_WITHOUT_GRADIENTS, or as many as have room for their keys and values behind prompts of a usual length."""
     config = models.generator.config
     of_a_place = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
     of_a_target = 2 * (num_tokens + 128) * of_a_place  # under both prompts
-    return max(1, int(min(TARGETS_PER_PASS, 0.8 * free_bytes(models.device) / of_a_target)))
+    return max(1, int(min(BATCH_WITHOUT_GRADIENTS, 0.8 * free_bytes(models.device) / of_a_target)))
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -1368,7 +1366,7 @@ class PromptedLayers:
         self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
         self.places = torch.arange(length + num_tokens, device=models.device)
         self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
-        self.filled = 0  # places behind the newest token
+        self.filled = 0  # places, of prompts and tokens
 
     def warm_up(self, compiling: bool) -> None:
         """Passes that no clock is to pay for, by layers compiled if that is wanted and works."""
@@ -1484,10 +1482,7 @@ def compile_layers(layers: torch.nn.Module, use: Callable) -> Callable:
 
 FINAL_RATE = 1e-5
 LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
-
-
-# What an interrupted optimisation is stored with, beside its tensors.
-CARRIED_OVER = ("step", "seconds", "in_flight", "num_begun", "turns")
+CARRIED_OVER = ("step", "seconds", "in_flight", "num_begun", "turns")  # from an interrupted run, beside its tensors
 
 
 class ProtoTokens(torch.nn.Module):
@@ -1626,7 +1621,7 @@ def joined(parts: list[Predictions]) -> Predictions:
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
     """One pass for the targets codes [B, N], so many of them at a time or fewer, and what it predicts."""
     parts = []
-    for some in slices(len(codes), min(targets_per_pass, TARGETS_PER_PASS)):
+    for some in slices(len(codes), min(targets_per_pass, BATCH_WITHOUT_GRADIENTS)):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
@@ -2236,7 +2231,7 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
     shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
-    for some in slices(len(codes), TARGETS_PER_PASS):  # of many the pictures would not fit into memory
+    for some in slices(len(codes), BATCH_WITHOUT_GRADIENTS):  # of many the pictures would not fit into memory
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
         errors.append((pixels - originals).square().mean((1, 2, 3)))
@@ -2456,9 +2451,9 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
     return render(figure)
 
 
-def mark_errors(reference: Image.Image, rank: Tensor, size: int = 768) -> Image.Image:
+def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
     """The latent grid over a faint reference: a wrong token is orange with its target in the top 5, else red."""
-    side = math.isqrt(rank.numel())
+    size, side = 768, math.isqrt(rank.numel())
     level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
     clear, near, far = (0, 0, 0, 0), (*ImageColor.getrgb(ORANGE), 178), (*ImageColor.getrgb(RED), 178)
     colours = np.array([clear, near, far], dtype=np.uint8)
@@ -2972,7 +2967,7 @@ def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.
 
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
-    """Raises UserError where the proto-tokens of an earlier run were made for another generator."""
+    """Raises UserError where the proto-tokens of an earlier run were made for other models."""
 
     def control_of(control: str | None, seed: int) -> str:
         return f"seed {seed}" if control == "untrained" else "none"
@@ -3003,12 +2998,12 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     if not (folder / STATE_FILE).exists() and not is_finished(folder):
         return
     try:
-        earlier = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew") from None
-    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the earlier ones were stored
+    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the others were written
     changed = [
-        f"{name} ({earlier.get(name)}, now {value})" for name, value in compared.items() if earlier.get(name) != value
+        f"{name} ({stored.get(name)}, now {value})" for name, value in compared.items() if stored.get(name) != value
     ]
     if changed:
         raise UserError(
@@ -3253,7 +3248,7 @@ class Tracker:
 
 
 class Recorder:
-    """Writes a run's files as it goes, tells W&B, shows progress, and saves the state that --resume goes on from.
+    """Writes a run's files as it goes, tells W&B, and saves the state that --resume goes on from.
 
     A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
     """
@@ -3275,7 +3270,7 @@ class Recorder:
             self.tracker.trial(trial, count)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.history:
             self.history.stream.close()
         exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
@@ -3408,7 +3403,7 @@ class Recorder:
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
-        """Writes and logs the results of an optimisation."""
+        """Writes and logs what proto-tokens reconstruct, learned here or by an earlier run."""
         of_targets = {
             "target_ids": self.reference.codes + self.settings["visual_offset"],
             "predicted_ids": reconstruction.predictions.ids,
