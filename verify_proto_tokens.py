@@ -2136,9 +2136,9 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     kept = (4.5 * config.hidden_size + 3 * config.intermediate_size + 2 * keys_per_token(models)) * itemsize
     if itemsize < 4:
         kept += 1.2 * config.hidden_size * 4
-    if models.device.type == "cuda" and itemsize == 4:
-        # In float32, CUDA's attention for grouped queries holds its weights (by torch's documentation; not measured).
-        kept += config.num_attention_heads * num_tokens * itemsize
+    if models.device.type == "cuda" and (itemsize == 4 or torch.cuda.get_device_capability(models.device) < (8, 0)):
+        # By torch's documentation (not measured) attention for grouped queries then holds its weights, in float32.
+        kept += config.num_attention_heads * num_tokens * 4
     of_all_layers = config.num_hidden_layers * kept
     if recomputes:
         of_all_layers = config.num_hidden_layers * config.hidden_size * itemsize + kept
