@@ -358,14 +358,16 @@ def draw_study(study: dict) -> vpt.Image.Image:
     panels["B"].boxplot(kinds.values(), tick_labels=list(kinds), medianprops={"color": vpt.BLUE})
     panels["B"].set(title="tokens held at 99 %", ylim=(0, None))
     errors, side = study["errors"], math.isqrt(len(study["errors"]["by_place"]))
-    places = panels["C"].imshow(np.reshape(errors["by_place"], (side, side)), cmap="viridis", vmax=100)
-    panels["C"].set(title=f"accuracy by place (%), {LARGE} px", xticks=[], yticks=[])
+    # Four neighbours together: of a single one few pictures say little.
+    of_four = np.reshape(errors["by_place"], (side // 2, 2, side // 2, 2)).mean((1, 3))
+    places = panels["C"].imshow(of_four, cmap="viridis", vmax=100)
+    panels["C"].set(title=f"by place in the picture (%), {LARGE} px", xticks=[], yticks=[])
     below.colorbar(places, ax=panels["C"], shrink=0.85)
     panels["D"].plot(errors["bits"], errors["by_bits"], color=vpt.BLUE, marker="o")
-    panels["D"].set(title="by surprise of the token (%)", xlabel="bits under the prompt", ylim=(0, 102))
+    panels["D"].set(title=f"by surprise of the token (%), {LARGE} px", xlabel="bits under the prompt", ylim=(0, 102))
     captions = list(errors["by_caption"])
     panels["E"].barh(captions, errors["by_caption"].values(), color=vpt.BLUE, height=0.6)
-    panels["E"].set(title="by caption (%)", xlim=(0, 100))
+    panels["E"].set(title=f"by caption (%), {LARGE} px", xlim=(0, 100))
     panels["E"].invert_yaxis()
     for letter in "BDE":
         panels[letter].grid(axis="x" if letter == "E" else "y")
@@ -378,7 +380,7 @@ def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
     for offset, (size, colour) in zip((-0.18, 0.18), ((SMALL, vpt.FAINT), (LARGE, vpt.BLUE)), strict=True):
         for place, label in enumerate(labels):
             accuracy = rows[str(size)][label]["accuracy"]
-            name = f"{size} px" if place == 0 else None
+            name = f"{(size // 32) ** 2} tokens, {size} px" if place == 0 else None
             axis.barh(place + offset, statistics.fmean(accuracy), height=0.34, color=colour, alpha=0.55, label=name)
             axis.scatter(accuracy, [place + offset] * len(accuracy), s=6, color=vpt.INK, alpha=0.6, zorder=3)
     axis.set_yticks(range(len(labels)), labels=labels)
