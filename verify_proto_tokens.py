@@ -450,7 +450,7 @@ def choose_models(args: argparse.Namespace) -> None:
 
 
 def name_for_wandb(args: argparse.Namespace) -> None:
-    """Puts the run's name, project and tags in the place of those that were not given: the environment's come first."""
+    """Fills in the run's name, and W&B's project, tags and mode as the environment has them."""
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
@@ -550,7 +550,7 @@ if __name__ == "__main__":
 
 # A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for each
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
 import matplotlib
 import matplotlib.style
 import numpy as np
@@ -780,7 +780,7 @@ def load_models(args: argparse.Namespace) -> Models:
     """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
     device = pick_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # some of torch asks for the current one alone
+        torch.cuda.set_device(device)  # what torch says of precisions, and its graphs, are of the current one
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     vocabulary_rows = config.vocab_size
@@ -830,10 +830,11 @@ def pick_device(name: str | None) -> torch.device:
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name).cpu()
+        probe = torch.zeros(1, device=name)
+        probe.cpu()
     except (RuntimeError, AssertionError) as error:  # not known, not there; not built for it
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
-    return torch.device(name)
+    return probe.device  # with its number, which `cuda` alone lacks
 
 
 def device_name(device: torch.device) -> str:
@@ -1023,8 +1024,9 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
-    for parameter, fresh in zip(generator.parameters(), untrained.parameters(), strict=True):
-        parameter.data.copy_(fresh)
+    fresh = dict(untrained.named_parameters(remove_duplicate=False))  # tied, where a checkpoint's own may not be
+    for name, parameter in generator.named_parameters():
+        parameter.data.copy_(fresh[name])
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -1372,12 +1374,20 @@ class PromptedLayers:
         """Passes that no clock is to pay for, by layers compiled if that is wanted and works."""
         if self.prompt_ids.device.type != "cpu":  # a GPU's kernels are loaded, and some of them chosen, by shape
             self.prefill()
-            self.cache.reset()
-            self.filled = 0
+            self.forget()
         first_ids = self.prompt_ids[:, -1:].contiguous()
         self(first_ids)
         if compiling:
             self.layers = compile_layers(self.plain_layers, lambda layers: self.through(layers, first_ids))
+        self.forget()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether they really are."""
+        return self.layers is not self.plain_layers
+
+    def forget(self) -> None:
+        """Empties the cache."""
         self.cache.reset()
         self.filled = 0
 
@@ -1436,8 +1446,7 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
                 raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
             codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
-        seconds, compiled = time_on(models.device) - started, layers.layers is not layers.plain_layers
-        return Decoded(codes, seconds, compiled)
+        return Decoded(codes, time_on(models.device) - started, layers.compiled)
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1830,7 +1839,7 @@ class Optimisation:
         self.seconds = 0.0
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
-        self.places = count
+        self.places = count  # in flight, at most
         if not self.together:
             fitting = min(self.targets_per_pass, TOKENS_IN_FLIGHT // num_tokens)
             self.places = min(count, args.targets_at_once or max(1, fitting))
@@ -1911,7 +1920,7 @@ class Optimisation:
 
     def replace_the_ended(self) -> None:
         """Takes the targets that ended out of the flight, and lets as many begin as there is room for."""
-        ended = [place for place, ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if ended]
+        ended = [place for place, has_ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if has_ended]
         room = max(0, self.places - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
         coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
         if self.stepping_models.layers is not self.models.layers:
@@ -2124,8 +2133,10 @@ def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_no
 
 def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
     """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets a pass."""
-    budget = 0.8 * free_bytes(models.device) - loss_bytes(models, num_tokens)
-    recomputes = choice == "on" or (choice == "auto" and step_bytes(models, num_tokens, False) > budget)
+    free = 0.8 * free_bytes(models.device)
+    one_needs = step_bytes(models, num_tokens, False) + loss_bytes(models, num_tokens)
+    recomputes = choice == "on" or (choice == "auto" and one_needs > free)
+    budget = free - loss_bytes(models, batch * num_tokens)
     return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
 
 
@@ -2145,9 +2156,9 @@ def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
     return int(of_all_layers * num_tokens)
 
 
-def loss_bytes(models: Models, num_tokens: int) -> int:
+def loss_bytes(models: Models, num_positions: int) -> int:
     """What a chunk of logits takes in float32, with its probabilities and its gradient."""
-    return 12 * min(LOGITS_AT_ONCE, num_tokens * len(models.head))
+    return 12 * min(LOGITS_AT_ONCE, num_positions * len(models.head))
 
 
 def keys_per_token(models: Models) -> int:
@@ -2292,7 +2303,7 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
 
 
-def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], learned: list[dict]) -> list[dict]:
+def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], rows: list[dict]) -> list[dict]:
     """The targets' rows, how each learned, with its accuracy in percent, wrong tokens, PSNR in dB, and bits."""
     num_tokens, num_correct = reconstruction.predictions.rank.shape[1], reconstruction.predictions.num_correct.tolist()
     columns = {
@@ -2301,8 +2312,8 @@ def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [row | of_target for row, of_target in zip(learned, found, strict=True)]
+    values = zip(*columns.values(), strict=True)
+    return [row | dict(zip(columns, of_target, strict=True)) for row, of_target in zip(rows, values, strict=True)]
 
 
 def summarise(
@@ -2625,7 +2636,7 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
 VERSIONED += ("matplotlib", "tqdm")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 7
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 8
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 FRAMES = "progress/step_*.png"
@@ -3213,7 +3224,7 @@ class Tracker:
     """What tells W&B of a run, if it was started; where W&B's client fails, the run goes on without it."""
 
     def __init__(self, run_id: str | None):
-        self.run_id = run_id  # of the W&B run to continue
+        self.run_id = run_id  # of an interrupted run, which is continued
         self.run: object | None = None
 
     def start(self, args: argparse.Namespace, settings: dict) -> None:
@@ -3292,6 +3303,7 @@ class Recorder:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
             learning.load_state_dict(self.saved["learning"])
+            self.newest_row = self.saved["newest_row"]
             print(f"resumed after step {learning.step}")
             for step, file in self.frames().items():
                 if step > learning.step:
@@ -3322,7 +3334,7 @@ class Recorder:
         if self.args.image_every and learning.step % self.args.image_every == 0:
             self.keep_frame(learning)
         if learning.finished:
-            return
+            return  # `end` keeps the rest
         some_ended = learning.outcomes.num_ended > self.recorded_ended
         if some_ended:
             self.keep_table(learning)
@@ -3331,7 +3343,7 @@ class Recorder:
             self.save_state(learning)
 
     def end(self, learning: Optimisation) -> None:
-        """Keeps the last step, however rarely others are kept. No step of its own may have ended the last targets."""
+        """Keeps the last step, however rarely others are kept; the last targets may have diverged after it."""
         self.keep_newest_row()
         if self.args.image_every and learning.step > max(self.frames(), default=0):
             self.keep_frame(learning)
@@ -3374,6 +3386,7 @@ class Recorder:
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history_size": self.history.size if self.history else 0,
+            "newest_row": self.newest_row,
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
@@ -3457,7 +3470,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
             for row in learning.steps():
                 record.step(row, learning)
                 show_step(bar, row, learning)
-                if received and not learning.finished:
+                if received and not learning.finished:  # a finished one is kept before it is stopped
                     raise Stopped(received[0])
             record.end(learning)
     except (UserError, Stopped):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,7 +367,7 @@ def test_a_shared_m_is_the_same_problem_as_one_target_given_twice(tiny_models, m
 def test_targets_that_do_not_fit_at_once_are_worked_through_in_parts(tiny_models, make_args, monkeypatch):
     args, codes = make_args("--num-steps", "8", "--gradient-checkpointing", "off"), random_codes(tiny_models, batch=5)
     _, at_once = optimise(tiny_models, args, codes)
-    needed = vpt.loss_bytes(tiny_models, 16) + 2.5 * vpt.step_bytes(tiny_models, 16, False)
+    needed = vpt.loss_bytes(tiny_models, 5 * 16) + 2.5 * vpt.step_bytes(tiny_models, 16, False)
     monkeypatch.setattr(vpt, "free_bytes", lambda device: needed / 0.8)
     assert vpt.memory_plan(tiny_models, 5, 16, "off") == (False, 2)
     learning, in_parts = optimise(tiny_models, args, codes)
@@ -457,7 +458,7 @@ def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_mod
     step = vpt.step_bytes(tiny_models, num_tokens=16, recomputes=False)
     assert vpt.step_bytes(tiny_models, num_tokens=16, recomputes=True) < step
     needed = (vpt.loss_bytes(tiny_models, 16) + step) / 0.8
-    for free, on in ((0.99 * needed, True), (1.01 * needed, False), (math.inf, False)):
+    for free, on in ((0, True), (0.99 * needed, True), (1.01 * needed, False), (math.inf, False)):
         monkeypatch.setattr(vpt, "free_bytes", lambda device, free=free: free)
         assert vpt.memory_plan(tiny_models, 1, 16, "auto") == (on, 1)
     assert vpt.memory_plan(tiny_models, 1, 16, "on")[0] and not vpt.memory_plan(tiny_models, 1, 16, "off")[0]
@@ -561,6 +562,12 @@ def test_many_prompts_are_decoded_by_as_many_as_memory_holds(tiny_models, make_a
     monkeypatch.setattr(vpt, "free_bytes", lambda device: 2.5 / 0.8 * needed)
     split = reference_of(tiny_models, make_args(*prompts, "--force-generate"))
     assert batches == [2, 2, 1] and torch.equal(split.codes, together.codes)
+
+
+def test_a_device_named_without_its_number_is_given_one(monkeypatch):
+    probe = SimpleNamespace(cpu=lambda: None, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: probe)
+    assert vpt.pick_device("cuda") == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

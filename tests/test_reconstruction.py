@@ -89,7 +89,7 @@ def summary_of(tiny_models, make_args):
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_per_pass=16)
         bits = vpt.information(models, reference, reconstruction.predictions)
-        targets = vpt.describe_targets(reconstruction, bits, learned=[{"prompt": prompt} for prompt in prompts])
+        targets = vpt.describe_targets(reconstruction, bits, [{"prompt": prompt} for prompt in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
 
     return summary_of

@@ -708,7 +708,7 @@ def main() -> None:
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)  # graphs and streams are the current one's
+        torch.cuda.set_device(args.device.index or 0)  # graphs and streams are the current one's
     if args.variant:
         print(json.dumps(measure_memory(args)))
         return

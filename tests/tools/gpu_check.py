@@ -255,7 +255,7 @@ def main() -> None:
     args.sizes = args.sizes or ([16] if args.small else [256, 1024, 2304, 4096])
     args.compile = args.compile or ["off"]
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(args.device.index or 0)
     check, started, folder = Check(), time.monotonic(), Path(tempfile.mkdtemp(prefix="gpu_check-"))
     try:
         for shape, num_tokens in (("demo", 8),) if args.small else (("demo", 64), ("0.5B", 16), ("1.5B", 8)):
