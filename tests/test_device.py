@@ -12,14 +12,14 @@ from support.processes import ROOT, ended, run_script_in, start
 from support.results import tensors_in
 from support.tiny_model import tiny_arguments
 
-NO_CPU = ("--save-dir", "elsewhere")
+ELSEWHERE = ("--save-dir", "elsewhere")
 SEVERAL = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--m", "own", "--targets-at-once", 2)
 PLAIN = ("--num-steps", 6, "--wandb-run-name", "plain")
 
 
 def run_elsewhere(folder: Path, tiny: Path, *runs: tuple) -> list[dict]:
     """Runs the script on the pretend device, once for each of `runs`; what support/pretend_device.py says of each."""
-    words = [[str(word) for word in (*tiny_arguments(tiny), *NO_CPU, *run)] for run in runs]
+    words = [[str(word) for word in (*tiny_arguments(tiny), *ELSEWHERE, *run)] for run in runs]
     commands = folder / "runs.json"
     commands.write_text(json.dumps(words))
     with commands.open() as stdin:
@@ -33,25 +33,28 @@ def elsewhere(tiny_folder, tmp_path_factory) -> SimpleNamespace:
     """A plain run, and one of several targets that is interrupted and resumed."""
     folder = tmp_path_factory.mktemp("device")
     several = (*SEVERAL, "--num-steps", 6, "--wandb-run-name", "several")
-    plain, stopped, _ = run_elsewhere(folder, tiny_folder, PLAIN, (*several, "stopping"), (*several, "--resume"))
+    plain, stopped, resumed = run_elsewhere(folder, tiny_folder, PLAIN, (*several, "stopping"), (*several, "--resume"))
     run_script_in(folder, *tiny_arguments(tiny_folder), "--save-dir", "cpu", "--device", "cpu", *PLAIN)
     run_script_in(folder, *tiny_arguments(tiny_folder), "--save-dir", "cpu", "--device", "cpu", *several)
-    return SimpleNamespace(folder=folder, plain=plain, stopped=stopped)
+    return SimpleNamespace(folder=folder, plain=plain, stopped=stopped, resumed=resumed)
 
 
 @pytest.mark.parametrize("name", ["plain", "several"])
 def test_a_run_learns_on_another_device_what_it_learns_on_the_cpu(elsewhere, name):
     here, there = (tensors_in(elsewhere.folder / place / name) for place in ("cpu", "elsewhere"))
+    for ids in ("target_ids", "predicted_ids"):
+        assert torch.equal(there.pop(ids), here.pop(ids))
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4)  # attention is in other steps there
 
 
 def test_a_run_on_another_device_is_stopped_and_resumed(elsewhere):
-    assert elsewhere.stopped["exit_code"] == 143 and len(elsewhere.stopped["waits_by_step"]) == 2
+    steps = [len(run["waits_by_step"]) for run in (elsewhere.stopped, elsewhere.resumed)]
+    assert elsewhere.stopped["exit_code"] == 143 and steps == [2, 10]  # of two targets 6 steps, then the third's
 
 
 def test_the_host_waits_for_the_device_once_a_step(elsewhere):
-    waits = elsewhere.plain["waits_by_step"][:-1]  # the last one saves the state
-    assert [after - before for before, after in itertools.pairwise(waits)] == [1, 1, 1, 1]
+    waits = elsewhere.plain["waits_by_step"]
+    assert [after - before for before, after in itertools.pairwise(waits)] == [1, 1, 1, 1, 1]
 
 
 def test_the_host_does_not_wait_for_each_decoded_token(elsewhere):

@@ -142,6 +142,21 @@ def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, t
     assert "speedup" not in summary_in(folder)  # nothing was decoded one by one
 
 
+def test_an_interrupted_run_goes_on_with_its_picture_alone(call_tiny, tmp_path, monkeypatch):
+    options = ("--image", saved(tmp_path, picture()), "--save-every", 1, "--resume", "--wandb-run-name", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(vpt, "reconstruct", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call_tiny(*options)
+    saved(tmp_path, picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    refused(call_tiny(*options), "other settings", "images_fingerprint")
+    saved(tmp_path, picture())
+    with monkeypatch.context() as patch:
+        patch.setattr(vpt, "encode_pixels", lambda _, pixels, __: torch.zeros(len(pixels), 16).long())  # another GPU's
+        assert call_tiny(*options).code == 0
+    assert torch.equal(tensors_in(tmp_path / "proto_tokens_exp" / "run")["target_ids"][0] - 1401, CODES)
+
+
 def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tmp_path):
     two = ("--image", saved(tmp_path, picture(), "a.png"), "--image", saved(tmp_path, picture(), "b.jpg"))
     assert call_tiny(*two, "--prompt", "one", "--prompt", "two", "--save-dir", "out").code == 0

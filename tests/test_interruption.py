@@ -82,6 +82,16 @@ def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, op
         assert torch.equal(second.best.e_t, whole.best.e_t) and torch.equal(second.best.m, whole.best.m)
 
 
+def test_a_signal_in_the_last_step_loses_nothing(model_folders, call_script, tmp_path):
+    arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--log-every", 7, "--save-dir", "out")
+    process = start_pausing(tmp_path, 20, *arguments)
+    process.send_signal(signal.SIGTERM)
+    let_go_on(tmp_path)
+    assert ended(process).code == 143 and steps_in(tmp_path / "out" / "run") == [1, 7, 14, 20]
+    assert "resumed after step 20" in call_script(*arguments, "--resume").out
+    assert steps_in(tmp_path / "out" / "run") == [1, 7, 14, 20]
+
+
 def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_folders, call_script, tmp_path):
     arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS)
     assert call_script(*arguments, "--save-dir", "whole").code == 0

@@ -1,7 +1,10 @@
 """Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
 
+import dataclasses
+import functools
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -286,20 +289,31 @@ def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
     assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
-def test_the_last_step_is_kept_also_where_a_target_diverged_after_it(call_tiny, tmp_path, monkeypatch):
-    passes, really_step = [], vpt.losses_and_gradient
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_step_is_kept_also_where_a_target_diverged_after_it(call_tiny, tmp_path, monkeypatch, stopped):
+    passes, really_learn, really_step = [], vpt.losses_and_gradient, vpt.Recorder.step
 
-    def step(*arguments):
+    def diverge_at_last(*arguments):
         passes.append(arguments)
-        predictions = really_step(*arguments)
+        predictions = really_learn(*arguments)
         return predictions._replace(losses=predictions.losses * math.nan) if len(passes) == 9 else predictions
 
-    monkeypatch.setattr(vpt, "losses_and_gradient", step)
+    def step(recorder, row, learning):
+        really_step(recorder, row, learning)
+        if stopped and learning.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(vpt, "losses_and_gradient", diverge_at_last)
+    monkeypatch.setattr(vpt.Recorder, "step", step)
     options = ("--target-accuracy", 0, "--log-every", 10, "--image-every", 10, "--wandb-run-name", "lost")
-    result = call_tiny(*TWO, "--m", "own", "--targets-at-once", 1, "--num-steps", 6, "--save-dir", "out", *options)
+    options += ("--m", "own", "--targets-at-once", 1, "--num-steps", 6, "--save-dir", "out", "--resume")
+    result = call_tiny(*TWO, *options)
+    if stopped:
+        assert result.code == 143
+        result = call_tiny(*TWO, *options)
     folder = tmp_path / "out" / "lost"
     assert result.code == 0 and "1 of 2 targets ended" in result.out
-    assert steps_in(folder)[-1] == summary_in(folder)["steps"] == 8
+    assert steps_in(folder) == [1, 8] and summary_in(folder)["steps"] == 8
     assert (folder / "progress" / "step_000008.png").exists()
 
 
@@ -313,6 +327,20 @@ def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(tiny_models, 
     resumed.load_state_dict(interrupted.state_dict())
     in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
     assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 9
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_is_compiled_keeps_its_number_of_targets_in_flight(tiny_models, make_args, at_once):
+    codes = random_codes(tiny_models, batch=8)
+    options = ("--m", "own", "--num-steps", 3, "--target-accuracy", 0, "--targets-at-once")
+    interrupted = vpt.Optimisation(tiny_models, codes, make_args(*options, 2))
+    next(interrupted.steps())
+    resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
+    resumed.load_state_dict(interrupted.state_dict())
+    compiled = functools.partial(tiny_models.generator.model)  # stands for it: another object of the same effect
+    resumed.stepping_models = dataclasses.replace(tiny_models, compiled_layers=compiled)
+    in_flight = [len(resumed.in_flight) for _ in resumed.steps() if not resumed.finished]
+    assert set(in_flight) == {2} and resumed.outcomes.steps.tolist() == [3] * 8
 
 
 def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, prompts_file, tmp_path):
