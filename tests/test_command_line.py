@@ -48,7 +48,7 @@ def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
 
 def test_the_config_holds_all_settings_and_versions(demo_run):
     config = config_in(demo_run.folder)
-    assert config.keys() == vpt.SETTINGS.keys() - {"prompts", "m_from_fingerprint"}
+    assert config.keys() == vpt.SETTINGS.keys() - {"prompts", "m_from_fingerprint", "images_fingerprint"}
     assert config["num_steps"] == 40 and config["cfg_scale"] == 6.0 and config["device"] == "cpu"
     assert config["versions"]["torch"] == torch.__version__
     assert config["codebook_size"] == 625 and config["factor"] == 32
