@@ -317,26 +317,32 @@ def test_the_last_step_is_kept_also_where_a_target_diverged_after_it(call_tiny, 
     assert (folder / "progress" / "step_000008.png").exists()
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(tiny_models, make_args, at_once):
-    codes = random_codes(tiny_models, batch=9)
-    options = ("--m", "own", "--num-steps", 3, "--target-accuracy", 0, "--targets-at-once")
-    interrupted = vpt.Optimisation(tiny_models, codes, make_args(*options, 2))
-    next(interrupted.steps())
-    resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
-    resumed.load_state_dict(interrupted.state_dict())
-    in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
-    assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 9
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_what_is_compiled_keeps_its_number_of_targets_in_flight(tiny_models, make_args, at_once):
+@pytest.fixture
+def resume_with(tiny_models, make_args):
+    """Goes on with --targets-at-once of another number, after a step of eight targets of which two were in flight."""
     codes = random_codes(tiny_models, batch=8)
     options = ("--m", "own", "--num-steps", 3, "--target-accuracy", 0, "--targets-at-once")
     interrupted = vpt.Optimisation(tiny_models, codes, make_args(*options, 2))
     next(interrupted.steps())
-    resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
-    resumed.load_state_dict(interrupted.state_dict())
+
+    def resume(at_once: int) -> vpt.Optimisation:
+        resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
+        resumed.load_state_dict(interrupted.state_dict())
+        return resumed
+
+    return resume
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(resume_with, at_once):
+    resumed = resume_with(at_once)
+    in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
+    assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 8
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_is_compiled_keeps_its_number_of_targets_in_flight(resume_with, tiny_models, at_once):
+    resumed = resume_with(at_once)
     compiled = functools.partial(tiny_models.generator.model)  # stands for it: another object of the same effect
     resumed.stepping_models = dataclasses.replace(tiny_models, compiled_layers=compiled)
     in_flight = [len(resumed.in_flight) for _ in resumed.steps() if not resumed.finished]
