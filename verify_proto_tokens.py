@@ -127,7 +127,7 @@ def whole(text: str) -> int:
 
 def listed(text: str) -> list[str]:
     """The items of a list as sweeps write it: ['a', 'b'], [0.9, 0.99]; any other text alone."""
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         items = ast.literal_eval(text.strip()) if text.strip().startswith("[") else [text]
         if isinstance(items, list):
             return [str(item) for item in items]
@@ -144,6 +144,7 @@ def as_path(text: str) -> Path:
 # Not a number fails every comparison.
 COUNT = checked(whole, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
 COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
+IMAGE_SIZE = checked(whole, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
 TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
@@ -247,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
-    add("--image-size", "result", int, type=COUNT, default=256, metavar="PIXELS",
+    add("--image-size", "result", int, type=IMAGE_SIZE, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
     add("--cfg-scale", "reference", type=UP_TO_1000, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
@@ -2926,6 +2927,7 @@ class EarlierRun:
         return ProtoTokens(self.e_t, self.m, m_learns=not self.settings["m_from"]).to(device)
 
 
+@enough_memory_for("the pictures")
 def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | None, Tensor | None]:
     """The earlier run and the pictures [B, 3, H, W] that options name, read before anything slow. Raises UserError."""
     earlier = pictures = None

@@ -142,7 +142,7 @@ REFUSED = {
     "--top-p": ["0", "1.01", "-0.5", "nan"],
     "--top-k": ["0", "-3", "2.5"],
     "--cfg-scale": ["-1", "nan", "inf", "1e39"],
-    "--image-size": ["0", "-256", "big"],
+    "--image-size": ["0", "-256", "big", "16385"],
     "--grad-clip": ["-1", "nan"],
     "--target-accuracy": ["-1", "101", "nan"],
     "--log-every": ["0", "-5"],
@@ -210,6 +210,7 @@ def test_lists_are_read():
     assert parsed("--betas=[0.9, 0.99]")["betas"] == parsed("--betas=0.9,0.99")["betas"] == (0.9, 0.99)
     assert parsed("--prompt=['a red apple', \"it's a [cat]\"]")["prompts"] == ["a red apple", "it's a [cat]"]
     assert parsed("--prompt=[a cat]", "--prompt", "a dog")["prompts"] == ["[a cat]", "a dog"]
+    assert parsed("--prompt=[{[]}]")["prompts"] == ["[{[]}]"]  # Python cannot even build this one
     assert [file.name for file in parsed("--image=['a.png', 'b.png']")["images"]] == ["a.png", "b.png"]
     assert parsed("--wandb_tags=['one', 'two']")["wandb_tags"] == ["one", "two"]
 
