@@ -1135,11 +1135,14 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
 
 
 def digest_of(files: list[Path]) -> str:
-    """Of names and contents."""
+    """Of names and contents. Raises UserError."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with file.open("rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

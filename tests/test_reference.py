@@ -292,6 +292,12 @@ def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
     assert vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES) != before
 
 
+def test_a_file_that_identifies_a_model_but_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "extra.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(vpt.UserError, match=r"extra\.json cannot be read: No such file"):
+        vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES)
+
+
 def test_only_a_hub_snapshot_is_identified_by_its_folders_name(tmp_path):
     names = {}
     for parent in ("a", "b"):
