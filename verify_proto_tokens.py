@@ -2643,7 +2643,6 @@ VERSIONED += ("matplotlib", "tqdm")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 8
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
-FRAMES = "progress/step_*.png"
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
 RESULTS = [
     "summary.json",
@@ -2753,13 +2752,19 @@ def remove_leftovers(save_dir: Path, folder: Path) -> None:
 
 def remove_results(folder: Path) -> None:
     """What an earlier run of this name left: never a mixture of two runs. Raises UserError."""
-    for file in [*(folder / name for name in RESULTS), *folder.glob(FRAMES)]:
+    for file in [*(folder / name for name in RESULTS), *frames_in(folder).values()]:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot remove {file}, of an earlier run: {error.strerror}") from None
     with contextlib.suppress(OSError):
         (folder / "progress").rmdir()
+
+
+def frames_in(folder: Path) -> dict[int, Path]:
+    """The files of the moving picture, by their step, in order; others beside them are somebody's own."""
+    named = {re.fullmatch(r"step_(\d+)\.png", file.name): file for file in folder.glob("progress/*")}
+    return dict(sorted((int(name[1]), file) for name, file in named.items() if name))
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
@@ -3310,7 +3315,7 @@ class Recorder:
             learning.load_state_dict(self.saved["learning"])
             self.newest_row = self.saved["newest_row"]
             print(f"resumed after step {learning.step}")
-            for step, file in self.frames().items():
+            for step, file in frames_in(self.folder).items():
                 if step > learning.step:
                     file.unlink()  # it will be drawn again
             if self.history and self.tracker.run:
@@ -3321,7 +3326,7 @@ class Recorder:
     def send_missing(self) -> None:
         """After a resumption, what the interrupted run had not sent."""
         rows = {row["step"]: row for row in self.history.rows()}
-        frames = self.frames()
+        frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
             if step in rows:
                 self.tracker.row(rows[step])
@@ -3350,7 +3355,7 @@ class Recorder:
     def end(self, learning: Optimisation) -> None:
         """Keeps the last step, however rarely others are kept; the last targets may have diverged after it."""
         self.keep_newest_row()
-        if self.args.image_every and learning.step > max(self.frames(), default=0):
+        if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
             self.keep_frame(learning)
         self.keep_table(learning)
         self.recorded_step = learning.step
@@ -3374,11 +3379,6 @@ class Recorder:
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
         self.tracker.frame(learning.step, frame)
-
-    def frames(self) -> dict[int, Path]:
-        """The files of the moving picture, by their step, in order."""
-        files = {int(file.stem.removeprefix("step_")): file for file in self.folder.glob(FRAMES)}
-        return dict(sorted(files.items()))
 
     def save_state(self, learning: Optimisation) -> None:
         """All that --resume goes on from; unless a step is not in the history yet, which must be done again."""
@@ -3430,7 +3430,7 @@ class Recorder:
         if "steps" in targets[0]:  # they were learned here
             of_targets["steps"] = torch.tensor([target["steps"] for target in targets])
         write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
-        if frames := list(self.frames().values()):
+        if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
         self.tracker.tell(log_proto_tokens, self.folder / PROTO_TOKENS_FILE, summary["status"])
         rows, tables = draw_targets(targets, reconstruction), {}

@@ -182,6 +182,14 @@ def test_the_moving_picture_has_a_frame_every_so_many_steps_also_after_an_interr
     assert results_of(cut) == results_of(whole)
 
 
+def test_files_beside_the_frames_of_a_moving_picture_are_left_alone(run_into, tmp_path):
+    arguments = ("--num-steps", 3, "--target-accuracy", 0, "--image-every", 3)
+    copy = run_into("run", *arguments) / "progress" / "step_000003 copy.png"
+    copy.write_bytes(b"mine")
+    run_into("run", *arguments)
+    assert copy.read_bytes() == b"mine" and len(list(copy.parent.iterdir())) == 2
+
+
 def test_wandb_gets_each_targets_own_figures_and_a_table(call_tiny, tmp_path):
     result = call_tiny(*TWO, "--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 0, result.err
