@@ -2435,7 +2435,7 @@ def fit(text: Text, figure: Figure, share: float) -> None:
 
 
 def likeness(decibels: float) -> str:
-    return f"PSNR {decibels:.1f} dB" if math.isfinite(decibels) else "identical picture"
+    return "identical picture" if decibels == math.inf else f"PSNR {decibels:.1f} dB"
 
 
 def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> None:

@@ -57,6 +57,12 @@ def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_mod
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 
 
+def test_only_equal_pictures_are_said_to_be_identical():
+    assert vpt.likeness(vpt.psnr(0.0)) == "identical picture"
+    assert vpt.likeness(vpt.psnr(0.01)) == "PSNR 20.0 dB"
+    assert vpt.likeness(math.nan) == "PSNR nan dB"
+
+
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models, proto_tokens):
     codes = torch.zeros(1, 16, dtype=torch.long)
     full, visual = (
