@@ -1228,7 +1228,7 @@ def make_reference(
     An interrupted run's are not made again: on another device, or by another torch, they could be others.
     """
     if args.from_proto_tokens:
-        codes, seconds = earlier.target_ids - models.visual_offset, None
+        codes, seconds = earlier.codes, None
     elif interrupted:
         codes, seconds = interrupted["codes"], interrupted["autoregressive_seconds"]
     else:
@@ -1631,10 +1631,11 @@ def joined(parts: list[Predictions]) -> Predictions:
     return Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """One pass for the targets codes [B, N], so many of them at a time or fewer, and what it predicts."""
+def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
+    """One pass for the targets codes [B, N], as many of them at a time as fit, and what it predicts."""
+    _, fitting = memory_plan(models, *codes.shape, "on")  # which keeps more than a pass without gradients
     parts = []
-    for some in slices(len(codes), min(targets_per_pass, BATCH_WITHOUT_GRADIENTS)):
+    for some in slices(len(codes), min(fitting, BATCH_WITHOUT_GRADIENTS)):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
@@ -1911,19 +1912,20 @@ class Optimisation:
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
         """Keeps the present embeddings of those in flight that are the best yet, [F]."""
-        if not any(better.tolist()):
+        places = better.nonzero().flatten().to(self.models.device)  # counted on the host: nothing waits
+        if len(places) == 0:
             return
-        better = better.to(self.models.device)
-        e_t = torch.where(better[:, None, None], self.proto_tokens.e_t, self.best.e_t[self.in_flight_on_device])
-        self.best.e_t.index_copy_(0, self.in_flight_on_device, e_t)
-        if self.together:  # all are better or none is
-            self.best.m.copy_(torch.where(better[:1, None], self.proto_tokens.m, self.best.m))
-        elif self.given_m is None:
-            m = torch.where(better[:, None], self.proto_tokens.m, self.best.m[self.in_flight_on_device])
-            self.best.m.index_copy_(0, self.in_flight_on_device, m)
+        targets = self.in_flight_on_device[places]
+        self.best.e_t[targets] = self.proto_tokens.e_t[places]
+        if len(self.best.m) == 1:  # of all targets: they are all better or none is, or it was given
+            self.best.m.copy_(self.proto_tokens.m)
+        else:
+            self.best.m[targets] = self.proto_tokens.m[places]
 
     def replace_the_ended(self) -> None:
         """Takes the targets that ended out of the flight, and lets as many begin as there is room for."""
+        if self.together:
+            return
         ended = [place for place, has_ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if has_ended]
         room = max(0, self.places - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
         coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
@@ -1931,7 +1933,7 @@ class Optimisation:
             # Another number of targets would be compiled anew.
             coming = coming[: len(ended)]
             ended = ended[: len(coming)]
-        if self.together or not ended:
+        if not ended:
             return
         kept = [place for place in range(len(self.in_flight)) if place not in ended]
         proto_tokens, optimizer = self.newcomers(len(coming))
@@ -1963,7 +1965,7 @@ class Optimisation:
     def draw_best(self) -> Tensor:
         """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
         codes = self.codes[:SHOWN_TARGETS]
-        predictions = predict_in_one_pass(self.models, self.best, codes, self.targets_per_pass)
+        predictions = predict_in_one_pass(self.models, self.best, codes)
         return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
 
     def summary(self) -> dict:
@@ -2233,7 +2235,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Reconstruction:
+def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Reconstruction:
     """One forward pass, likeliest codes, VQ decode; the pass is timed too: the median of what fits into two seconds.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
@@ -2242,7 +2244,7 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor, target
     with said_if_slow("one pass over the best proto-tokens"):
         while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
             started = time_on(models.device)
-            predictions = predict_in_one_pass(models, proto_tokens, codes, targets_per_pass)
+            predictions = predict_in_one_pass(models, proto_tokens, codes)
             seconds.append(time_on(models.device) - started)
     one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
     shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
@@ -2552,12 +2554,12 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     panels = figure.subplot_mosaic("AAABBB;CCDDEE")
     steps = [row["step"] for row in history]
 
-    def plot(panel: str, key: str, label: str, colour: str = BLUE) -> None:
+    def plot(panel: str, key: str, label: str = "", colour: str = BLUE) -> None:
         marker = "o" if len(history) == 1 else None  # a single row has no line to draw
         values = [row[key] for row in history]
         panels[panel].plot(steps, values, color=colour, linewidth=1.4, label=label, marker=marker)
 
-    plot("A", "train/loss", "loss")
+    plot("A", "train/loss")
     panels["A"].set(title="cross-entropy (nats per token)", yscale="log")
     plot("B", "train/top5_accuracy", "top-5", GREEN)
     plot("B", "train/accuracy", "top-1", BLUE)
@@ -2566,9 +2568,9 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("C", "embeddings/e_t_norm", "e_t", BLUE)
     plot("C", "embeddings/m_norm", "m", ORANGE)
     panels["C"].set(title="embedding norms (L2)", xlabel="step")
-    plot("D", "gradients/grad_norm", "gradient")
+    plot("D", "gradients/grad_norm")
     panels["D"].set(title="gradient norm before clipping", yscale="log", xlabel="step")
-    plot("E", "train/learning_rate", "rate")
+    plot("E", "train/learning_rate")
     panels["E"].set(title="learning rate", xlabel="step")
     for panel in panels.values():
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -2696,7 +2698,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
-        lock = locked(folder)
+        lock = lock_folder(folder)
     except OSError as error:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     try:
@@ -2720,7 +2722,7 @@ def refuse_foreign(folder: Path) -> None:
             )
 
 
-def locked(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """A descriptor that keeps other runs out of the folder until it is closed, which it is however the process ends.
 
     The lock is on the folder itself, and leaves no file. Raises UserError where another run is at work.
@@ -2825,9 +2827,15 @@ def write_moving_picture(file: Path, frames: list[Path]) -> None:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
 
 
-def write_proto_tokens(file: Path, proto_tokens: ProtoTokens, settings: dict, **of_targets: Tensor) -> None:
-    """e_t [B, K, D], m [1 or B, D], and what else there is a row a target of; the settings as JSON in the metadata."""
-    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach(), **of_targets}
+def write_proto_tokens(
+    file: Path, proto_tokens: ProtoTokens, settings: dict, codes: Tensor, **of_targets: Tensor
+) -> None:
+    """e_t [B, K, D], m [1 or B, D], the ids of codes [B, N], and what else there is a row a target of.
+
+    The settings are JSON in the metadata.
+    """
+    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
+    tensors |= {"target_ids": codes + settings["visual_offset"], **of_targets}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(file) as partial:
         partial.write_bytes(to_safetensors(tensors, {"settings": json.dumps(settings)}))
@@ -2927,7 +2935,7 @@ class EarlierRun:
     option: str  # that named the file
     e_t: Tensor  # [B, K, D]
     m: Tensor  # [1, D] or [B, D]
-    target_ids: Tensor  # [B, N]
+    codes: Tensor  # [B, N]
     settings: dict
     prompts: list[str]
 
@@ -2941,7 +2949,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
     earlier = pictures = None
     if args.from_proto_tokens:
         earlier = read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder)
-    if args.m_from:
+    elif args.m_from:
         earlier = read_earlier_run("--m-from", args.m_from, folder)
         if len(earlier.m) > 1:
             one_each = f"--m-from {args.m_from} holds {len(earlier.m)} m, one for each target"
@@ -2956,7 +2964,6 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     if file.resolve().parent == folder.resolve():
         raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
     refuse_pointer(file)
-    damaged = UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run")
     try:
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
@@ -2970,15 +2977,16 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
             and num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
             and target_ids.dtype == torch.int64
             and bool(e_t.isfinite().all() and m.isfinite().all())
+            and isinstance(settings["visual_offset"], int)
             and all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
         )
+        if not fitting:
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{option} {file}: there is no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        raise damaged from None
-    if not fitting:
-        raise damaged
-    return EarlierRun(option, e_t, m, target_ids, settings, prompts)
+        raise UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run") from None
+    return EarlierRun(option, e_t, m, target_ids - settings["visual_offset"], settings, prompts)
 
 
 def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
@@ -2999,8 +3007,7 @@ def refuse_other_models(models: Models, args: argparse.Namespace, earlier: Earli
     theirs = {name: earlier.settings.get(name) for name in names}
     theirs["untrained control"] = control_of(earlier.settings["control"], earlier.settings["seed"])
     other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
-    codes = earlier.target_ids - models.visual_offset
-    if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(codes)):
+    if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(earlier.codes)):
         other = ["its tensors do not fit its own settings"]
     if other:
         damaged_or_foreign = "the file is damaged or was made for another model"
@@ -3406,8 +3413,7 @@ class Recorder:
         if self.args.capacity:
             raise UserError(f"with {learning.codes.shape[1]} tokens {why}: {remedy}")
         file = self.folder / PROTO_TOKENS_FILE
-        target_ids = learning.codes + self.settings["visual_offset"]
-        write_proto_tokens(file, learning.best, self.settings, target_ids=target_ids)
+        write_proto_tokens(file, learning.best, self.settings, learning.codes)
         raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
 
     def trial(self, trial: dict) -> None:
@@ -3422,17 +3428,10 @@ class Recorder:
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
         """Writes and logs what proto-tokens reconstruct, learned here or by an earlier run."""
-        of_targets = {
-            "target_ids": self.reference.codes + self.settings["visual_offset"],
-            "predicted_ids": reconstruction.predictions.ids,
-            "best_accuracy": torch.tensor([target["best_accuracy"] for target in targets]),
-        }
-        if "steps" in targets[0]:  # they were learned here
-            of_targets["steps"] = torch.tensor([target["steps"] for target in targets])
-        write_proto_tokens(self.folder / PROTO_TOKENS_FILE, proto_tokens, self.settings, **of_targets)
+        file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
+        self.tracker.tell(log_proto_tokens, file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        self.tracker.tell(log_proto_tokens, self.folder / PROTO_TOKENS_FILE, summary["status"])
         rows, tables = draw_targets(targets, reconstruction), {}
         if len(targets) > 1:
             write_table(self.folder / TARGETS_FILE, targets)
@@ -3441,6 +3440,16 @@ class Recorder:
         history = self.history.rows() if self.history else []
         images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
+
+    def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
+        """Writes them with the ids, accuracies and, where they were learned here, steps of their targets."""
+        of_targets = {"predicted_ids": predicted_ids}
+        for name in ("best_accuracy", "steps"):
+            if name in targets[0]:
+                of_targets[name] = torch.tensor([target[name] for target in targets])
+        file = self.folder / PROTO_TOKENS_FILE
+        write_proto_tokens(file, proto_tokens, self.settings, self.reference.codes, **of_targets)
+        return file
 
     @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:
@@ -3579,15 +3588,14 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
         proto_tokens = earlier.proto_tokens(models.device)
-        _, targets_per_pass = memory_plan(models, *reference.codes.shape, args.gradient_checkpointing)
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
-        proto_tokens, targets_per_pass = learning.best, learning.targets_per_pass
+        proto_tokens = learning.best
         learned, rows = learning.summary(), learning.outcomes.table(reference.prompts)
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
-        reconstruction = reconstruct(models, proto_tokens, reference.codes, targets_per_pass)
+        reconstruction = reconstruct(models, proto_tokens, reference.codes)
         bits = information(models, reference, reconstruction.predictions)
     targets = describe_targets(reconstruction, bits, rows)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned

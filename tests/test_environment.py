@@ -173,7 +173,7 @@ def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkey
     monkeypatch.setattr(vpt, "time_on", lambda device: clock[0])
     codes = vpt.torch.zeros(1, 16, dtype=vpt.torch.long)
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_per_pass=1)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
     assert len(count) == passes and reconstruction.one_pass_seconds == pytest.approx(seconds_a_pass)
 
 

@@ -97,7 +97,7 @@ def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, 
     models = vpt.load_models(args)
     codes = random_codes(models, batch=3)
     learning, _ = optimise(models, args, codes)
-    reconstruction = vpt.reconstruct(models, learning.best, codes, learning.targets_per_pass)
+    reconstruction = vpt.reconstruct(models, learning.best, codes)
     predictions = reconstruction.predictions
     assert (100 * predictions.num_correct / 16).tolist() == learning.outcomes.best_accuracy.tolist()
     assert torch.equal(predictions.rank == 0, predictions.ids == codes + models.visual_offset)
@@ -111,7 +111,7 @@ def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(ma
     head.zero_()
     head[1401:] = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0).bfloat16()
     proto_tokens = vpt.initial_proto_tokens(models, 1, make_args("--initial-scale", 2))
-    predictions = vpt.reconstruct(models, proto_tokens, random_codes(models), targets_per_pass=1).predictions
+    predictions = vpt.reconstruct(models, proto_tokens, random_codes(models)).predictions
     right = predictions.ids == random_codes(models) + models.visual_offset
     assert torch.equal(predictions.rank == 0, right)
     ties = (predictions.rank == 1).sum()
@@ -281,7 +281,7 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.outcomes.best_step[0] - 1]
-    reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models), result.targets_per_pass)
+    reconstruction = vpt.reconstruct(tiny_models, result.best, random_codes(tiny_models))
     assert 100 * reconstruction.predictions.num_correct.item() / 16 == max(accuracies)
 
 

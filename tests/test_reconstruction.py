@@ -41,18 +41,29 @@ def test_codes_decode_in_raster_order(tiny_models):
 
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes, targets_per_pass=1)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
     logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
     assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
     assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1401)
     assert reconstruction.one_pass_seconds > 0
 
 
-def test_more_targets_than_are_taken_at_once_are_reconstructed_in_parts(tiny_models, make_args):
+def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, make_args, monkeypatch):
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
     proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
     codes = random_codes(tiny_models, batch=5)
-    whole, in_parts = (vpt.reconstruct(tiny_models, proto_tokens, codes, at_once).predictions for at_once in (5, 2))
+    whole = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
+    two = vpt.loss_bytes(tiny_models, 5 * 16) + 2.5 * vpt.step_bytes(tiny_models, 16, recomputes=True)
+    monkeypatch.setattr(vpt, "free_bytes", lambda device: two / 0.8)
+    passes, really_pass = [], vpt.one_pass
+
+    def counted(models, proto_tokens, num_tokens, some):
+        passes.append(some)
+        return really_pass(models, proto_tokens, num_tokens, some)
+
+    monkeypatch.setattr(vpt, "one_pass", counted)
+    in_parts = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
+    assert passes[:3] == [slice(0, 2), slice(2, 4), slice(4, 6)]
     assert torch.equal(whole.ids, in_parts.ids) and len(whole.ids.unique(dim=0)) == 5
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 
@@ -66,9 +77,7 @@ def test_only_equal_pictures_are_said_to_be_identical():
 def test_a_text_id_as_argmax_is_wrong_and_shows_the_likeliest_visual_code(tiny_models, proto_tokens):
     codes = torch.zeros(1, 16, dtype=torch.long)
     full, visual = (
-        vpt.reconstruct(
-            dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes, targets_per_pass=1
-        )
+        vpt.reconstruct(dataclasses.replace(tiny_models, vocabulary=vocabulary), proto_tokens, codes)
         for vocabulary in ("full", "visual")
     )
     text = full.predictions.ids < 1401  # a random model prefers a text id nearly everywhere
@@ -93,7 +102,7 @@ def summary_of(tiny_models, make_args):
     def summary_of(codes, prompts):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
-        reconstruction = vpt.reconstruct(models, proto_tokens, codes, targets_per_pass=16)
+        reconstruction = vpt.reconstruct(models, proto_tokens, codes)
         bits = vpt.information(models, reference, reconstruction.predictions)
         targets = vpt.describe_targets(reconstruction, bits, [{"prompt": prompt} for prompt in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
@@ -216,7 +225,7 @@ def test_the_history_reads_back(tmp_path):
 
 
 def test_files_can_be_read_by_others_as_the_umask_says(tmp_path, proto_tokens):
-    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {}, target_ids=torch.zeros(1, 4))
+    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {"visual_offset": 9}, torch.zeros(1, 4))
     vpt.HistoryFile(tmp_path / "history.csv", size=0).append(history()[0])
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}

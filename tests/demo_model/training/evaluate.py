@@ -127,7 +127,7 @@ def evaluate_proto_tokens(chosen: list[str], size: int) -> None:
             for _ in learning.steps():
                 pass
             seconds.append(time.perf_counter() - started)
-            reconstruction = vpt.reconstruct(models, learning.best, reference.codes, learning.targets_per_pass)
+            reconstruction = vpt.reconstruct(models, learning.best, reference.codes)
             accuracies.append(100 * reconstruction.predictions.num_correct.item() / reference.codes.numel())
             distinct = reference.codes.unique().numel()
             print(
