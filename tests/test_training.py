@@ -45,7 +45,7 @@ def test_a_caption_is_the_same_picture_at_both_sizes():
 
 def test_the_pairs_left_out_of_training_are_fifty_whose_parts_are_seen_elsewhere():
     captions = pictures.all_captions()
-    held_out = pictures.held_out(captions)
+    held_out = pictures.held_out()
     seen = set(captions) - held_out
     assert len(held_out) == 50 and vpt.DEFAULT_PROMPT not in held_out
     for thing in pictures.things():

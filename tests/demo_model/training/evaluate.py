@@ -49,7 +49,7 @@ def choose_captions(count: int) -> list[str]:
         return sorted(texts, key=lambda text: hashlib.sha256(b"evaluate" + text.encode()).hexdigest())
 
     captions = pictures.all_captions()
-    held_out = pictures.held_out(captions)
+    held_out = pictures.held_out()
     pairs = zip(shuffled(held_out), shuffled(set(captions) - held_out), strict=False)
     return [text for pair in pairs for text in pair][:count]
 
@@ -96,7 +96,7 @@ def draw(chosen: list[str], size: int) -> np.ndarray:
 def evaluate_pictures(chosen: list[str], size: int, generated: np.ndarray, images: np.ndarray) -> None:
     """Counts the captions whose generated picture is nearer to their own drawing than to any other (at 64 x 64)."""
     captions = pictures.all_captions()
-    held_out, hits = pictures.held_out(captions), {True: [], False: []}
+    held_out, hits = pictures.held_out(), {True: [], False: []}
     nearest = torch.cdist(thumbnails(generated), thumbnails(images)).argmin(1).tolist()
     for caption, index in zip(chosen, nearest, strict=True):
         hits[caption in held_out].append(captions[index] == caption)

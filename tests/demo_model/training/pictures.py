@@ -189,8 +189,8 @@ def draw_all(archive: Path, size: int, pictures: np.ndarray) -> None:
         pictures[index] = np.asarray(compose(thing, background))
 
 
-def held_out(captions: list[str], count: int = 50) -> set[str]:
-    """`count` captions that the generator never sees; each one's thing and background are seen in other pairs."""
-    by_hash = sorted(captions, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+def held_out(count: int = 50) -> set[str]:
+    """`count` captions that no generator ever sees; each one's thing and background are seen in other pairs."""
+    by_hash = sorted(all_captions(), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     # The default prompt of the script stays in training: it is what a newcomer sees first.
     return set([text for text in by_hash if text != "a red apple on a wooden table"][:count])

@@ -297,7 +297,7 @@ def train_generator(
     args: argparse.Namespace,
 ) -> Qwen2ForCausalLM:
     """Next-token training on the visual tokens behind each prompt; one sample in ten is unconditional, for CFG."""
-    held_out, sizes = pictures.held_out(captions), tuple(sequences_at_once)
+    held_out, sizes = pictures.held_out(), tuple(sequences_at_once)
     seen = [index for index, text in enumerate(captions) if text not in held_out]
     prompts, negatives, targets = {}, {}, {}
     for size in sizes:
