@@ -12,19 +12,32 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_model" / "training"))
-import pictures
-import train
+import numpy as np
 from transformers import Qwen2Tokenizer
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "demo_model" / "training")]
+import pictures  # noqa: E402
+import train  # noqa: E402
+from support.contract import CAPTIONS  # noqa: E402
 
 # Four heads of 32 numbers to a key-value head, but six of 192 and five of 320.
 WIDTHS = (128, 192, 256, 320, 384, 512, 640, 768)
-SEQUENCES_AT_ONCE = {256: 64, 512: 16}
 
 
-def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: int) -> Path:
+def rows_of_things(count: int) -> list[int]:
+    """Where among all captions those of `count` things are, of the benches' captions first: on all backgrounds."""
+    captions, backgrounds = pictures.all_captions(), len(pictures.BACKGROUNDS)
+    needed = [captions.index(text) // backgrounds for text in CAPTIONS]
+    others = np.random.default_rng(0).permutation(len(captions) // backgrounds).tolist()
+    chosen = list(dict.fromkeys(needed + others))[:count]
+    return [thing * backgrounds + background for thing in sorted(chosen) for background in range(backgrounds)]
+
+
+def make(args: argparse.Namespace) -> Path:
     """Trains a model, and saves it with the demo's text tokenizer in a folder of its own, which it returns."""
-    name = f"hidden{hidden_size}_layers{num_layers}_{size}px_steps{num_steps}"
+    name, folder = f"hidden{args.hidden_size}_layers{args.layers}_{args.size}px_steps{args.num_steps}", args.folder
+    name += f"_sequences{args.sequences}_things{args.things}"
     if (folder / name / "config.json").exists():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,10 +45,11 @@ def make(folder: Path, hidden_size: int, num_layers: int, size: int, num_steps: 
     codes = train.load_codes(folder, images, train.DEMO / "vq" / "encoder.jit")
     text_tokenizer = Qwen2Tokenizer.from_pretrained(train.DEMO / "generator")
     vocab_size = len(text_tokenizer) + train.vq.CODEBOOK_SIZE
-    generator = train.make_generator(vocab_size, 1, hidden_size, num_layers)
-    settings = argparse.Namespace(work_dir=folder, seed=1, small_steps=num_steps, generator_steps=num_steps)
-    sequences_at_once = {size: SEQUENCES_AT_ONCE[size]}
-    captions = pictures.all_captions()
+    generator = train.make_generator(vocab_size, 1, args.hidden_size, args.layers)
+    settings = argparse.Namespace(work_dir=folder, seed=1, small_steps=args.num_steps, generator_steps=args.num_steps)
+    sequences_at_once = {args.size: args.sequences}
+    rows, captions = rows_of_things(args.things), pictures.all_captions()
+    captions, codes = [captions[row] for row in rows], {each: codes[each][rows] for each in codes}
     trained = train.train_generator(name, generator, text_tokenizer, captions, codes, sequences_at_once, settings)
     partial = folder / f"{name}.partial"
     text_tokenizer.save_pretrained(partial)
@@ -51,8 +65,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, choices=train.SIZES, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=1500, help="of training (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=8, help="a step (default: %(default)s)")
+    parser.add_argument("--things", type=int, default=64, help="that the pictures show (default: %(default)s)")
     args = parser.parse_args()
-    print(make(args.folder, args.hidden_size, args.layers, args.size, args.num_steps))
+    print(make(args))
 
 
 if __name__ == "__main__":
