@@ -4,12 +4,14 @@
     python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
 
 Every number comes from runs of the script as a user would start them, a run a core: over 8 captions and the --seeds,
-for the law over 8 captions. Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json
-and study.png there, or law.json and law.png.
+for the law over the drawings of 8 captions and over random tokens, the same for every model (which takes the packages
+of the training). Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json and
+study.png there, or law.json and law.png.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -17,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,13 @@ ROWS = {
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
 # 97.5 % of the distribution, by degrees of freedom.
 STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
+LAWS = {
+    "accuracy": "accuracy, drawings, %",
+    "random_accuracy": "accuracy, random tokens, %",
+    "capacity": "tokens at 99 %, drawings",
+    "bits": "bits gained, drawings",
+    "random_bits": "bits gained, random tokens",
+}
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
 
 
@@ -104,29 +112,50 @@ def run_of_others(args: argparse.Namespace, size: int, seed: int) -> Run:
     return Run(name_of("others", size, seed, args.num_steps), OTHER_CAPTIONS, options)
 
 
-def runs_of_capacity(args: argparse.Namespace, kind: str, model: Path | None, seeds: tuple) -> list[Run]:
+def runs_of_capacity(args: argparse.Namespace, kind: str) -> list[Run]:
     """A run a caption and seed."""
     common = ("--capacity", "--image-size", LARGE, "--num-steps", args.capacity_steps, *CAPACITIES[kind])
-    name, runs = model.name if model else "demo", []
-    for seed in seeds:
+    runs = []
+    for seed in args.seeds:
         for k, caption in enumerate(CAPTIONS):
             # Random codes come from the seed alone: without one for each caption all would be one target.
             own_seed = 100 * seed + k if kind == "random" else seed
             options = (*common, "--seed", own_seed)
-            runs.append(Run(name_of("capacity", name, kind, k, seed, args.capacity_steps), (caption,), options, model))
+            runs.append(Run(name_of("capacity", kind, k, seed, args.capacity_steps), (caption,), options))
     return runs
 
 
 def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
-    """What the law takes of a model: bits held of its own pictures and of random tokens, and capacities."""
-    common = (*OWN, "--image-size", LARGE, "--seed", SEEDS[0], "--num-steps", args.num_steps)
+    """What the law takes of a model: bits held of the captions' drawings and of random tokens, and capacities."""
+    common = ("--image-size", LARGE, "--seed", SEEDS[0])
+    learn = (*common, *OWN, "--num-steps", args.num_steps)
+    shorten = (*common, "--capacity", "--num-steps", args.capacity_steps)
+    drawings = {caption: ("--image", drawing_of(args, caption)) for caption in CAPTIONS}
+    all_drawings = tuple(itertools.chain.from_iterable(drawings.values()))
+    random = ("--control", "random")
     return {
-        "plain": [Run(name_of(model.name, "plain", args.num_steps), CAPTIONS, common, model)],
-        "random": [
-            Run(name_of(model.name, "random", args.num_steps), CAPTIONS, (*common, *CAPACITIES["random"]), model)
+        "drawings": [Run(name_of(model.name, "drawings", args.num_steps), CAPTIONS, (*learn, *all_drawings), model)],
+        "random": [Run(name_of(model.name, "random", args.num_steps), CAPTIONS, (*learn, *random), model)],
+        "capacity": [
+            Run(name_of(model.name, caption, args.capacity_steps), (caption,), (*shorten, *drawing), model)
+            for caption, drawing in drawings.items()
         ],
-        "capacity": runs_of_capacity(args, "plain", model, SEEDS[:1]),
     }
+
+
+def drawing_of(args: argparse.Namespace, caption: str) -> Path:
+    return args.folder / "drawings" / f"{name_of(caption)}.png"
+
+
+def draw_captions(args: argparse.Namespace) -> None:
+    """Writes the drawings that the captions mean: what a model makes of a caption differs from model to model."""
+    drawing_of(args, CAPTIONS[0]).parent.mkdir(parents=True, exist_ok=True)
+    things = pictures.load_things(pictures.fetch_emoji(args.folder))
+    backgrounds = pictures.draw_backgrounds(LARGE)
+    for thing, background in itertools.product(things, backgrounds):
+        caption = pictures.caption(thing, background)
+        if caption in CAPTIONS:
+            pictures.compose(things[thing], backgrounds[background]).save(drawing_of(args, caption))
 
 
 def runs_of_tables(args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
@@ -134,7 +163,7 @@ def runs_of_tables(args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
     others = [run_of_others(args, size, seed) for size in SIZES for seed in args.seeds]
     rows = [run for size in SIZES for label in ROWS if label != FROZEN for run in runs_of_row(args, label, size)]
     frozen = [run for size in SIZES for run in runs_of_row(args, FROZEN, size)]
-    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind, None, args.seeds)]
+    capacities = [run for kind in CAPACITIES for run in runs_of_capacity(args, kind)]
     return others + rows, frozen + capacities
 
 
@@ -198,16 +227,17 @@ def found_of_capacity(args: argparse.Namespace, runs: list[Run]) -> list[int]:
 def found_of_model(args: argparse.Namespace, model: Path) -> dict:
     config = json.loads((model / "config.json").read_text())
     runs = runs_of_model(args, model)
-    plain, control = (targets_of(args, runs[kind]) for kind in ("plain", "random"))
+    drawings, random = targets_of(args, runs["drawings"]), targets_of(args, runs["random"])
     return {
+        "name": model.name,
         "hidden_size": config["hidden_size"],
         "layers": config["num_hidden_layers"],
-        "name": model.name,
-        "bits": [target["information_gain_bits"] for target in plain],
-        "bits_unprompted": [target["target_bits_unprompted"] for target in plain],
-        "accuracy": [target["best_accuracy"] for target in plain],
-        "random_bits": [target["information_gain_bits"] for target in control],
-        "random_accuracy": [target["best_accuracy"] for target in control],
+        "bits_prompted": [target["target_bits_autoregressive"] for target in drawings],
+        "bits_unprompted": [target["target_bits_unprompted"] for target in drawings],
+        "accuracy": [target["best_accuracy"] for target in drawings],
+        "random_accuracy": [target["best_accuracy"] for target in random],
+        "bits": [target["information_gain_bits"] for target in drawings],
+        "random_bits": [target["information_gain_bits"] for target in random],
         "capacity": found_of_capacity(args, runs["capacity"]),
     }
 
@@ -267,11 +297,16 @@ def found_of_law(args: argparse.Namespace) -> dict:
     models = [found_of_model(args, model) for model in args.models]
     fitted = differ_in_width_alone(models)
     widths = [model["hidden_size"] for model in fitted]
-    means = {key: [statistics.fmean(model[key]) for model in fitted] for key in ("capacity", "bits", "random_bits")}
-    lines = {key: line_through(widths, values) for key, values in means.items()}
-    # Of the odds, since an accuracy cannot grow as a power.
-    odds = [odds_of(statistics.fmean(model["accuracy"])) for model in fitted]
-    return {"models": models, "lines": lines | {"accuracy": line_through(widths, odds)}}
+    lines = {}
+    for key in LAWS:
+        means = [statistics.fmean(model[key]) for model in fitted]
+        # Of an accuracy the odds, since it cannot grow as a power.
+        lines[key] = line_through(widths, [odds_of(mean) for mean in means] if is_accuracy(key) else means)
+    return {"models": models, "lines": lines}
+
+
+def is_accuracy(key: str) -> bool:
+    return key.endswith("accuracy")
 
 
 def odds_of(accuracy: float) -> float:
@@ -329,22 +364,21 @@ def print_capacities(capacities: dict[str, list[int]]) -> None:
 
 
 def print_law(law: dict) -> None:
-    keys = ("accuracy", "capacity", "bits", "random_bits")
-    print("\n| hidden size, layers, training | accuracy, % | capacity, tokens | bits gained | of random tokens |")
-    print("|---|---|---|---|---|")
+    columns = {"bits_prompted": "bits, prompted", "bits_unprompted": "unprompted"} | LAWS
+    print("\n| model | " + " | ".join(columns.values()) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for model in law["models"]:
-        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in keys)]
+        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in columns)]
         print("| " + " | ".join(cells) + " |")
     print()
-    for key in keys:
-        line, shown = law["lines"][key], accuracy_of if key == "accuracy" else float
+    for key, label in LAWS.items():
+        line, shown = law["lines"][key], accuracy_of if is_accuracy(key) else float
         expected = []
         for name, hidden_size in SIMPLEAR.items():
             middle, low, high = map(shown, predicted(line, hidden_size))
             expected.append(f"{name}: {middle:.0f} ({low:.0f} to {high:.0f})")
-        grows = "its odds grow" if key == "accuracy" else "grows"
+        grows = "its odds grow" if is_accuracy(key) else "grows"
         power = f"{line['b']:.2f} (standard error {line['b_error']:.2f})"
-        print(f"{key}: {grows} as hidden size ** {power}; 95 % of new models: {', '.join(expected)}")
+        print(f"{label}: {grows} as hidden size ** {power}; 95 % of new models: {', '.join(expected)}")
 
 
 @matplotlib.style.context(vpt.STYLES)
@@ -395,10 +429,11 @@ def draw_law(law: dict) -> vpt.Image.Image:
     """What models hold against their width, with the lines and what they say of SimpleAR."""
     figure = Figure(figsize=(14, 4.6), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    draw_power(left, law, "capacity", "tokens", vpt.BLUE)
-    draw_power(middle, law, "bits", "own pictures", vpt.BLUE)
+    draw_power(left, law, "capacity", "drawings", vpt.BLUE)
+    draw_power(middle, law, "bits", "drawings", vpt.BLUE)
     draw_power(middle, law, "random_bits", "random tokens", vpt.ORANGE)
-    draw_power(right, law, "accuracy", "odds of a right token", vpt.BLUE, shown=accuracy_of)
+    draw_power(right, law, "accuracy", "drawings, odds", vpt.BLUE)
+    draw_power(right, law, "random_accuracy", "random tokens, odds", vpt.ORANGE)
     left.set(title="tokens held at 99 %", yscale="log")
     middle.set(title="bits gained", yscale="log")
     right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102))
@@ -419,8 +454,9 @@ def draw_law(law: dict) -> vpt.Image.Image:
     return vpt.render(figure)
 
 
-def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: Callable = float) -> None:
+def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None:
     """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
+    shown = accuracy_of if is_accuracy(key) else float
     line, models, fitted = law["lines"][key], law["models"], differ_in_width_alone(law["models"])
     widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
     middle, low, high = zip(*([shown(value) for value in predicted(line, width)] for width in widths), strict=True)
@@ -436,7 +472,7 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str, shown: 
 def make_tables(args: argparse.Namespace) -> None:
     for runs in runs_of_tables(args):
         do(args, runs)
-    runs_of_kinds = {kind: runs_of_capacity(args, kind, None, args.seeds) for kind in CAPACITIES}
+    runs_of_kinds = {kind: runs_of_capacity(args, kind) for kind in CAPACITIES}
     study = {
         "rows": {str(size): {label: found_of_row(args, label, size) for label in ROWS} for size in SIZES},
         "capacity": {kind: found_of_capacity(args, runs) for kind, runs in runs_of_kinds.items()},
@@ -450,6 +486,7 @@ def make_tables(args: argparse.Namespace) -> None:
 
 
 def make_law(args: argparse.Namespace) -> None:
+    draw_captions(args)
     do(args, runs_of_law(args))
     law = found_of_law(args)
     (args.folder / "law.json").write_text(json.dumps(law, indent=1))
