@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -347,9 +348,8 @@ def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) ->
         return evaluations[0]
 
     def step() -> None:
-        vpt.losses_and_gradient = evaluate_once
-        next(steps)
-        vpt.losses_and_gradient = evaluate
+        with mock.patch.object(vpt, "losses_and_gradient", evaluate_once):
+            next(steps)
 
     return step
 
