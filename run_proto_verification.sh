@@ -7,7 +7,7 @@
 # Where the current Python lacks the packages, a virtual environment is made in .venv (once) from requirements.txt.
 set -euo pipefail
 
-PROMPT="${PROMPT:-a red apple on a wooden table}"
+PROMPT="${PROMPT:-}"                 # empty: a red apple on a wooden table, or what --image files are named
 IMAGE_SIZE="${IMAGE_SIZE:-256}"
 NUM_STEPS="${NUM_STEPS:-1000}"
 LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the script's default
@@ -19,15 +19,16 @@ USE_WANDB="${USE_WANDB:-false}"      # true: log to Weights & Biases
 WANDB_PROJECT="${WANDB_PROJECT:-simplear-proto-tokens}"
 PYTHON="${PYTHON:-python3}"
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+script="$(readlink -f "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}")"  # behind links to it
+here="$(CDPATH="" cd "$(dirname "$script")" && pwd)"
 
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "$PYTHON is older than Python 3.11 or missing: set PYTHON to a newer one" >&2
     exit 2
 fi
 
 has_packages() {
-    "$1" - <<'PY' 2>/dev/null
+    "$1" -P - <<'PY' 2>/dev/null
 import importlib.util, sys
 names = ("torch", "transformers", "wandb", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub")
 sys.exit(not all(map(importlib.util.find_spec, names)))
@@ -44,18 +45,17 @@ if ! has_packages "$PYTHON"; then
 fi
 
 arguments=(--image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
-    --save-dir "$SAVE_DIR" --wandb-project "$WANDB_PROJECT")
+    --save-dir "$SAVE_DIR" --wandb-project "$WANDB_PROJECT" --use-wandb "$USE_WANDB")
 # Prompts add up: one that comes as an argument replaces the one above.
-own_target=false
+own_prompt=false
 for argument in "$@"; do
     case "$argument" in
-    --prompt | --prompt=* | --prompts[-_]file | --prompts[-_]file=* | --image | --image=*) own_target=true ;;
+    --prompt | --prompt=* | --prompts[-_]file | --prompts[-_]file=*) own_prompt=true ;;
     esac
 done
-if [ "$own_target" = false ]; then arguments+=(--prompt "$PROMPT"); fi
+if [ -n "$PROMPT" ] && [ "$own_prompt" = false ]; then arguments+=(--prompt "$PROMPT"); fi
 if [ -n "$LEARNING_RATE" ]; then arguments+=(--learning-rate "$LEARNING_RATE"); fi
 if [ -n "$MODEL_PATH" ]; then arguments+=(--model-path "$MODEL_PATH"); fi
 if [ -n "$VQ_MODEL_CKPT" ]; then arguments+=(--vq-model-ckpt "$VQ_MODEL_CKPT"); fi
-if [ "$USE_WANDB" = true ]; then arguments+=(--use-wandb); fi
 
 exec "$PYTHON" "$here/verify_proto_tokens.py" "${arguments[@]}" "$@"

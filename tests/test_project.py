@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,10 +25,10 @@ OPTIONS = {option for action in vpt.build_parser()._actions for option in action
 
 @pytest.fixture
 def run_shell(tmp_path):
-    def run(*arguments, **settings):
+    def run(*arguments, command=ROOT / "run_proto_verification.sh", **settings):
         env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HF_HUB_OFFLINE": "1"}
         env |= {"PYTHON": sys.executable, "SAVE_DIR": str(tmp_path / "out")} | settings
-        command = ["bash", str(ROOT / "run_proto_verification.sh"), "--demo", "--device", "cpu", *arguments]
+        command = ["bash", str(command), "--demo", "--device", "cpu", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
     return run
@@ -51,6 +52,26 @@ def test_the_shell_command_passes_arguments_on_and_they_win(run_shell, tmp_path)
 
 def test_the_shell_command_ends_with_the_scripts_own_exit_code(run_shell):
     assert run_shell("--num-steps", "0").returncode == 2
+
+
+def test_the_shell_command_takes_any_word_for_yes_or_says_which(run_shell, tmp_path):
+    assert run_shell(NUM_STEPS="1", USE_WANDB="True", WANDB_MODE="offline").returncode == 0
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    refusal = run_shell(USE_WANDB="yes")
+    assert refusal.returncode == 2 and "true or false" in refusal.stderr
+
+
+def test_the_shell_command_takes_a_prompt_for_a_picture(run_shell, tmp_path):
+    shutil.copy(vpt.DEMO_FOLDER / "comparison.png", tmp_path / "mine.png")
+    result = run_shell("--image", "mine.png", "--wandb-run-name", "run", NUM_STEPS="1", PROMPT="my holiday")
+    assert result.returncode == 0 and config_in(tmp_path / "out" / "run")["prompt"] == "my holiday"
+
+
+def test_the_shell_command_is_found_behind_a_link_and_beside_other_folders(run_shell, tmp_path):
+    (tmp_path / "link.sh").symlink_to(ROOT / "run_proto_verification.sh")
+    (tmp_path / "wandb").mkdir()
+    result = run_shell("--help", command=tmp_path / "link.sh", CDPATH=str(ROOT.parent))
+    assert result.returncode == 0 and result.stdout.startswith("usage: verify_proto_tokens.py")
 
 
 SHELL_SCRIPTS = ("run_proto_verification.sh", "tests/run.sh", ".ci/run")
