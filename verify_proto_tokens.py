@@ -59,6 +59,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -2857,8 +2858,11 @@ class HistoryFile:
     def __init__(self, file: Path, size: int):
         """Opens the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
         self.file, self.size = file, size
-        if size and not (file.exists() and file.stat().st_size >= size):
-            raise UserError(f"{file} is missing or damaged: leave out --resume to run anew")
+        if size:
+            try:
+                self.rows()
+            except UserError as error:
+                raise UserError(f"{error}: leave out --resume to run anew") from None
         try:
             self.stream = file.open("ab" if size else "wb", buffering=0)
             if size:
@@ -2881,9 +2885,15 @@ class HistoryFile:
         self.size += written
 
     def rows(self) -> list[dict[str, float]]:
-        with self.file.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
+        """All that was appended. Raises UserError where others have changed or removed the file."""
+        try:
+            content = self.file.read_bytes()[: self.size].decode()
+            if len(content) < self.size or not content.endswith("\n"):
+                raise ValueError
+            rows = list(csv.DictReader(content.splitlines()))
+            return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{self.file} is missing or damaged") from None
 
 
 class ReferenceCache:
@@ -3045,6 +3055,8 @@ def read_state(file: Path) -> dict | None:
     if not file.exists():
         return None
     try:
+        if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
+            raise ValueError(damaged)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["format"] == STATE_FORMAT:
             return saved
@@ -3437,7 +3449,11 @@ class Recorder:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.pictures]
-        history = self.history.rows() if self.history else []
+        try:
+            history = self.history.rows() if self.history else []
+        except UserError as error:
+            print(f"note: {error}: there are no curves", file=sys.stderr)
+            history = []
         images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
 

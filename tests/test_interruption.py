@@ -108,14 +108,33 @@ def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_
     assert names == {file.name for file in (tmp_path / "whole" / "run").iterdir()}
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_history_that_lost_rows_of_the_interrupted_run_is_one_line(interrupted, call_script, damage):
+@pytest.mark.parametrize("damage", ["missing", "cut", "other line ends", "semicolons"])
+def test_a_history_that_others_have_changed_is_one_line_before_anything_is_learned(interrupted, call_script, damage):
     arguments, _, folder = interrupted
     rows = (folder / "history.csv").read_text()
     (folder / "history.csv").unlink()
     if damage == "cut":
         (folder / "history.csv").write_text(rows[: len(rows) // 2])
-    refused(call_script(*arguments, "--resume"), "history.csv", "leave out --resume")
+    elif damage != "missing":
+        changed = rows.replace(",", ";") if damage == "semicolons" else rows.replace("\n", "\r\n")
+        (folder / "history.csv").write_bytes(changed.encode())
+    result = call_script(*arguments, "--resume")
+    refused(result, "history.csv", "leave out --resume")
+    assert "resumed" not in result.out
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text(file.read_text().replace(",", ";"))])
+def test_a_history_that_others_change_meanwhile_costs_the_curves_alone(call_tiny, tmp_path, monkeypatch, damage):
+    def end(recorder, learning):
+        really_end(recorder, learning)
+        damage(recorder.folder / "history.csv")
+
+    really_end = vpt.Recorder.end
+    monkeypatch.setattr(vpt.Recorder, "end", end)
+    result = call_tiny("--num-steps", 5, "--save-dir", "out", "--wandb-run-name", "run")
+    assert result.code == 0 and "history.csv is missing or damaged: there are no curves" in result.err
+    folder = tmp_path / "out" / "run"
+    assert (folder / "summary.json").exists() and not (folder / "training_curves.png").exists()
 
 
 def test_sigterm_saves_the_state_and_ends_with_143_and_one_line(interrupted):
@@ -168,12 +187,32 @@ def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, cal
     assert (folder / STATE).read_bytes() == before
 
 
-def test_a_damaged_state_is_one_line(interrupted, call_script):
+@pytest.mark.parametrize("damage", ["cut", "one bit"])
+def test_a_damaged_state_is_one_line(interrupted, call_script, damage):
     arguments, _, folder = interrupted
     whole = (folder / STATE).read_bytes()
-    (folder / STATE).write_bytes(whole[: len(whole) // 2])
-    result = call_script(*arguments, "--resume")
-    assert result.code == 2 and STATE in result.err and "Traceback" not in result.err
+    codes = vpt.read_state(folder / STATE)["codes"].numpy().tobytes()
+    if damage == "cut":
+        (folder / STATE).write_bytes(whole[: len(whole) // 2])
+    else:
+        changed = bytes([codes[0] ^ 1]) + codes[1:]
+        assert whole.count(codes) == 1
+        (folder / STATE).write_bytes(whole.replace(codes, changed))
+    refused(call_script(*arguments, "--resume"), STATE, "leave out --resume")
+
+
+def test_replacing_an_interrupted_run_is_said(interrupted, call_script):
+    arguments, _, _ = interrupted
+    result = call_script(*arguments)
+    assert result.code == 0 and "note: this replaces the interrupted run in" in result.out
+
+
+def test_other_settings_are_named_in_a_line_that_can_be_read(interrupted, call_script):
+    arguments, _, _ = interrupted
+    prompts = [word for number in range(300) for word in ("--prompt", f"thing number {number}")]
+    result = call_script(*arguments, "--resume", *prompts)
+    refused(result, "prompt (", "...")
+    assert len(result.err) < 1000
 
 
 def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(call_tiny, tmp_path):
