@@ -2900,7 +2900,7 @@ class ReferenceCache:
     """Decoded references of one run's settings, each in a file named by all that determines its tokens."""
 
     def __init__(self, folder: Path, settings: dict):
-        self.folder = folder
+        self.folder, self.num_tokens, self.codebook_size = folder, settings["num_tokens"], settings["codebook_size"]
         self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
 
     def entry(self, prompt: str, compiled: bool) -> tuple[Path, str]:
@@ -2919,8 +2919,9 @@ class ReferenceCache:
             try:
                 with safe_open(file, "pt") as stored:
                     codes, metadata = stored.get_tensor("codes"), stored.metadata()
-                if metadata["key"] != key:
-                    raise ValueError("of other settings")
+                fitting = codes.shape == (1, self.num_tokens) and codes.dtype == torch.int64
+                if metadata["key"] != key or not fitting or codes.min() < 0 or codes.max() >= self.codebook_size:
+                    raise ValueError
                 decoded[prompt] = codes[0], float(metadata["autoregressive_seconds"])
             except (SafetensorError, OSError, KeyError, ValueError, TypeError):
                 print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.builders import reference_of
 from transformers import LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -336,15 +337,45 @@ def damage_text(file):
     file.write_text("not a tensor file")
 
 
+def replace_codes(file, codes):
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    save_file({"codes": codes.contiguous()}, file, metadata)
+
+
 def damage_range(file):
-    save_file({"codes": load_file(file)["codes"] + 10_000}, file, {"key": file.stem, "autoregressive_seconds": "1"})
+    replace_codes(file, load_file(file)["codes"] + 12)
+
+
+def damage_sign(file):
+    replace_codes(file, load_file(file)["codes"] - 12)
+
+
+def damage_length(file):
+    replace_codes(file, load_file(file)["codes"][:, :9])
+
+
+def damage_type(file):
+    replace_codes(file, load_file(file)["codes"].float())
 
 
 def damage_key(file):
     save_file(load_file(file), file, {"key": "another", "autoregressive_seconds": "1"})
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_text, damage_range, damage_key])
+DAMAGES = [
+    damage_truncate,
+    damage_empty,
+    damage_text,
+    damage_range,
+    damage_sign,
+    damage_length,
+    damage_type,
+    damage_key,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_cache_file_is_replaced_with_a_warning(tiny_models, make_args, capsys, damage):
     reference = reference_of(tiny_models, make_args())
     (file,) = cache_files(make_args())
