@@ -82,6 +82,7 @@ RECIPES = {
     "grad_clip": {"tuned": 0.0, "reference": 1.0},
 }
 TOKENS_IN_FLIGHT = 1024
+LFS_POINTER = "version https://git-lfs.github.com/"  # begins what git leaves in place of a large file
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_PROJECT = "simplear-proto-tokens"
@@ -377,6 +378,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         exit_with_error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
     if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
         exit_with_error("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
+    if args.control == "random" and args.images:
+        exit_with_error("--control random draws codes of its own: leave out --image")
     if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
         exit_with_error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
@@ -428,7 +431,7 @@ def in_shard(items: list, shard: tuple[int, int]) -> list:
     """Each N-th item from the I-th on, counted from 1."""
     index, count = shard
     if index > len(items) > 0:
-        exit_with_error(f"--shard {index}/{count}: there are only {len(items)} prompts")
+        exit_with_error(f"--shard {index}/{count}: the number of prompts is only {len(items)}")
     return items[index - 1 :: count]
 
 
@@ -436,8 +439,12 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines do not count."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        exit_with_error(f"--prompts-file {file} cannot be read: {getattr(error, 'strerror', None) or error}")
+    except OSError as error:
+        exit_with_error(f"--prompts-file {file} cannot be read: {error.strerror}")
+    except ValueError as error:
+        exit_with_error(f"--prompts-file {file} is not in UTF-8 ({error}): save it so")
+    if lines[0].startswith(LFS_POINTER):
+        exit_with_error(f"--prompts-file {file} is a git-LFS pointer, not the file itself: run `git lfs pull`")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         exit_with_error(f"--prompts-file {file} holds no prompt")
@@ -456,8 +463,9 @@ def name_for_wandb(args: argparse.Namespace) -> None:
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
+        of_environment = os.environ.get("WANDB_TAGS") if wants_wandb(args) else None
         try:
-            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+            args.wandb_tags = TAGS(of_environment or "proto-tokens")
         except argparse.ArgumentTypeError as error:
             exit_with_error(f"WANDB_TAGS of the environment {error}")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
@@ -800,9 +808,10 @@ def load_models(args: argparse.Namespace) -> Models:
     refuse_too_few_positions(config, text_tokenizer, args, factor)
     codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
+        given = "leave out --codebook-size; else " if args.codebook_size else ""
         raise UserError(
             f"--model-path {args.model_path} has {vocabulary_rows} embedding rows, too few for {visual_offset} text "
-            f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
+            f"tokens and a codebook of {codebook_size}: {given}it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
@@ -908,13 +917,13 @@ def why_not_fetched(error: Exception) -> str:
         if isinstance(error, json.JSONDecodeError):
             return "what answered is not the hub, but a page: is there a proxy that wants a login first?"
         last, error = error, error.__cause__ or error.__context__
-    return line_of(last)[:120]
+    return textwrap.shorten(line_of(last), 160, placeholder="...")
 
 
 def refuse_pointer(file: Path) -> None:
     """Raises UserError where the file is what git leaves in place of a large one."""
     with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
+        if stream.read(40).startswith(LFS_POINTER.encode()):
             raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
 
 
@@ -924,7 +933,9 @@ def read_config(folder: Path) -> Qwen2Config:
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
         kind, rows = fields["model_type"], fields["vocab_size"]
-    except OSError:
+    except OSError as error:
+        if os.path.lexists(file):
+            raise UserError(f"{file} cannot be read ({error.strerror}), or is a broken link") from None
         raise UserError(f"--model-path {folder} holds no config.json: it is no model folder") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged or no model configuration: download it again") from None
@@ -967,7 +978,8 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise UserError(f"the text tokenizer in {folder} does not load: {line_of(error)}") from None
+        why = f"{line_of(error)}; if its files are damaged, download them again"
+        raise UserError(f"the text tokenizer in {folder} does not load: {why}") from None
     for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
         if token not in text_tokenizer.get_vocab() or len(text_tokenizer(token)["input_ids"]) != 1:
             raise UserError(f"the text tokenizer in {folder} lacks {token} or splits it: it is not SimpleAR's")
@@ -1075,11 +1087,14 @@ def refuse_too_few_positions(
     """Raises UserError where the model has no positions for a prompt and the image's N tokens behind it."""
     size, num_tokens = size_token(text_tokenizer, args.image_size), num_tokens_of(args.image_size, factor)
     texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
-    longest = max(len(ids) for ids in text_tokenizer(texts)["input_ids"])
+    lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
+    longest = max(lengths)
     if longest + num_tokens > config.max_position_embeddings:
+        which = shortened([*args.prompts, "guidance's own"][lengths.index(longest)])
         raise UserError(
-            f"--prompt has {longest} tokens, and the image {num_tokens}: together they must stay within the model's "
-            f"{config.max_position_embeddings}; shorten the prompt, or lower --image-size"
+            f"the longest prompt ({which}) has {longest} tokens, and an image of --image-size {args.image_size} "
+            f"{num_tokens}: together they must stay within the model's {config.max_position_embeddings}; shorten the "
+            "prompt, or lower --image-size"
         )
 
 
@@ -2721,6 +2736,9 @@ def refuse_foreign(folder: Path) -> None:
             raise UserError(
                 f"{folder} is no run's folder, and its config.json would be lost: choose another --save-dir"
             )
+    there = [name for name in RESULTS if (folder / name).exists()]
+    if there and not {"config.json", STATE_FILE, "summary.json"} & set(there):
+        raise UserError(f"{folder} is no run's folder, and its {there[0]} would be lost: choose another --save-dir")
 
 
 def lock_folder(folder: Path) -> int:
@@ -2993,8 +3011,9 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
         )
         if not fitting:
             raise ValueError
-    except FileNotFoundError:
-        raise UserError(f"{option} {file}: there is no such file") from None
+    except FileNotFoundError:  # says safetensors also of a file that it may not read
+        why = "cannot be read" if file.exists() else "is not there"
+        raise UserError(f"{option} {file} {why}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run") from None
     return EarlierRun(option, e_t, m, target_ids - settings["visual_offset"], settings, prompts)
@@ -3042,13 +3061,19 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew") from None
     compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the others were written
     changed = [
-        f"{name} ({stored.get(name)}, now {value})" for name, value in compared.items() if stored.get(name) != value
+        f"{name} ({shortened(stored.get(name))}, now {shortened(value)})"
+        for name, value in compared.items()
+        if stored.get(name) != value
     ]
     if changed:
         raise UserError(
             f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
             "this run another --wandb-run-name, or leave out --resume to replace it"
         )
+
+
+def shortened(value: object) -> str:
+    return textwrap.shorten(str(value), 80, placeholder="...")
 
 
 def read_state(file: Path) -> dict | None:
@@ -3321,6 +3346,8 @@ class Recorder:
         """Writes what is known before the first step, in place of an earlier run's results unless this one goes on."""
         self.reference = reference
         if self.saved is None:
+            if (self.folder / STATE_FILE).exists():
+                print(f"note: this replaces the interrupted run in {self.folder}; --resume would have gone on with it")
             remove_results(self.folder)
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))

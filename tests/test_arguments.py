@@ -85,12 +85,21 @@ def test_prompts_of_a_file_come_after_those_given(tmp_path):
     assert args.prompts == ["first", "a löwe", "two cats"]
 
 
-@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00"])
-def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "holds no prompt"),
+        (b" \n\n", "holds no prompt"),
+        ("löwe".encode("latin-1"), "not in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content, why):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args(["--prompts-file", str(tmp_path / "prompts.txt")])
-    assert stop.value.code == 2 and "--prompts-file" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--prompts-file" in error and why in error
 
 
 def test_a_recipe_sets_what_is_not_given():
@@ -293,6 +302,7 @@ def test_an_option_comes_before_the_environment_and_this_before_the_default(name
         ["--from-proto-tokens", "x", "--control", "random"],
         ["--from-proto-tokens", "x", "--m-from", "y"],
         ["--m-from", "x", "--m", "own"],
+        ["--control", "random", "--image", "a.png"],
         ["--capacity", "--target-accuracy", "0"],
         ["--capacity", "--image-every", "5"],
         ["--image", "a.png", "--prompt", "a", "--prompt", "b"],

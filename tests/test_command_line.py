@@ -126,6 +126,11 @@ def break_config_json(generator, vq):
     (generator / "config.json").write_text("{")
 
 
+def break_config_link(generator, vq):
+    (generator / "config.json").unlink()
+    (generator / "config.json").symlink_to("nowhere")
+
+
 def break_model_type(generator, vq):
     (generator / "config.json").write_text('{"model_type": "llama", "vocab_size": 99}')
 
@@ -210,6 +215,7 @@ def break_decoder_kind(generator, vq):
     ("damage", "words"),
     [
         (break_config_json, ["config.json", "damaged"]),
+        (break_config_link, ["config.json", "broken link"]),
         (break_model_type, ["llama", "qwen2"]),
         (break_weights_missing, ["weights"]),
         (break_weights_cut, ["weights"]),
@@ -243,6 +249,24 @@ def test_only_a_runs_own_files_are_replaced(call_tiny, tmp_path):
     assert (tmp_path / "out" / "mine" / "holiday.png").read_text() == "precious"
 
 
+def test_a_folder_whose_files_would_be_replaced_but_are_no_runs_is_refused(call_tiny, tmp_path):
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "comparison.png").write_text("precious")
+    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "no run's folder", "comparison.png")
+    assert (tmp_path / "out" / "mine" / "comparison.png").read_text() == "precious"
+
+
+def test_a_prompt_too_long_for_the_model_is_named(call_tiny, model_folders, tmp_path):
+    config = json.loads((model_folders[0] / "config.json").read_text())
+    (model_folders[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    (tmp_path / "prompts.txt").write_text("a cat\na dog " + "and another " * 300)
+    refused(call_tiny("--prompts-file", tmp_path / "prompts.txt"), "(a dog and another", "...)", "shorten the prompt")
+
+
+def test_a_codebook_size_beyond_the_models_is_to_be_left_out(call_tiny):
+    refused(call_tiny("--codebook-size", 13), "leave out --codebook-size")
+
+
 def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_tiny, model_folders, tmp_path):
     before = (model_folders[0] / "config.json").read_text()
     refused(call_tiny("--save-dir", tmp_path, "--wandb-run-name", model_folders[0].name), "no run's folder")
@@ -251,6 +275,7 @@ def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_t
 
 def test_a_result_that_cannot_be_replaced_is_one_line(call_tiny, tmp_path):
     (tmp_path / "out" / "mine" / "capacity.png").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "summary.json").touch()  # so it is a run's
     refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "cannot remove", "capacity.png")
 
 
