@@ -2729,7 +2729,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises UserError where something else than a run has its config.json there, a model for example."""
+    """Raises UserError where something else than a run, a model for example, has files there that a run replaces."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "generator_fingerprint" not in config:
