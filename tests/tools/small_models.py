@@ -2,10 +2,10 @@
 
     python tests/tools/small_models.py FOLDER --hidden-size 256 --layers 10    # goes on where it was interrupted
 
-They learn what the demo model learned, by its own training (which see for the packages that it needs), from the start
-and at one size. Look at what a model draws before using it: after 500 steps they drew backgrounds and no things. FOLDER
-keeps the pictures and their tokens for the next model. The last line says where the model is, for --model-path;
---vq-model-ckpt is the demo's, tests/demo_model/vq.
+They learn a part of what the demo model learned, by its own training (which see for the packages that it needs), from
+the start and at one size. Look at what a model draws before using it: of 64 things all that were tried draw most after
+1,500 steps, of all 692 one of hidden size 256 drew none. FOLDER keeps the pictures and their tokens for the next model.
+The last line says where the model is, for --model-path; --vq-model-ckpt is the demo's, tests/demo_model/vq.
 """
 
 import argparse
