@@ -431,7 +431,7 @@ def in_shard(items: list, shard: tuple[int, int]) -> list:
     """Each N-th item from the I-th on, counted from 1."""
     index, count = shard
     if index > len(items) > 0:
-        exit_with_error(f"--shard {index}/{count}: the number of prompts is only {len(items)}")
+        exit_with_error(f"--shard {index}/{count} has no prompt: only {len(items)} given")
     return items[index - 1 :: count]
 
 
@@ -3012,8 +3012,8 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
         if not fitting:
             raise ValueError
     except FileNotFoundError:  # says safetensors also of a file that it may not read
-        why = "cannot be read" if file.exists() else "is not there"
-        raise UserError(f"{option} {file} {why}") from None
+        why = "it cannot be read" if file.exists() else "there is no such file"
+        raise UserError(f"{option} {file}: {why}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run") from None
     return EarlierRun(option, e_t, m, target_ids - settings["visual_offset"], settings, prompts)

@@ -389,4 +389,4 @@ def test_the_shards_of_a_run_are_together_the_whole(run_into, prompts_file):
 
 def test_targets_that_learn_one_m_together_are_refused_to_take_turns(call_tiny):
     refused(call_tiny(*TWO, "--targets-at-once", 1), "--targets-at-once", "add --m own")
-    refused(call_tiny(*TWO, "--m", "own", "--shard", "3/4"), "--shard 3/4", "2 prompts")
+    refused(call_tiny(*TWO, "--m", "own", "--shard", "3/4"), "--shard 3/4", "only 2 given")
