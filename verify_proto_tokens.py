@@ -2784,8 +2784,11 @@ def remove_results(folder: Path) -> None:
 
 def frames_in(folder: Path) -> dict[int, Path]:
     """The files of the moving picture, by their step, in order; others beside them are somebody's own."""
-    named = {re.fullmatch(r"step_(\d+)\.png", file.name): file for file in folder.glob("progress/*")}
-    return dict(sorted((int(name[1]), file) for name, file in named.items() if name))
+    frames = {}
+    for file in folder.glob("progress/*"):
+        if name := re.fullmatch(r"step_(\d+)\.png", file.name):
+            frames[int(name[1])] = file
+    return dict(sorted(frames.items()))
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
