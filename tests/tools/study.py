@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ ROWS = {
 }
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
 # 97.5 % of the distribution, by degrees of freedom.
-STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
+STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 LAWS = {
     "accuracy": "accuracy, drawings, %",
     "random_accuracy": "accuracy, random tokens, %",
@@ -64,6 +65,7 @@ LAWS = {
     "random_bits": "bits held of random tokens",
 }
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
+BITS_A_TOKEN = (0.5, 1, 2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,8 @@ def found_of_model(args: argparse.Namespace, model: Path) -> dict:
         "name": model.name,
         "hidden_size": config["hidden_size"],
         "layers": config["num_hidden_layers"],
-        "bits_prompted": [target["target_bits_autoregressive"] for target in drawings],
-        "bits_unprompted": [target["target_bits_unprompted"] for target in drawings],
+        "bits": [target["target_bits_autoregressive"] for target in drawings],
+        "random_tokens_bits": [target["target_bits_autoregressive"] for target in random],
         "accuracy": [target["best_accuracy"] for target in drawings],
         "random_accuracy": [target["best_accuracy"] for target in random],
         # Not against the unprompted generator, which expects other tokens: unlearning that holds nothing.
@@ -283,8 +285,13 @@ def predicted(law: dict, *factors: float) -> tuple[float, float, float]:
     """What a power law says there, and between what a new observation lies in 95 of 100 cases."""
     at = np.log([math.e, *factors])
     middle = at @ [law["a"], *law["powers"]]
-    reach = STUDENTS_T[law["freedom"]] * law["spread"] * math.sqrt(1 + at @ law["inverse"] @ at)
+    reach = students_t(law["freedom"]) * law["spread"] * math.sqrt(1 + at @ law["inverse"] @ at)
     return math.exp(middle), math.exp(middle - reach), math.exp(middle + reach)
+
+
+def students_t(freedom: int) -> float:
+    """Beyond the table by Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5."""
+    return STUDENTS_T.get(freedom) or 1.960 + 2.372 / freedom + 2.823 / freedom**2
 
 
 def found_of_law(args: argparse.Namespace) -> dict:
@@ -297,7 +304,15 @@ def found_of_law(args: argparse.Namespace) -> dict:
         means = [statistics.fmean(model[key]) for model in fitted]
         # Of an accuracy the odds, since it cannot grow as a power.
         lines[key] = power_law([odds_of(mean) for mean in means] if is_accuracy(key) else means, widths)
-    return {"models": models, "lines": lines}
+    loads = [load for model in fitted for load in loads_of(model)]
+    odds = [odds_of(accuracy) for model in fitted for accuracy in (*model["accuracy"], *model["random_accuracy"])]
+    return {"models": models, "lines": lines, "load": power_law(odds, loads)}
+
+
+def loads_of(model: dict) -> list[float]:
+    """Hidden size per bit of a token under the prompt, of each drawing, then of each target of random tokens."""
+    num_tokens = (LARGE // 32) ** 2
+    return [model["hidden_size"] * num_tokens / bits for bits in (*model["bits"], *model["random_tokens_bits"])]
 
 
 def is_accuracy(key: str) -> bool:
@@ -359,7 +374,7 @@ def print_capacities(capacities: dict[str, list[int]]) -> None:
 
 
 def print_law(law: dict) -> None:
-    columns = {"bits_prompted": "bits, prompted", "bits_unprompted": "unprompted"} | LAWS
+    columns = {"bits": "bits under the prompt, drawings", "random_tokens_bits": "random tokens"} | LAWS
     print("\n| model | " + " | ".join(columns.values()) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for model in law["models"]:
         cells = [model["name"], *(mean_and_spread(model[key], 0) for key in columns)]
@@ -374,6 +389,18 @@ def print_law(law: dict) -> None:
         grows = "its odds grow" if is_accuracy(key) else "grows"
         power = f"{line['powers'][0]:.2f} (standard error {line['errors'][0]:.2f})"
         print(f"{label}: {grows} as hidden size ** {power}; 95 % of new models: {', '.join(expected)}")
+    load = law["load"]
+    power = f"{load['powers'][0]:.2f} (standard error {load['errors'][0]:.2f})"
+    print(
+        f"\nodds of a right token: {math.exp(load['a']):.5f} x (hidden size / bits a token under the prompt) ** {power}"
+    )
+    print("\n| bits a token under the prompt | " + " | ".join(SIMPLEAR) + " |\n|---|" + "---|" * len(SIMPLEAR))
+    for bits in BITS_A_TOKEN:
+        cells = []
+        for hidden_size in SIMPLEAR.values():
+            middle, low, high = map(accuracy_of, predicted(load, hidden_size / bits))
+            cells.append(f"{middle:.0f} % ({low:.0f} to {high:.0f})")
+        print(f"| {bits} | " + " | ".join(cells) + " |")
 
 
 @matplotlib.style.context(vpt.STYLES)
@@ -426,41 +453,59 @@ def draw_law(law: dict) -> vpt.Image.Image:
     left, middle, right = figure.subplots(1, 3)
     draw_power(left, law, "capacity", "drawings", vpt.BLUE)
     draw_power(middle, law, "random_bits", "random tokens", vpt.ORANGE)
-    draw_power(right, law, "accuracy", "drawings, odds", vpt.BLUE)
-    draw_power(right, law, "random_accuracy", "random tokens, odds", vpt.ORANGE)
+    draw_load(right, law)
     left.set(title="tokens held at 99 %", yscale="log")
     middle.set(title="bits held", yscale="log")
-    right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102))
+    right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102), xlabel="D / bits of a token under the prompt")
     ticks = sorted({model["hidden_size"] for model in law["models"]} | set(SIMPLEAR.values()))
+    for axis in (left.yaxis, middle.yaxis, right.xaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
     for axis in (left, middle):
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-    for axis in (left, middle, right):
         for name, hidden_size in SIMPLEAR.items():
             axis.axvline(hidden_size, color=vpt.FAINT, linewidth=0.8, linestyle="--")
             place = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "bottom"}
             axis.text(hidden_size, 0.02, f"{name} ", fontsize=8, color=vpt.INK, **place)
         axis.set(xscale="log", xlabel="hidden size D")
         axis.set_xticks(ticks, labels=map(str, ticks))
+    for axis in (left, middle, right):
         axis.minorticks_off()
-        axis.legend(loc="lower left" if axis is right else "upper left")
+        axis.legend(loc="upper left")
         axis.grid()
     return vpt.render(figure)
 
 
 def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None:
     """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
-    shown = accuracy_of if is_accuracy(key) else float
-    line, models, fitted = law["lines"][key], law["models"], differ_in_width_alone(law["models"])
+    models, fitted = law["models"], differ_in_width_alone(law["models"])
     widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
-    middle, low, high = zip(*([shown(value) for value in predicted(line, width)] for width in widths), strict=True)
-    power = f"D ** {line['powers'][0]:.2f}"
-    axis.plot(widths, middle, color=colour, linewidth=1.2, label=f"{label}: {power}")
-    axis.fill_between(widths, low, high, color=colour, alpha=0.12, linewidth=0)
+    draw_line(axis, law["lines"][key], widths, float, f"{label}: D", colour)
     for model in models:
         captions, face = model[key], colour if model in fitted else "white"
         axis.scatter([model["hidden_size"]] * len(captions), captions, s=5, color=colour, alpha=0.4, linewidths=0)
         axis.plot(model["hidden_size"], statistics.fmean(captions), color=colour, marker="o", mfc=face)
+
+
+def draw_load(axis: Axes, law: dict) -> None:
+    """Every target of every model, and the line through those of the models that differ in width alone."""
+    half = len(CAPTIONS)
+    for model in law["models"]:
+        loads, edge = loads_of(model), 0 if model in differ_in_width_alone(law["models"]) else 0.8
+        dots = {"s": 12, "alpha": 0.6, "linewidths": edge, "edgecolors": vpt.INK}
+        first = model is law["models"][0]
+        axis.scatter(loads[:half], model["accuracy"], color=vpt.BLUE, label="drawings" if first else None, **dots)
+        label = "random tokens" if first else None
+        axis.scatter(loads[half:], model["random_accuracy"], color=vpt.ORANGE, label=label, **dots)
+    axis.set(xscale="log")
+    loads = np.geomspace(*axis.get_xlim(), 60)
+    draw_line(axis, law["load"], loads, accuracy_of, "odds: (D / bits)", vpt.INK)
+    axis.set(xlim=(loads[0], loads[-1]))
+
+
+def draw_line(axis: Axes, law: dict, x: np.ndarray, shown: Callable, label: str, colour: str) -> None:
+    middle, low, high = zip(*(map(shown, predicted(law, each)) for each in x), strict=True)
+    axis.plot(x, middle, color=colour, linewidth=1.2, label=f"{label} ** {law['powers'][0]:.2f}")
+    axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
 def make_tables(args: argparse.Namespace) -> None:
