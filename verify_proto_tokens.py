@@ -463,9 +463,8 @@ def name_for_wandb(args: argparse.Namespace) -> None:
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
-        of_environment = os.environ.get("WANDB_TAGS") if wants_wandb(args) else None
         try:
-            args.wandb_tags = TAGS(of_environment or "proto-tokens")
+            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
         except argparse.ArgumentTypeError as error:
             exit_with_error(f"WANDB_TAGS of the environment {error}")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
@@ -1092,9 +1091,8 @@ def refuse_too_few_positions(
     if longest + num_tokens > config.max_position_embeddings:
         which = shortened([*args.prompts, "guidance's own"][lengths.index(longest)])
         raise UserError(
-            f"the longest prompt ({which}) has {longest} tokens, and an image of --image-size {args.image_size} "
-            f"{num_tokens}: together they must stay within the model's {config.max_position_embeddings}; shorten the "
-            "prompt, or lower --image-size"
+            f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
+            f"within the model's {config.max_position_embeddings}; shorten the prompt, or lower --image-size"
         )
 
 

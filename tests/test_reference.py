@@ -274,7 +274,7 @@ def test_any_other_setting_makes_a_reference_of_its_own(tiny_models, make_args, 
 
 def test_a_cache_that_another_run_removed_is_made_again(tmp_path):
     """As a run does that made it, left it empty, and ended."""
-    cache = vpt.ReferenceCache(tmp_path / "gone", {})
+    cache = vpt.ReferenceCache(tmp_path / "gone", {"num_tokens": 4, "codebook_size": 4})
     cache.write("a", False, torch.arange(4), 1.0)
     assert cache.read(["a"], False)["a"][0].tolist() == [0, 1, 2, 3]
 
