@@ -13,28 +13,27 @@ from tools import bench, study
 
 def test_the_study_fits_a_power_law_and_says_how_sure_it_is():
     exact = study.power_law([3 * width**0.5 for width in (128, 256, 512)], [128, 256, 512])
-    assert exact["powers"] == pytest.approx([0.5]) and exact["errors"] == pytest.approx([0], abs=1e-6)
+    assert exact["power"] == pytest.approx(0.5) and exact["error"] == pytest.approx(0, abs=1e-6)
     assert study.predicted(exact, 1024) == pytest.approx((96, 96, 96))
     rough = study.power_law([100, 300, 400], [128, 256, 512])
     # By hand: rises by log 2 a doubling; misses by -1/3, 2/3 and -1/3 of log(9 / 4) / 2, on one degree of freedom.
     spread = math.sqrt(6 / 9) * math.log(9 / 4) / 2
-    assert rough["powers"] == pytest.approx([1]) and rough["spread"] == pytest.approx(spread)
-    assert rough["errors"] == pytest.approx([spread / (math.sqrt(2) * math.log(2))])
+    assert rough["power"] == pytest.approx(1) and rough["spread"] == pytest.approx(spread)
+    assert rough["error"] == pytest.approx(spread / (math.sqrt(2) * math.log(2)))
     middle, low, high = study.predicted(rough, 256)
     assert math.log(high / middle) == pytest.approx(12.71 * spread * math.sqrt(1 + 1 / 3)) == math.log(middle / low)
 
 
-def test_a_power_law_can_have_two_factors():
-    widths, bits = [128, 256, 512, 128, 512], [2, 4, 3, 9, 8]
-    law = study.power_law([5 * width**0.8 / bit**2 for width, bit in zip(widths, bits, strict=True)], widths, bits)
-    assert law["powers"] == pytest.approx([0.8, -2]) and law["freedom"] == 2
-    assert study.predicted(law, 1024, 1) == pytest.approx((5 * 2**8,) * 3)
-
-
-def test_the_law_is_of_models_that_differ_in_width_alone():
-    names = ("hidden128_layers6_512px", "hidden256_layers6_512px", "hidden256_layers3_512px")
+def test_the_lines_are_of_models_that_differ_in_width_alone_or_in_training_alone():
+    names = (
+        "hidden128_layers6_steps9",
+        "hidden256_layers6_steps9",
+        "hidden256_layers3_steps9",
+        "hidden256_layers6_steps3",
+    )
     models = [{"name": name} for name in names]
-    assert study.differ_in_width_alone(models) == models[:2]
+    assert study.differ_only_in("hidden", models) == models[:2]
+    assert study.differ_only_in("steps", models) == [models[1], models[3]]
 
 
 def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own():
@@ -48,7 +47,8 @@ def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own(
 
 
 def test_models_that_no_line_can_be_laid_through_are_refused_before_any_run(capsys, monkeypatch, tmp_path):
-    for names in (["demo", "a_1", "b_1"], ["a_1", "b_1", "c_2"]):
+    a, b, c = "hidden128_layers6_steps9", "hidden256_layers6_steps9", "hidden384_layers3_steps9"
+    for names in (["demo", a, b], [a, a, b], [a, b, "others"], [a, b, c]):
         monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--models", *names])
         with pytest.raises(SystemExit):
             study.main()

@@ -25,9 +25,9 @@ from support.contract import CAPTIONS  # noqa: E402
 WIDTHS = (128, 192, 256, 320, 384, 512, 640, 768)
 
 
-def rows_of_things(count: int) -> list[int]:
+def rows_of_things(captions: list[str], count: int) -> list[int]:
     """Where among all captions those of `count` things are, of the benches' captions first: on all backgrounds."""
-    captions, backgrounds = pictures.all_captions(), len(pictures.BACKGROUNDS)
+    backgrounds = len(pictures.BACKGROUNDS)
     needed = [captions.index(text) // backgrounds for text in CAPTIONS]
     others = np.random.default_rng(0).permutation(len(captions) // backgrounds).tolist()
     chosen = list(dict.fromkeys(needed + others))[:count]
@@ -48,7 +48,8 @@ def make(args: argparse.Namespace) -> Path:
     generator = train.make_generator(vocab_size, 1, args.hidden_size, args.layers)
     settings = argparse.Namespace(work_dir=folder, seed=1, small_steps=args.num_steps, generator_steps=args.num_steps)
     sequences_at_once = {args.size: args.sequences}
-    rows, captions = rows_of_things(args.things), pictures.all_captions()
+    captions = pictures.all_captions()
+    rows = rows_of_things(captions, args.things)
     captions, codes = [captions[row] for row in rows], {each: codes[each][rows] for each in codes}
     trained = train.train_generator(name, generator, text_tokenizer, captions, codes, sequences_at_once, settings)
     partial = folder / f"{name}.partial"

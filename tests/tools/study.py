@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,12 @@ LAWS = {
     "random_accuracy": "accuracy, random tokens, %",
     "capacity": "tokens at 99 %, drawings",
     "random_bits": "bits held of random tokens",
+}
+ACCURACIES = ("accuracy", "random_accuracy")  # cannot grow as a power: their odds do
+# What the load of a target is made of, and what comes of it.
+KINDS = {
+    "drawings": ("bits", "accuracy", vpt.BLUE),
+    "random tokens": ("random_tokens_bits", "random_accuracy", vpt.ORANGE),
 }
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
 BITS_A_TOKEN = (0.5, 1, 2, 4, 6, 8)
@@ -266,26 +273,30 @@ def found_of_errors(args: argparse.Namespace) -> dict:
     }
 
 
-def power_law(y: list[float], *factors: list[float]) -> dict:
-    """log y = a + sum_k b_k log x_k by least squares; errors are the standard ones of the powers b_k.
+def power_law(y: list[float], x: list[float]) -> dict:
+    """log y = power * log x + constant by least squares, with the standard error of the power.
 
-    Draper and Smith, "Applied Regression Analysis", 3rd ed., section 5.1.
+    Draper and Smith, "Applied Regression Analysis", 3rd ed., sections 1.2 to 1.4.
     """
-    y, x = np.log(y), np.log(np.stack([np.full(len(y), math.e), *factors], axis=1))
-    inverse = np.linalg.inv(x.T @ x)
-    a, *powers = coefficients = inverse @ x.T @ y
-    freedom = len(y) - len(coefficients)
-    spread = math.sqrt(np.square(y - x @ coefficients).sum() / freedom)
-    errors = spread * np.sqrt(inverse.diagonal())[1:]
-    law = {"a": a, "powers": powers, "errors": errors, "inverse": inverse, "spread": spread, "freedom": freedom}
-    return {name: np.asarray(value).tolist() for name, value in law.items()}
+    x, y = np.log(x), np.log(y)
+    line, covariance = np.polyfit(x, y, 1, cov=True)
+    freedom = len(x) - 2
+    spread = math.sqrt(np.square(y - np.polyval(line, x)).sum() / freedom)
+    return {
+        "power": float(line[0]),
+        "error": math.sqrt(covariance[0, 0]),
+        "constant": float(line[1]),
+        "covariance": covariance.tolist(),
+        "spread": spread,
+        "freedom": freedom,
+    }
 
 
-def predicted(law: dict, *factors: float) -> tuple[float, float, float]:
+def predicted(law: dict, x: float) -> tuple[float, float, float]:
     """What a power law says there, and between what a new observation lies in 95 of 100 cases."""
-    at = np.log([math.e, *factors])
-    middle = at @ [law["a"], *law["powers"]]
-    reach = students_t(law["freedom"]) * law["spread"] * math.sqrt(1 + at @ law["inverse"] @ at)
+    at = np.array([math.log(x), 1])
+    middle = at @ [law["power"], law["constant"]]
+    reach = students_t(law["freedom"]) * math.sqrt(law["spread"] ** 2 + at @ law["covariance"] @ at)
     return math.exp(middle), math.exp(middle - reach), math.exp(middle + reach)
 
 
@@ -295,28 +306,32 @@ def students_t(freedom: int) -> float:
 
 
 def found_of_law(args: argparse.Namespace) -> dict:
-    """What each model holds, and the lines through those that differ in width alone."""
+    """What each model holds; the lines through those that differ in width alone, or in training, where three do."""
     models = [found_of_model(args, model) for model in args.models]
-    fitted = differ_in_width_alone(models)
-    widths = [model["hidden_size"] for model in fitted]
     lines = {}
-    for key in LAWS:
-        means = [statistics.fmean(model[key]) for model in fitted]
-        # Of an accuracy the odds, since it cannot grow as a power.
-        lines[key] = power_law([odds_of(mean) for mean in means] if is_accuracy(key) else means, widths)
-    loads = [load for model in fitted for load in loads_of(model)]
-    odds = [odds_of(accuracy) for model in fitted for accuracy in (*model["accuracy"], *model["random_accuracy"])]
+    for name in ("hidden", "steps"):
+        fitted = differ_only_in(name, models)
+        if len(fitted) >= 3:
+            lines[name] = {key: line_through(fitted, key, name) for key in LAWS}
+    loads, odds = [], []
+    for bits, accuracy, _ in KINDS.values():
+        for model in differ_only_in("hidden", models):
+            loads += loads_of(model, bits)
+            odds += map(odds_of, model[accuracy])
     return {"models": models, "lines": lines, "load": power_law(odds, loads)}
 
 
-def loads_of(model: dict) -> list[float]:
-    """Hidden size per bit of a token under the prompt, of each drawing, then of each target of random tokens."""
+def line_through(models: list[dict], key: str, name: str) -> dict:
+    means = [statistics.fmean(model[key]) for model in models]
+    return power_law(
+        [odds_of(mean) for mean in means] if key in ACCURACIES else means, [made_with(model)[name] for model in models]
+    )
+
+
+def loads_of(model: dict, bits: str) -> list[float]:
+    """Hidden size per bit of a token under the prompt, of each target."""
     num_tokens = (LARGE // 32) ** 2
-    return [model["hidden_size"] * num_tokens / bits for bits in (*model["bits"], *model["random_tokens_bits"])]
-
-
-def is_accuracy(key: str) -> bool:
-    return key.endswith("accuracy")
+    return [model["hidden_size"] * num_tokens / of_target for of_target in model[bits]]
 
 
 def odds_of(accuracy: float) -> float:
@@ -329,15 +344,16 @@ def accuracy_of(odds: float) -> float:
     return 100 * odds / (1 + odds)
 
 
-def depth_and_training(model: dict) -> str:
-    """What small_models.py writes into a model's name behind its width."""
-    return model["name"].partition("_")[2]
+def made_with(model: dict) -> dict[str, int]:
+    """What small_models.py writes into a model's name: its `hidden` size, `layers`, `steps` of training and so on."""
+    return {name: int(number) for name, number in re.findall(r"([a-z]+)(\d+)", model["name"])}
 
 
-def differ_in_width_alone(models: list[dict]) -> list[dict]:
-    """Those that are as deep, and were trained as long, as most are."""
-    usual = statistics.mode(depth_and_training(model) for model in models)
-    return [model for model in models if depth_and_training(model) == usual]
+def differ_only_in(name: str, models: list[dict]) -> list[dict]:
+    """The most models that are alike in all but this."""
+    others = [json.dumps(made_with(model) | {name: None}) for model in models]
+    usual = statistics.mode(others)
+    return [model for model, other in zip(models, others, strict=True) if other == usual]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,19 +397,19 @@ def print_law(law: dict) -> None:
         print("| " + " | ".join(cells) + " |")
     print()
     for key, label in LAWS.items():
-        line, shown = law["lines"][key], accuracy_of if is_accuracy(key) else float
+        grows = "its odds grow" if key in ACCURACIES else "grows"
+        shown = accuracy_of if key in ACCURACIES else float
+        line = law["lines"]["hidden"][key]
         expected = []
         for name, hidden_size in SIMPLEAR.items():
             middle, low, high = map(shown, predicted(line, hidden_size))
             expected.append(f"{name}: {middle:.0f} ({low:.0f} to {high:.0f})")
-        grows = "its odds grow" if is_accuracy(key) else "grows"
-        power = f"{line['powers'][0]:.2f} (standard error {line['errors'][0]:.2f})"
-        print(f"{label}: {grows} as hidden size ** {power}; 95 % of new models: {', '.join(expected)}")
+        print(f"{label}: {grows} as hidden size ** {power_of(line)}; 95 % of new models: {', '.join(expected)}")
+        if "steps" in law["lines"]:
+            print(f"{label}: {grows} as steps of training ** {power_of(law['lines']['steps'][key])}")
     load = law["load"]
-    power = f"{load['powers'][0]:.2f} (standard error {load['errors'][0]:.2f})"
-    print(
-        f"\nodds of a right token: {math.exp(load['a']):.5f} x (hidden size / bits a token under the prompt) ** {power}"
-    )
+    factor = math.exp(load["constant"])
+    print(f"\nodds of a right token: {factor:.5f} x (hidden size / bits a token under the prompt) ** {power_of(load)}")
     print("\n| bits a token under the prompt | " + " | ".join(SIMPLEAR) + " |\n|---|" + "---|" * len(SIMPLEAR))
     for bits in BITS_A_TOKEN:
         cells = []
@@ -401,6 +417,10 @@ def print_law(law: dict) -> None:
             middle, low, high = map(accuracy_of, predicted(load, hidden_size / bits))
             cells.append(f"{middle:.0f} % ({low:.0f} to {high:.0f})")
         print(f"| {bits} | " + " | ".join(cells) + " |")
+
+
+def power_of(law: dict) -> str:
+    return f"{law['power']:.2f} (standard error {law['error']:.2f})"
 
 
 @matplotlib.style.context(vpt.STYLES)
@@ -477,9 +497,9 @@ def draw_law(law: dict) -> vpt.Image.Image:
 
 def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None:
     """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
-    models, fitted = law["models"], differ_in_width_alone(law["models"])
+    models, fitted = law["models"], differ_only_in("hidden", law["models"])
     widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
-    draw_line(axis, law["lines"][key], widths, float, f"{label}: D", colour)
+    draw_line(axis, law["lines"]["hidden"][key], widths, float, f"{label}: D", colour)
     for model in models:
         captions, face = model[key], colour if model in fitted else "white"
         axis.scatter([model["hidden_size"]] * len(captions), captions, s=5, color=colour, alpha=0.4, linewidths=0)
@@ -488,14 +508,12 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None
 
 def draw_load(axis: Axes, law: dict) -> None:
     """Every target of every model, and the line through those of the models that differ in width alone."""
-    half = len(CAPTIONS)
-    for model in law["models"]:
-        loads, edge = loads_of(model), 0 if model in differ_in_width_alone(law["models"]) else 0.8
-        dots = {"s": 12, "alpha": 0.6, "linewidths": edge, "edgecolors": vpt.INK}
-        first = model is law["models"][0]
-        axis.scatter(loads[:half], model["accuracy"], color=vpt.BLUE, label="drawings" if first else None, **dots)
-        label = "random tokens" if first else None
-        axis.scatter(loads[half:], model["random_accuracy"], color=vpt.ORANGE, label=label, **dots)
+    models, fitted = law["models"], differ_only_in("hidden", law["models"])
+    for label, (bits, accuracy, colour) in KINDS.items():
+        loads = [loads_of(model, bits) for model in models]
+        edges = [[0 if model in fitted else 0.8] * len(model[bits]) for model in models]
+        dots = {"s": 12, "alpha": 0.6, "edgecolors": vpt.INK, "linewidths": np.ravel(edges)}
+        axis.scatter(loads, [model[accuracy] for model in models], color=colour, label=label, **dots)
     axis.set(xscale="log")
     loads = np.geomspace(*axis.get_xlim(), 60)
     draw_line(axis, law["load"], loads, accuracy_of, "odds: (D / bits)", vpt.INK)
@@ -504,7 +522,7 @@ def draw_load(axis: Axes, law: dict) -> None:
 
 def draw_line(axis: Axes, law: dict, x: np.ndarray, shown: Callable, label: str, colour: str) -> None:
     middle, low, high = zip(*(map(shown, predicted(law, each)) for each in x), strict=True)
-    axis.plot(x, middle, color=colour, linewidth=1.2, label=f"{label} ** {law['powers'][0]:.2f}")
+    axis.plot(x, middle, color=colour, linewidth=1.2, label=f"{label} ** {law['power']:.2f}")
     axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -535,10 +553,13 @@ def make_law(args: argparse.Namespace) -> None:
 
 def refuse_unfit_models(parser: argparse.ArgumentParser, models: list[Path]) -> None:
     """Before the hours that their runs take."""
-    names = [model.name for model in models]
-    if len({*names, "demo"}) <= len(names):
-        parser.error("--models: the last part of a folder's name is a model's; each needs its own, and not demo")
-    fitted = differ_in_width_alone([{"name": name} for name in names])
+    named = [{"name": model.name} for model in models]
+    for model in named:
+        if not made_with(model).keys() >= {"hidden", "layers", "steps"}:
+            parser.error(f"--models: {model['name']} is no name that small_models.py gives")
+        if named.count(model) > 1:
+            parser.error(f"--models: two folders end in {model['name']}, which names the runs: each needs its own")
+    fitted = differ_only_in("hidden", named)
     if not 3 <= len(fitted) <= 10:
         parser.error(f"--models: {len(fitted)} differ in width alone; a line with its error needs 3, at most 10")
 
