@@ -4,9 +4,9 @@
     python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
 
 Every number comes from runs of the script as a user would start them, a run a core: over 8 captions and the --seeds,
-for the law over the drawings of 8 captions and over random tokens, the same for every model (which takes the packages
-of the training). Their folders stay in FOLDER: it goes on where it was interrupted, and ends with study.json and
-study.png there, or law.json and law.png.
+for the law over drawings of things that the models learned, of others, and over random tokens, 8 each and the same for
+every model (which takes the packages of the training). Their folders stay in FOLDER: it goes on where it was
+interrupted, and ends with study.json and study.png there, or law.json and law.png.
 """
 
 import argparse
@@ -59,17 +59,29 @@ ROWS = {
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
 # 97.5 % of the distribution, by degrees of freedom.
 STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
+# Of things that the small models do not learn, unless they learn more than 64; on each background one.
+UNLEARNED_CAPTIONS = (
+    "a drum on a wooden table",
+    "a turtle on green grass",
+    "a party popper on yellow sand",
+    "a Tokyo tower under the night sky",
+    "a timer clock on a white background",
+    "a nest with eggs in a blue sky",
+    "a sled on a pink background",
+    "an eye on a teal background",
+)
+# The targets of the law, the same for every model.
+KINDS = {
+    "drawings": ("drawings", vpt.BLUE),
+    "unlearned": ("drawings of unlearned things", vpt.GREEN),
+    "random": ("random tokens", vpt.ORANGE),
+}
 LAWS = {
-    "accuracy": "accuracy, drawings, %",
+    "drawings_accuracy": "accuracy, drawings, %",
+    "unlearned_accuracy": "accuracy, unlearned things, %",
     "random_accuracy": "accuracy, random tokens, %",
     "capacity": "tokens at 99 %, drawings",
-    "random_bits": "bits held of random tokens",
-}
-ACCURACIES = ("accuracy", "random_accuracy")  # cannot grow as a power: their odds do
-# What the load of a target is made of, and what comes of it.
-KINDS = {
-    "drawings": ("bits", "accuracy", vpt.BLUE),
-    "random tokens": ("random_tokens_bits", "random_accuracy", vpt.ORANGE),
+    "random_bits_held": "bits held of random tokens",
 }
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
 BITS_A_TOKEN = (0.5, 1, 2, 4, 6, 8)
@@ -134,21 +146,27 @@ def runs_of_capacity(args: argparse.Namespace, kind: str) -> list[Run]:
 
 
 def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
-    """What the law takes of a model: bits held of the captions' drawings and of random tokens, and capacities."""
+    """What the law takes of a model: each kind of targets, and capacities."""
     common = ("--image-size", LARGE, "--seed", SEEDS[0])
-    learn = (*common, *OWN, "--num-steps", args.num_steps)
-    shorten = (*common, "--capacity", "--num-steps", args.capacity_steps)
-    drawings = {caption: ("--image", drawing_of(args, caption)) for caption in CAPTIONS}
-    all_drawings = tuple(itertools.chain.from_iterable(drawings.values()))
-    random = ("--control", "random")
+
+    def learn(kind: str, captions: tuple[str, ...], *targets: object) -> Run:
+        options = (*common, *OWN, "--num-steps", args.num_steps, *targets)
+        return Run(name_of(model.name, kind, args.num_steps), captions, options, model)
+
+    def shorten(caption: str) -> Run:
+        options = (*common, "--capacity", "--num-steps", args.capacity_steps, *images_of(args, caption))
+        return Run(name_of(model.name, caption, args.capacity_steps), (caption,), options, model)
+
     return {
-        "drawings": [Run(name_of(model.name, "drawings", args.num_steps), CAPTIONS, (*learn, *all_drawings), model)],
-        "random": [Run(name_of(model.name, "random", args.num_steps), CAPTIONS, (*learn, *random), model)],
-        "capacity": [
-            Run(name_of(model.name, caption, args.capacity_steps), (caption,), (*shorten, *drawing), model)
-            for caption, drawing in drawings.items()
-        ],
+        "drawings": [learn("drawings", CAPTIONS, *images_of(args, *CAPTIONS))],
+        "unlearned": [learn("unlearned", UNLEARNED_CAPTIONS, *images_of(args, *UNLEARNED_CAPTIONS))],
+        "random": [learn("random", CAPTIONS, "--control", "random")],
+        "capacity": [shorten(caption) for caption in CAPTIONS],
     }
+
+
+def images_of(args: argparse.Namespace, *captions: str) -> list:
+    return [word for caption in captions for word in ("--image", drawing_of(args, caption))]
 
 
 def drawing_of(args: argparse.Namespace, caption: str) -> Path:
@@ -162,7 +180,7 @@ def draw_captions(args: argparse.Namespace) -> None:
     backgrounds = pictures.draw_backgrounds(LARGE)
     for thing, background in itertools.product(things, backgrounds):
         caption = pictures.caption(thing, background)
-        if caption in CAPTIONS:
+        if caption in CAPTIONS + UNLEARNED_CAPTIONS:
             pictures.compose(things[thing], backgrounds[background]).save(drawing_of(args, caption))
 
 
@@ -233,21 +251,15 @@ def found_of_capacity(args: argparse.Namespace, runs: list[Run]) -> list[int]:
 
 
 def found_of_model(args: argparse.Namespace, model: Path) -> dict:
-    config = json.loads((model / "config.json").read_text())
     runs = runs_of_model(args, model)
-    drawings, random = targets_of(args, runs["drawings"]), targets_of(args, runs["random"])
-    return {
-        "name": model.name,
-        "hidden_size": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "bits": [target["target_bits_autoregressive"] for target in drawings],
-        "random_tokens_bits": [target["target_bits_autoregressive"] for target in random],
-        "accuracy": [target["best_accuracy"] for target in drawings],
-        "random_accuracy": [target["best_accuracy"] for target in random],
+    found = {"name": model.name} | made_with({"name": model.name})
+    for kind in KINDS:
+        targets = targets_of(args, runs[kind])
+        found[f"{kind}_bits"] = [target["target_bits_autoregressive"] for target in targets]
+        found[f"{kind}_accuracy"] = [target["best_accuracy"] for target in targets]
         # Not against the unprompted generator, which expects other tokens: unlearning that holds nothing.
-        "random_bits": [target["target_bits_uniform"] - target["proto_bits"] for target in random],
-        "capacity": found_of_capacity(args, runs["capacity"]),
-    }
+        found[f"{kind}_bits_held"] = [target["target_bits_uniform"] - target["proto_bits"] for target in targets]
+    return found | {"capacity": found_of_capacity(args, runs["capacity"])}
 
 
 def found_of_errors(args: argparse.Namespace) -> dict:
@@ -314,24 +326,28 @@ def found_of_law(args: argparse.Namespace) -> dict:
         if len(fitted) >= 3:
             lines[name] = {key: line_through(fitted, key, name) for key in LAWS}
     loads, odds = [], []
-    for bits, accuracy, _ in KINDS.values():
+    for kind in KINDS:
         for model in differ_only_in("hidden", models):
-            loads += loads_of(model, bits)
-            odds += map(odds_of, model[accuracy])
+            loads += loads_of(model, kind)
+            odds += map(odds_of, model[f"{kind}_accuracy"])
     return {"models": models, "lines": lines, "load": power_law(odds, loads)}
 
 
 def line_through(models: list[dict], key: str, name: str) -> dict:
     means = [statistics.fmean(model[key]) for model in models]
-    return power_law(
-        [odds_of(mean) for mean in means] if key in ACCURACIES else means, [made_with(model)[name] for model in models]
-    )
+    if is_accuracy(key):
+        means = [odds_of(mean) for mean in means]  # an accuracy cannot grow as a power
+    return power_law(means, [model[name] for model in models])
 
 
-def loads_of(model: dict, bits: str) -> list[float]:
+def is_accuracy(key: str) -> bool:
+    return key in [f"{kind}_accuracy" for kind in KINDS]
+
+
+def loads_of(model: dict, kind: str) -> list[float]:
     """Hidden size per bit of a token under the prompt, of each target."""
     num_tokens = (LARGE // 32) ** 2
-    return [model["hidden_size"] * num_tokens / of_target for of_target in model[bits]]
+    return [model["hidden"] * num_tokens / bits for bits in model[f"{kind}_bits"]]
 
 
 def odds_of(accuracy: float) -> float:
@@ -390,15 +406,15 @@ def print_capacities(capacities: dict[str, list[int]]) -> None:
 
 
 def print_law(law: dict) -> None:
-    columns = {"bits": "bits under the prompt, drawings", "random_tokens_bits": "random tokens"} | LAWS
+    columns = {f"{kind}_bits": f"bits under the prompt, {label}" for kind, (label, _) in KINDS.items()} | LAWS
     print("\n| model | " + " | ".join(columns.values()) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for model in law["models"]:
         cells = [model["name"], *(mean_and_spread(model[key], 0) for key in columns)]
         print("| " + " | ".join(cells) + " |")
     print()
     for key, label in LAWS.items():
-        grows = "its odds grow" if key in ACCURACIES else "grows"
-        shown = accuracy_of if key in ACCURACIES else float
+        grows = "its odds grow" if is_accuracy(key) else "grows"
+        shown = accuracy_of if is_accuracy(key) else float
         line = law["lines"]["hidden"][key]
         expected = []
         for name, hidden_size in SIMPLEAR.items():
@@ -472,12 +488,12 @@ def draw_law(law: dict) -> vpt.Image.Image:
     figure = Figure(figsize=(14, 4.6), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_power(left, law, "capacity", "drawings", vpt.BLUE)
-    draw_power(middle, law, "random_bits", "random tokens", vpt.ORANGE)
+    draw_power(middle, law, "random_bits_held", "random tokens", vpt.ORANGE)
     draw_load(right, law)
     left.set(title="tokens held at 99 %", yscale="log")
     middle.set(title="bits held", yscale="log")
     right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102), xlabel="D / bits of a token under the prompt")
-    ticks = sorted({model["hidden_size"] for model in law["models"]} | set(SIMPLEAR.values()))
+    ticks = sorted({model["hidden"] for model in law["models"]} | set(SIMPLEAR.values()))
     for axis in (left.yaxis, middle.yaxis, right.xaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ScalarFormatter())
@@ -498,22 +514,23 @@ def draw_law(law: dict) -> vpt.Image.Image:
 def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None:
     """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
     models, fitted = law["models"], differ_only_in("hidden", law["models"])
-    widths = np.geomspace(min(model["hidden_size"] for model in models), max(SIMPLEAR.values()), 60)
+    widths = np.geomspace(min(model["hidden"] for model in models), max(SIMPLEAR.values()), 60)
     draw_line(axis, law["lines"]["hidden"][key], widths, float, f"{label}: D", colour)
     for model in models:
         captions, face = model[key], colour if model in fitted else "white"
-        axis.scatter([model["hidden_size"]] * len(captions), captions, s=5, color=colour, alpha=0.4, linewidths=0)
-        axis.plot(model["hidden_size"], statistics.fmean(captions), color=colour, marker="o", mfc=face)
+        axis.scatter([model["hidden"]] * len(captions), captions, s=5, color=colour, alpha=0.4, linewidths=0)
+        axis.plot(model["hidden"], statistics.fmean(captions), color=colour, marker="o", mfc=face)
 
 
 def draw_load(axis: Axes, law: dict) -> None:
     """Every target of every model, and the line through those of the models that differ in width alone."""
     models, fitted = law["models"], differ_only_in("hidden", law["models"])
-    for label, (bits, accuracy, colour) in KINDS.items():
-        loads = [loads_of(model, bits) for model in models]
-        edges = [[0 if model in fitted else 0.8] * len(model[bits]) for model in models]
+    for kind, (label, colour) in KINDS.items():
+        loads = [loads_of(model, kind) for model in models]
+        accuracies = [model[f"{kind}_accuracy"] for model in models]
+        edges = [[0 if model in fitted else 0.8] * len(CAPTIONS) for model in models]
         dots = {"s": 12, "alpha": 0.6, "edgecolors": vpt.INK, "linewidths": np.ravel(edges)}
-        axis.scatter(loads, [model[accuracy] for model in models], color=colour, label=label, **dots)
+        axis.scatter(loads, accuracies, color=colour, label=label, **dots)
     axis.set(xscale="log")
     loads = np.geomspace(*axis.get_xlim(), 60)
     draw_line(axis, law["load"], loads, accuracy_of, "odds: (D / bits)", vpt.INK)
