@@ -351,12 +351,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([as_typed(word, parser.options) for word in words if not is_nothing(word)])
-    refuse_contradictions(args)
-    # What was not given follows from what was.
-    choose_recipe(args)
-    choose_targets(args)
-    choose_models(args)
-    name_for_wandb(args)
+    try:
+        refuse_contradictions(args)
+        # What was not given follows from what was.
+        choose_recipe(args)
+        choose_targets(args)
+        choose_models(args)
+        name_for_wandb(args)
+    except UserError as error:
+        exit_with_error(error)
     return args
 
 
@@ -375,17 +378,17 @@ def as_typed(word: str, options: set[str]) -> str:
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
     if args.demo and (args.model_path or args.vq_model_ckpt):
-        exit_with_error("--demo names both models already: leave out --model-path and --vq-model-ckpt")
+        raise UserError("--demo names both models already: leave out --model-path and --vq-model-ckpt")
     if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
-        exit_with_error("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
+        raise UserError("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
     if args.control == "random" and args.images:
-        exit_with_error("--control random draws codes of its own: leave out --image")
+        raise UserError("--control random draws codes of its own: leave out --image")
     if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
-        exit_with_error("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
+        raise UserError("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
-        exit_with_error("--m-from gives all targets one m: leave out --m own")
+        raise UserError("--m-from gives all targets one m: leave out --m own")
     if args.optimizer == "lbfgs" and options_of_adamw(args):
-        exit_with_error(f"{options_of_adamw(args)[0]} is of AdamW: leave it out, or --optimizer lbfgs")
+        raise UserError(f"{options_of_adamw(args)[0]} is of AdamW: leave it out, or --optimizer lbfgs")
 
 
 def options_of_adamw(args: argparse.Namespace) -> list[str]:
@@ -418,11 +421,11 @@ def choose_targets(args: argparse.Namespace) -> None:
     if not args.prompts:
         args.prompts = [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
-        exit_with_error(
+        raise UserError(
             f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
         )
     if len(args.prompts) > 1 and args.m == "shared" and not args.m_from and (args.targets_at_once or args.shard):
-        exit_with_error("--targets-at-once and --shard are for targets that learn alone: add --m own or --m-from")
+        raise UserError("--targets-at-once and --shard are for targets that learn alone: add --m own or --m-from")
     if args.shard:
         args.prompts, args.images = in_shard(args.prompts, args.shard), in_shard(args.images, args.shard)
 
@@ -431,7 +434,7 @@ def in_shard(items: list, shard: tuple[int, int]) -> list:
     """Each N-th item from the I-th on, counted from 1."""
     index, count = shard
     if index > len(items) > 0:
-        exit_with_error(f"--shard {index}/{count} has no prompt: only {len(items)} given")
+        raise UserError(f"--shard {index}/{count} has no prompt: only {len(items)} given")
     return items[index - 1 :: count]
 
 
@@ -440,20 +443,20 @@ def read_prompts(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        exit_with_error(f"--prompts-file {file} cannot be read: {error.strerror}")
+        raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        exit_with_error(f"--prompts-file {file} is not in UTF-8 ({error}): save it so")
-    if lines[0].startswith(LFS_POINTER):
-        exit_with_error(f"--prompts-file {file} is a git-LFS pointer, not the file itself: run `git lfs pull`")
+        raise UserError(f"--prompts-file {file} is not in UTF-8 ({error}): save it so") from None
+    if lines[0].startswith(LFS_POINTER):  # looked for here, since a pipe cannot be read twice
+        raise UserError(f"--prompts-file {file} is a git-LFS pointer, not the file itself: run `git lfs pull`")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        exit_with_error(f"--prompts-file {file} holds no prompt")
+        raise UserError(f"--prompts-file {file} holds no prompt")
     return prompts
 
 
 def choose_models(args: argparse.Namespace) -> None:
     if args.demo and not DEMO_FOLDER.is_dir():
-        exit_with_error(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
+        raise UserError(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
 
@@ -466,7 +469,7 @@ def name_for_wandb(args: argparse.Namespace) -> None:
         try:
             args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
         except argparse.ArgumentTypeError as error:
-            exit_with_error(f"WANDB_TAGS of the environment {error}")
+            raise UserError(f"WANDB_TAGS of the environment {error}") from None
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         args.wandb_mode = args.wandb_mode or "disabled"
 
