@@ -1298,8 +1298,8 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 def targets_per_decoding(models: Models, num_tokens: int) -> int:
     """BATCH_WITHOUT_GRADIENTS, or as many as have room for their keys and values behind prompts of a usual length."""
     config = models.generator.config
-    of_a_place = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
-    of_a_target = 2 * (num_tokens + 128) * of_a_place  # under both prompts
+    of_a_position = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
+    of_a_target = 2 * (num_tokens + 128) * of_a_position  # under both prompts
     return max(1, int(min(BATCH_WITHOUT_GRADIENTS, 0.8 * free_bytes(models.device) / of_a_target)))
 
 
@@ -1371,7 +1371,7 @@ class Decoded(NamedTuple):
 
 
 class PromptedLayers:
-    """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N places.
+    """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N positions.
 
     The B conditional prompts, then as often the negative one, padded in front; what comes later comes to both halves.
     """
@@ -1387,9 +1387,9 @@ class PromptedLayers:
         self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, T]
         self.is_token = torch.tensor(is_token, device=models.device)  # [2B, T + N]
         self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
-        self.places = torch.arange(length + num_tokens, device=models.device)
+        self.cache_positions = torch.arange(length + num_tokens, device=models.device)
         self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
-        self.filled = 0  # places, of prompts and tokens
+        self.filled = 0  # positions, by prompts and tokens
 
     def warm_up(self, compiling: bool) -> None:
         """Passes that no clock is to pay for, by layers compiled if that is wanted and works."""
@@ -1422,7 +1422,7 @@ class PromptedLayers:
 
     def through(self, layers: Callable, ids: Tensor) -> Tensor:
         newest = slice(self.filled, self.filled + ids.shape[1])
-        behind = self.places[newest, None] - self.places  # [n, T + N]
+        behind = self.cache_positions[newest, None] - self.cache_positions  # [n, T + N]
         seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
         output = layers(
             input_ids=ids,
@@ -1861,12 +1861,12 @@ class Optimisation:
         self.seconds = 0.0
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
-        self.places = count  # in flight, at most
+        self.at_once = count  # in flight, at most
         if not self.together:
             fitting = min(self.targets_per_pass, TOKENS_IN_FLIGHT // num_tokens)
-            self.places = min(count, args.targets_at_once or max(1, fitting))
-        self.num_begun, self.turns = self.places, math.ceil(count / self.places)
-        self.have_in_flight(list(range(self.places)), *self.newcomers(self.places))
+            self.at_once = min(count, args.targets_at_once or max(1, fitting))
+        self.num_begun, self.turns = self.at_once, math.ceil(count / self.at_once)
+        self.have_in_flight(list(range(self.at_once)), *self.newcomers(self.at_once))
         if args.compile == "on" and self.recomputes:
             print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
         elif args.compile == "on":
@@ -1944,7 +1944,7 @@ class Optimisation:
         if self.together:
             return
         ended = [place for place, has_ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if has_ended]
-        room = max(0, self.places - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
+        room = max(0, self.at_once - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
         coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
         if self.stepping_models.layers is not self.models.layers:
             # Another number of targets would be compiled anew.
@@ -2253,17 +2253,11 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Reconstruction:
-    """One forward pass, likeliest codes, VQ decode; the pass is timed too: the median of what fits into two seconds.
+    """One forward pass, likeliest codes, VQ decode.
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
-    seconds = []
-    with said_if_slow("one pass over the best proto-tokens"):
-        while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
-            started = time_on(models.device)
-            predictions = predict_in_one_pass(models, proto_tokens, codes)
-            seconds.append(time_on(models.device) - started)
-    one_pass_seconds = statistics.median(seconds[1:] or seconds)  # the first warms up
+    predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
     shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
     for some in slices(len(codes), BATCH_WITHOUT_GRADIENTS):  # of many the pictures would not fit into memory
         originals = decode_codes(models.vq_decoder, codes[some])
@@ -2272,6 +2266,17 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Rec
         pairs = enumerate(zip(originals, pixels, strict=True), some.start)
         drawn |= {k: torch.stack(pair) for k, pair in pairs if k in shown}
     return Reconstruction(predictions, torch.cat(errors), {k: drawn[k] for k in shown}, one_pass_seconds)
+
+
+def timed_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> tuple[Predictions, float]:
+    """What one pass predicts, and its seconds: the median of the passes, six at most, that fit into two seconds."""
+    seconds = []
+    with said_if_slow("one pass over the best proto-tokens"):
+        while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
+            started = time_on(models.device)
+            predictions = predict_in_one_pass(models, proto_tokens, codes)
+            seconds.append(time_on(models.device) - started)
+    return predictions, statistics.median(seconds[1:] or seconds)  # the first warms up
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
@@ -2731,14 +2736,12 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def refuse_foreign(folder: Path) -> None:
     """Raises UserError where something else than a run, a model for example, has files there that a run replaces."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "generator_fingerprint" not in config:
-            raise UserError(
-                f"{folder} is no run's folder, and its config.json would be lost: choose another --save-dir"
-            )
     there = [name for name in RESULTS if (folder / name).exists()]
-    if there and not {"config.json", STATE_FILE, "summary.json"} & set(there):
+    try:
+        is_run = "generator_fingerprint" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # missing or damaged, as a run's own may be
+        is_run = not {"config.json", STATE_FILE, "summary.json"}.isdisjoint(there)
+    if there and not is_run:
         raise UserError(f"{folder} is no run's folder, and its {there[0]} would be lost: choose another --save-dir")
 
 
@@ -3178,14 +3181,7 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
     else:
         resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
     start = functools.partial(wandb.init, config=settings, id=run_id, resume=resume, settings=wandb_settings(args))
-    mode = args.wandb_mode or wandb.setup().settings.mode
-    if mode in ("online", "run", "shared"):
-        asks = wandb.setup().settings.mode == mode  # on a terminal only, and not where `wandb offline` was said before
-        try:
-            if not wandb.login(verify=True) and asks:
-                mode = "offline"  # so it was chosen
-        except wandb.Error as error:
-            mode = keep_offline(error)
+    mode = mode_after_login(args.wandb_mode)
     try:
         try:
             run = start(mode=mode)
@@ -3199,12 +3195,33 @@ def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) ->
             )
             raise UserError(f"{there}: unset it, or go on with that run by --resume") from None
         raise cannot_start(error) from None
+    define_metrics(run)
+    return run
+
+
+def mode_after_login(chosen: str | None) -> str:
+    """W&B's mode, by option or environment; offline where the server gives trouble, or its question gets a no."""
+    import wandb
+
+    of_environment = wandb.setup().settings.mode
+    mode = chosen or of_environment
+    if mode not in ("online", "run", "shared"):
+        return mode
+    try:
+        logged_in = wandb.login(verify=True)
+    except wandb.Error as error:
+        return keep_offline(error)
+    # It asks for a login on a terminal only, and not where `wandb offline` was said before.
+    asked = of_environment == mode
+    return "offline" if asked and not logged_in else mode
+
+
+def define_metrics(run: object) -> None:
     run.define_metric("optimisation_step", hidden=True)
     run.define_metric("capacity/*", step_metric="capacity/num_tokens")
     for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
         run.define_metric(metrics, step_metric="optimisation_step")
     run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
-    return run
 
 
 def keep_offline(error: Exception) -> str:
@@ -3481,12 +3498,7 @@ class Recorder:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.pictures]
-        try:
-            history = self.history.rows() if self.history else []
-        except UserError as error:
-            print(f"note: {error}: there are no curves", file=sys.stderr)
-            history = []
-        images = draw_results(shown, reconstruction.predictions.rank, summary, history)
+        images = draw_results(shown, reconstruction.predictions.rank, summary, self.rows_of_curves())
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
@@ -3498,6 +3510,14 @@ class Recorder:
         file = self.folder / PROTO_TOKENS_FILE
         write_proto_tokens(file, proto_tokens, self.settings, self.reference.codes, **of_targets)
         return file
+
+    def rows_of_curves(self) -> list[dict[str, float]]:
+        """The history; none where nothing was learned here, or others have damaged it, which is said."""
+        try:
+            return self.history.rows() if self.history else []
+        except UserError as error:
+            print(f"note: {error}: there are no curves", file=sys.stderr)
+            return []
 
     @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:
