@@ -16,7 +16,7 @@ SAVE_DIR="${SAVE_DIR:-./proto_tokens_exp}"
 MODEL_PATH="${MODEL_PATH:-}"         # empty: Daniel0724/SimpleAR-1.5B-RL from the Hugging Face hub
 VQ_MODEL_CKPT="${VQ_MODEL_CKPT:-}"   # empty: nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 from the Hugging Face hub
 USE_WANDB="${USE_WANDB:-false}"      # true: log to Weights & Biases
-WANDB_PROJECT="${WANDB_PROJECT:-simplear-proto-tokens}"
+export WANDB_PROJECT="${WANDB_PROJECT:-simplear-proto-tokens}"
 PYTHON="${PYTHON:-python3}"
 
 script="$(readlink -f "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}")"  # behind links to it
@@ -45,7 +45,7 @@ if ! has_packages "$PYTHON"; then
 fi
 
 arguments=(--image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
-    --save-dir "$SAVE_DIR" --wandb-project "$WANDB_PROJECT" --use-wandb "$USE_WANDB")
+    --save-dir "$SAVE_DIR" --use-wandb "$USE_WANDB")
 # Prompts add up: one that comes as an argument replaces the one above.
 own_prompt=false
 for argument in "$@"; do

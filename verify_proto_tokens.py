@@ -150,6 +150,7 @@ IMAGE_SIZE = checked(whole, lambda n: 1 <= n <= 16384, "a whole number from 1 to
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
 TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
+PENALTY = checked(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100; 1 is none")
 UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
 PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
@@ -260,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
     add("--top-p", "reference", type=PROBABILITY, default=1.0, metavar="P",
         help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
-    add("--repetition-penalty", "reference", type=POSITIVE, metavar="P",
+    add("--repetition-penalty", "reference", type=PENALTY, metavar="P",
         help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
@@ -463,6 +464,7 @@ def choose_models(args: argparse.Namespace) -> None:
 
 def name_for_wandb(args: argparse.Namespace) -> None:
     """Fills in the run's name, and W&B's project, tags and mode as the environment has them."""
+    say_what_is_not_used(args)
     args.wandb_run_name = args.wandb_run_name or default_run_name(args)
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
@@ -472,6 +474,20 @@ def name_for_wandb(args: argparse.Namespace) -> None:
             raise UserError(f"WANDB_TAGS of the environment {error}") from None
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         args.wandb_mode = args.wandb_mode or "disabled"
+
+
+def say_what_is_not_used(args: argparse.Namespace) -> None:
+    """Of W&B's options, before an hour of learning rather than when its curves are looked for."""
+    options = {
+        "--wandb-project": args.wandb_project,
+        "--wandb-entity": args.wandb_entity,
+        "--wandb-tags": args.wandb_tags,
+        "--wandb-group": args.wandb_group,
+        "--wandb-mode": args.wandb_mode != "disabled" and args.wandb_mode,
+    }
+    given = [name for name, value in options.items() if value]
+    if given and not wants_wandb(args):
+        print(f"note: {given[0]} has no effect without --use-wandb")
 
 
 def default_run_name(args: argparse.Namespace) -> str:
@@ -969,8 +985,10 @@ def read_repetition_penalty(folder: Path) -> float:
         penalty = float(json.loads(file.read_text(encoding="utf-8")).get("repetition_penalty") or 1)
     except (OSError, ValueError, TypeError, AttributeError):
         penalty = math.nan
-    if not 0 < penalty < math.inf:
-        raise UserError(f"{file} is damaged, or its repetition_penalty is no number above 0: see --repetition-penalty")
+    if not 0.01 <= penalty <= 100:
+        raise UserError(
+            f"{file} is damaged, or its repetition_penalty is not from 0.01 to 100: see --repetition-penalty"
+        )
     if penalty != 1:
         print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 would be none")
     return penalty

@@ -147,7 +147,7 @@ REFUSED = {
     "--wandb-tags": ["x" * 65],
     "--learning-rate": ["0", "-0.1", "nan", "inf", "1e39", "fast"],
     "--temperature": ["0", "-1", "nan", "inf", "1e-300"],
-    "--repetition-penalty": ["0", "-1", "nan"],
+    "--repetition-penalty": ["0", "-1", "nan", "1e-37"],
     "--top-p": ["0", "1.01", "-0.5", "nan"],
     "--top-k": ["0", "-3", "2.5"],
     "--cfg-scale": ["-1", "nan", "inf", "1e39"],
@@ -237,6 +237,20 @@ def test_a_key_that_the_script_does_not_know_says_its_own_name(capsys):
     with pytest.raises(SystemExit):
         vpt.parse_args(["--batch_size=4"])
     assert "--batch_size=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--wandb-project", "--wandb-entity", "--wandb-group", "--wandb-tags"])
+def test_an_option_of_wandb_that_has_no_effect_is_said_at_once(option, capsys):
+    for words, note in (([], f"note: {option} has no effect without --use-wandb\n"), (["--use-wandb"], "")):
+        vpt.parse_args([option, "mine", *words])
+        assert capsys.readouterr().out == note
+
+
+def test_the_mode_of_wandb_has_an_effect_with_use_wandb_alone_or_where_it_is_disabled(capsys):
+    vpt.parse_args(["--wandb-mode", "disabled"])
+    assert capsys.readouterr().out == ""
+    vpt.parse_args(["--wandb-mode", "offline"])
+    assert "--wandb-mode has no effect" in capsys.readouterr().out
 
 
 TEXTS = (
