@@ -483,7 +483,7 @@ def say_what_is_not_used(args: argparse.Namespace) -> None:
         "--wandb-entity": args.wandb_entity,
         "--wandb-tags": args.wandb_tags,
         "--wandb-group": args.wandb_group,
-        "--wandb-mode": args.wandb_mode != "disabled" and args.wandb_mode,
+        "--wandb-mode": args.wandb_mode in ("online", "offline"),
     }
     given = [name for name, value in options.items() if value]
     if given and not wants_wandb(args):
@@ -1668,10 +1668,11 @@ def joined(parts: list[Predictions]) -> Predictions:
 
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
     """One pass for the targets codes [B, N], as many of them at a time as fit, and what it predicts."""
-    _, fitting = memory_plan(models, *codes.shape, "on")  # which keeps more than a pass without gradients
+    batch, num_tokens = codes.shape
+    _, fitting = memory_plan(models, batch, num_tokens, "on")  # which keeps more than a pass without gradients
     parts = []
-    for some in slices(len(codes), min(fitting, BATCH_WITHOUT_GRADIENTS)):
-        hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
+    for some in slices(batch, min(fitting, BATCH_WITHOUT_GRADIENTS)):
+        hidden_states = one_pass(models, proto_tokens, num_tokens, some)
         parts.append(predict(models, hidden_states, codes[some]))
     return joined(parts)
 
@@ -1723,8 +1724,10 @@ class AdamW:
     @property
     def rates(self) -> list[float]:
         """Of the coming step, one for each problem."""
-        schedule = self.args.num_steps, self.args.warmup_steps, self.args.learning_rate
-        return [rate_at(taken + 1, *schedule) for taken in self.taken.tolist()]
+        args = self.args
+        return [
+            rate_at(taken + 1, args.num_steps, args.warmup_steps, args.learning_rate) for taken in self.taken.tolist()
+        ]
 
     def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
         """Where to go from points [G, L] with gradients [G, L]."""
@@ -1872,7 +1875,8 @@ class Optimisation:
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         count, num_tokens = codes.shape
-        self.models, self.stepping_models, self.codes, self.args, self.given_m = models, models, codes, args, given_m
+        self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
+        self.stepping_models = models  # or the same with compiled layers, below
         self.together = args.m == "shared" and given_m is None
         self.recomputes, self.targets_per_pass = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
         self.step = 0  # steps behind it
@@ -1884,7 +1888,8 @@ class Optimisation:
             fitting = min(self.targets_per_pass, TOKENS_IN_FLIGHT // num_tokens)
             self.at_once = min(count, args.targets_at_once or max(1, fitting))
         self.num_begun, self.turns = self.at_once, math.ceil(count / self.at_once)
-        self.have_in_flight(list(range(self.at_once)), *self.newcomers(self.at_once))
+        proto_tokens, optimizer = self.newcomers(self.at_once)
+        self.have_in_flight(list(range(self.at_once)), proto_tokens, optimizer)
         if args.compile == "on" and self.recomputes:
             print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
         elif args.compile == "on":
@@ -2158,17 +2163,29 @@ def mean(values: Tensor) -> float:
 def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
     """In one read of the device; the norms of the gradients are [G]."""
     batch, num_tokens = predictions.losses.shape
-    of_targets = predictions.losses.mean(1), predictions.num_correct, predictions.num_in_top5
-    norms = [grad_norms, proto_tokens.e_t.norm(dim=-1).mean(1), proto_tokens.m.norm(dim=-1)]
-    numbers = torch.stack([*of_targets, *[norm.expand(batch) for norm in norms]]).cpu().double()
-    loss, num_correct, num_in_top5, *norms = numbers
-    finite = torch.stack((loss, *norms)).isfinite().all(0)
+    columns = [
+        predictions.losses.mean(1),
+        predictions.num_correct,
+        predictions.num_in_top5,
+        grad_norms.expand(batch),
+        proto_tokens.e_t.norm(dim=-1).mean(1),
+        proto_tokens.m.norm(dim=-1).expand(batch),
+    ]
+    numbers = torch.stack(columns).cpu().double()
+    loss, num_correct, num_in_top5, grad_norm, e_t_norm, m_norm = numbers
+    finite = numbers.isfinite().all(0)
     if proto_tokens.groups == 1:
         finite = finite.all().expand(batch)
-    # Of those that are finite: the others end here.
-    means = [mean(norm[finite]) for norm in norms]
     return StepNumbers(
-        loss, num_correct, 100 * num_correct / num_tokens, 100 * num_in_top5 / num_tokens, finite, *means
+        loss=loss,
+        num_correct=num_correct,
+        accuracy=100 * num_correct / num_tokens,
+        top5_accuracy=100 * num_in_top5 / num_tokens,
+        finite=finite,
+        # Of those that are finite: the others end here.
+        grad_norm=mean(grad_norm[finite]),
+        e_t_norm=mean(e_t_norm[finite]),
+        m_norm=mean(m_norm[finite]),
     )
 
 
@@ -3378,7 +3395,12 @@ class Recorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.history:
             self.history.stream.close()
-        exit_code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
+        if error is None:
+            exit_code = 0
+        elif isinstance(error, Stopped):
+            exit_code = error.exit_code
+        else:
+            exit_code = 1
         self.tracker.tell(finish_wandb, exit_code)
 
     def begin(self, reference: Reference) -> None:
