@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.contract import CAPTIONS
 from support.processes import ROOT, ended, start
-from tools import bench, study
+from tools import bench, small_models, study
 
 
 def test_the_study_fits_a_power_law_and_says_how_sure_it_is():
@@ -34,6 +35,13 @@ def test_the_lines_are_of_models_that_differ_in_width_alone_or_in_training_alone
     models = [{"name": name} for name in names]
     assert study.differ_only_in("hidden", models) == models[:2]
     assert study.differ_only_in("steps", models) == [models[1], models[3]]
+
+
+def test_small_models_learn_the_captions_of_the_law_but_not_its_unlearned_things():
+    captions = study.pictures.all_captions()
+    learned = {captions[row] for row in small_models.rows_of_things(captions, 64)}
+    assert learned >= set(CAPTIONS) and len(learned) == 64 * 8
+    assert set(study.UNLEARNED_CAPTIONS) <= set(captions) - learned
 
 
 def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own():
