@@ -29,7 +29,7 @@ Shapes in comments: B = targets optimised together (1 unless more are asked for)
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time, F =
 targets in flight, G = problems that they are (1 where they learn one m, else F), L = numbers that each problem learns,
 T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what
-the generator reads and what proto_tokens.safetensors holds.
+the generator reads, what it finds likeliest, and what proto_tokens.safetensors holds.
 """
 
 from __future__ import annotations
