@@ -2337,12 +2337,22 @@ def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> Tensor:
     return predictions.losses[0] / math.log(2)
 
 
+def unigram_bits(codes: Tensor) -> list[float]:
+    """What each target of codes [B, N] costs whoever knows how often each code occurs in it, but not where."""
+    bits = []
+    for of_target in codes.cpu():
+        _, counts = of_target.unique(return_counts=True)
+        bits.append(-(counts * (counts / len(of_target)).log2()).sum().item())
+    return bits
+
+
 def information(models: Models, reference: Reference, predictions: Predictions) -> dict[str, list[float]]:
     """What the targets cost in bits, a number each [B], after Kuratov et al. (ACL 2025, hidden_capacity).
 
-    uniform: N log2(codebook size), what any codes would cost. autoregressive and unprompted: teacher-forced under the
-    prompt, and under the negative one. proto: what remains under one pass over the learned embeddings. The gain,
-    unprompted - proto, is what the embeddings tell the generator of its target.
+    uniform: N log2(codebook size), what any codes would cost. unigram: N times the entropy of the target's own codes.
+    autoregressive and unprompted: teacher-forced under the prompt, and under the negative one. proto: what remains
+    under one pass over the learned embeddings. The gain, unprompted - proto, is what the embeddings tell the generator
+    of its target.
     """
     batch, num_tokens = reference.codes.shape
     size, prompted, unprompted = models.size_token(num_tokens), [], []
@@ -2353,6 +2363,7 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
+        "target_bits_unigram": unigram_bits(reference.codes),
         "target_bits_autoregressive": prompted,
         "target_bits_unprompted": unprompted,
         "proto_bits": remaining,

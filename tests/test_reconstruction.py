@@ -139,6 +139,12 @@ def test_bits_equal_those_of_one_token_after_another(tiny_models):
     assert vpt.teacher_forced_bits(tiny_models, "hello", codes).tolist() == pytest.approx(bits, rel=1e-5)
 
 
+def test_unigram_bits_are_those_of_the_targets_own_codes():
+    # 4 x log2(4 / 4); 2 x log2(4 / 2) + 2 x log2(4 / 1); 4 x log2(4 / 1).
+    codes = torch.tensor([[5, 5, 5, 5], [7, 2, 7, 0], [0, 1, 2, 3]])
+    assert vpt.unigram_bits(codes) == [0, 6, 8]
+
+
 def test_bits_match_numbers_worked_by_hand(tiny_models, summary_of):
     """A head of zeros finds all 12 codes equally likely: log2 12 bits a token, whatever the prompt, and no gain."""
     tiny_models.generator.lm_head.weight.zero_()
