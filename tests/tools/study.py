@@ -57,6 +57,8 @@ ROWS = {
     "control: untrained generator": (*OWN, "--control", "untrained"),
 }
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
+# How often a code occurs in its picture, from this number on.
+OCCURRENCES = {"1": 1, "2": 2, "3-5": 3, "6-11": 6, "12-23": 12, "≥ 24": 24}
 # 97.5 % of the distribution, by degrees of freedom.
 STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 # Of things that the small models do not learn, unless they learn more than 64; on each background one.
@@ -70,21 +72,30 @@ UNLEARNED_CAPTIONS = (
     "a sled on a pink background",
     "an eye on a teal background",
 )
-# The targets of the law, the same for every model.
+# Four drawings in a picture, of learned and unlearned things in turn.
+COLLAGES = tuple(
+    (CAPTIONS[k], UNLEARNED_CAPTIONS[(k + 3) % 8], CAPTIONS[(k + 2) % 8], UNLEARNED_CAPTIONS[(k + 5) % 8])
+    for k in range(8)
+)
+# The targets of the law, the same for every model: captions, options that make them, and how they are shown.
 KINDS = {
-    "drawings": ("drawings", vpt.BLUE),
-    "unlearned": ("drawings of unlearned things", vpt.GREEN),
-    "random": ("random tokens", vpt.ORANGE),
+    "drawings": (CAPTIONS, "drawings", vpt.BLUE),
+    "unlearned": (UNLEARNED_CAPTIONS, "drawings of unlearned things", vpt.GREEN),
+    "collages": (tuple(map(", ".join, COLLAGES)), "collages of four drawings", vpt.RED),
+    "random": (CAPTIONS, "random tokens", vpt.ORANGE),
 }
 LAWS = {
     "drawings_accuracy": "accuracy, drawings, %",
     "unlearned_accuracy": "accuracy, unlearned things, %",
+    "collages_accuracy": "accuracy, collages, %",
     "random_accuracy": "accuracy, random tokens, %",
     "capacity": "tokens at 99 %, drawings",
     "random_bits_held": "bits held of random tokens",
 }
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
-BITS_A_TOKEN = (0.5, 1, 2, 4, 6, 8)
+# What may load an embedding, of a target: by how much a token surprises under the prompt, and how many there are.
+LOADS = {"surprise": "bits of a token under the prompt", "perplexity": "perplexity of the picture's tokens"}
+PERPLEXITIES = (16, 32, 64, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -149,20 +160,16 @@ def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]
     """What the law takes of a model: each kind of targets, and capacities."""
     common = ("--image-size", LARGE, "--seed", SEEDS[0])
 
-    def learn(kind: str, captions: tuple[str, ...], *targets: object) -> Run:
+    runs = {}
+    for kind, (captions, _, _) in KINDS.items():
+        targets = ("--control", "random") if kind == "random" else images_of(args, *captions)
         options = (*common, *OWN, "--num-steps", args.num_steps, *targets)
-        return Run(name_of(model.name, kind, args.num_steps), captions, options, model)
-
-    def shorten(caption: str) -> Run:
+        runs[kind] = [Run(name_of(model.name, kind, args.num_steps), captions, options, model)]
+    runs["capacity"] = []
+    for caption in CAPTIONS:
         options = (*common, "--capacity", "--num-steps", args.capacity_steps, *images_of(args, caption))
-        return Run(name_of(model.name, caption, args.capacity_steps), (caption,), options, model)
-
-    return {
-        "drawings": [learn("drawings", CAPTIONS, *images_of(args, *CAPTIONS))],
-        "unlearned": [learn("unlearned", UNLEARNED_CAPTIONS, *images_of(args, *UNLEARNED_CAPTIONS))],
-        "random": [learn("random", CAPTIONS, "--control", "random")],
-        "capacity": [shorten(caption) for caption in CAPTIONS],
-    }
+        runs["capacity"].append(Run(name_of(model.name, caption, args.capacity_steps), (caption,), options, model))
+    return runs
 
 
 def images_of(args: argparse.Namespace, *captions: str) -> list:
@@ -178,10 +185,15 @@ def draw_captions(args: argparse.Namespace) -> None:
     drawing_of(args, CAPTIONS[0]).parent.mkdir(parents=True, exist_ok=True)
     things = pictures.load_things(pictures.fetch_emoji(args.folder))
     backgrounds = pictures.draw_backgrounds(LARGE)
+    drawings = {}
     for thing, background in itertools.product(things, backgrounds):
         caption = pictures.caption(thing, background)
         if caption in CAPTIONS + UNLEARNED_CAPTIONS:
-            pictures.compose(things[thing], backgrounds[background]).save(drawing_of(args, caption))
+            drawings[caption] = pictures.compose(things[thing], backgrounds[background])
+    for parts in COLLAGES:
+        drawings[", ".join(parts)] = vpt.tiled([drawings[part].resize((LARGE // 2, LARGE // 2)) for part in parts])
+    for caption, drawing in drawings.items():
+        drawing.save(drawing_of(args, caption))
 
 
 def runs_of_tables(args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
@@ -254,8 +266,11 @@ def found_of_model(args: argparse.Namespace, model: Path) -> dict:
     runs = runs_of_model(args, model)
     found = {"name": model.name} | made_with({"name": model.name})
     for kind in KINDS:
-        targets = targets_of(args, runs[kind])
-        found[f"{kind}_bits"] = [target["target_bits_autoregressive"] for target in targets]
+        (run,) = runs[kind]
+        targets, ids = targets_of(args, [run]), load_file(args.folder / run.name / vpt.PROTO_TOKENS_FILE)["target_ids"]
+        num_tokens = ids.shape[1]
+        found[f"{kind}_surprise"] = [target["target_bits_autoregressive"] / num_tokens for target in targets]
+        found[f"{kind}_perplexity"] = [2 ** (bits / num_tokens) for bits in vpt.unigram_bits(ids)]
         found[f"{kind}_accuracy"] = [target["best_accuracy"] for target in targets]
         # Not against the unprompted generator, which expects other tokens: unlearning that holds nothing.
         found[f"{kind}_bits_held"] = [target["target_bits_uniform"] - target["proto_bits"] for target in targets]
@@ -263,24 +278,28 @@ def found_of_model(args: argparse.Namespace, model: Path) -> dict:
 
 
 def found_of_errors(args: argparse.Namespace) -> dict:
-    """Where the wrong tokens of the plain row are: by place, by how surprising a token was, by caption."""
+    """Where the wrong tokens of the plain row are: by place, by surprise, by how often a code occurs, by caption."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
-    correct, bits = [], []
+    correct, bits, occurrences = [], [], []
     for run in runs_of_row(args, PLAIN, LARGE):
         tensors = load_file(args.folder / run.name / vpt.PROTO_TOKENS_FILE)
         codes = tensors["target_ids"] - models.visual_offset  # [B, N]
         size = models.size_token(codes.shape[1])
         correct.append((tensors["predicted_ids"] == tensors["target_ids"]).numpy())
+        occurrences.append((codes[:, :, None] == codes[:, None]).sum(2).numpy())
         for caption, of_target in zip(run.captions, codes, strict=True):
             bits.append(vpt.teacher_forced_bits(models, vpt.conditional_prompt(caption, size), of_target).numpy())
-    correct, bits = np.concatenate(correct), np.stack(bits)  # [captions of all seeds, N] each
+    # [captions of all seeds, N] each.
+    correct, bits, occurrences = np.concatenate(correct), np.stack(bits), np.concatenate(occurrences)
     edges = np.quantile(bits, np.linspace(0, 1, 9))
     groups = np.clip(np.searchsorted(edges, bits, side="right") - 1, 0, 7)
+    often = np.digitize(occurrences, list(OCCURRENCES.values())) - 1
     of_captions = correct.reshape(-1, len(CAPTIONS), correct.shape[1]).mean((0, 2))
     return {
         "by_place": (100 * correct.mean(0)).tolist(),
         "bits": [float(np.median(bits[groups == group])) for group in range(8)],
         "by_bits": [100 * float(correct[groups == group].mean()) for group in range(8)],
+        "by_occurrences": [100 * float(correct[often == group].mean()) for group in range(len(OCCURRENCES))],
         "by_caption": dict(zip(CAPTIONS, (100 * of_captions).tolist(), strict=True)),
     }
 
@@ -325,12 +344,13 @@ def found_of_law(args: argparse.Namespace) -> dict:
         fitted = differ_only_in(name, models)
         if len(fitted) >= 3:
             lines[name] = {key: line_through(fitted, key, name) for key in LAWS}
-    loads, odds = [], []
-    for kind in KINDS:
-        for model in differ_only_in("hidden", models):
-            loads += loads_of(model, kind)
-            odds += map(odds_of, model[f"{kind}_accuracy"])
-    return {"models": models, "lines": lines, "load": power_law(odds, loads)}
+    targets = [(model, kind) for model in differ_only_in("hidden", models) for kind in KINDS]
+    odds = [odds_of(accuracy) for model, kind in targets for accuracy in model[f"{kind}_accuracy"]]
+    loads = {}
+    for load in LOADS:
+        widths = [width for model, kind in targets for width in widths_per(load, model, kind)]
+        loads[load] = power_law(odds, widths)
+    return {"models": models, "lines": lines, "loads": loads}
 
 
 def line_through(models: list[dict], key: str, name: str) -> dict:
@@ -344,10 +364,9 @@ def is_accuracy(key: str) -> bool:
     return key in [f"{kind}_accuracy" for kind in KINDS]
 
 
-def loads_of(model: dict, kind: str) -> list[float]:
-    """Hidden size per bit of a token under the prompt, of each target."""
-    num_tokens = (LARGE // 32) ** 2
-    return [model["hidden"] * num_tokens / bits for bits in model[f"{kind}_bits"]]
+def widths_per(load: str, model: dict, kind: str) -> list[float]:
+    """The hidden size over each target's load."""
+    return [model["hidden"] / of_target for of_target in model[f"{kind}_{load}"]]
 
 
 def odds_of(accuracy: float) -> float:
@@ -406,11 +425,9 @@ def print_capacities(capacities: dict[str, list[int]]) -> None:
 
 
 def print_law(law: dict) -> None:
-    columns = {f"{kind}_bits": f"bits under the prompt, {label}" for kind, (label, _) in KINDS.items()} | LAWS
-    print("\n| model | " + " | ".join(columns.values()) + " |\n" + "|---" * (1 + len(columns)) + "|")
-    for model in law["models"]:
-        cells = [model["name"], *(mean_and_spread(model[key], 0) for key in columns)]
-        print("| " + " | ".join(cells) + " |")
+    print_models(law["models"], LAWS, digits=0)
+    for load, what in LOADS.items():
+        print_models(law["models"], {f"{kind}_{load}": f"{what}, {label}" for kind, (_, label, _) in KINDS.items()}, 1)
     print()
     for key, label in LAWS.items():
         grows = "its odds grow" if is_accuracy(key) else "grows"
@@ -423,16 +440,27 @@ def print_law(law: dict) -> None:
         print(f"{label}: {grows} as hidden size ** {power_of(line)}; 95 % of new models: {', '.join(expected)}")
         if "steps" in law["lines"]:
             print(f"{label}: {grows} as steps of training ** {power_of(law['lines']['steps'][key])}")
-    load = law["load"]
-    factor = math.exp(load["constant"])
-    print(f"\nodds of a right token: {factor:.5f} x (hidden size / bits a token under the prompt) ** {power_of(load)}")
-    print("\n| bits a token under the prompt | " + " | ".join(SIMPLEAR) + " |\n|---|" + "---|" * len(SIMPLEAR))
-    for bits in BITS_A_TOKEN:
+    for load, what in LOADS.items():
+        line = law["loads"][load]
+        apart = math.exp(students_t(line["freedom"]) * line["spread"])
+        print(
+            f"\nodds of a right token: {math.exp(line['constant']):.5f} x (hidden size / {what}) ** {power_of(line)};"
+        )
+        print(f"95 of 100 targets within a factor of {apart:.1f}")
+    print(f"\n| {LOADS['perplexity']} | " + " | ".join(SIMPLEAR) + " |\n|---|" + "---|" * len(SIMPLEAR))
+    for perplexity in PERPLEXITIES:
         cells = []
         for hidden_size in SIMPLEAR.values():
-            middle, low, high = map(accuracy_of, predicted(load, hidden_size / bits))
+            middle, low, high = map(accuracy_of, predicted(law["loads"]["perplexity"], hidden_size / perplexity))
             cells.append(f"{middle:.0f} % ({low:.0f} to {high:.0f})")
-        print(f"| {bits} | " + " | ".join(cells) + " |")
+        print(f"| {perplexity} | " + " | ".join(cells) + " |")
+
+
+def print_models(models: list[dict], columns: dict[str, str], digits: int) -> None:
+    print("\n| model | " + " | ".join(columns.values()) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    for model in models:
+        cells = [model["name"], *(mean_and_spread(model[key], digits) for key in columns)]
+        print("| " + " | ".join(cells) + " |")
 
 
 def power_of(law: dict) -> str:
@@ -442,27 +470,30 @@ def power_of(law: dict) -> str:
 @matplotlib.style.context(vpt.STYLES)
 def draw_study(study: dict) -> vpt.Image.Image:
     """Accuracy by kind of target, the capacities, and where the errors are."""
-    figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 9.4), dpi=130, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
-    panels = above.subplot_mosaic("AAB") | below.subplot_mosaic("CDE")
+    panels = above.subplot_mosaic("AAB") | below.subplot_mosaic("CDEF", width_ratios=(1, 1, 1.1, 1))
     draw_rows(panels["A"], study["rows"])
     kinds = study["capacity"]
     panels["B"].boxplot(kinds.values(), tick_labels=list(kinds), medianprops={"color": vpt.BLUE})
     panels["B"].set(title="tokens held at 99 %", ylim=(0, None))
+    below.suptitle(f"{PLAIN}, {LARGE} px: tokens right (%)", fontsize=11, x=0.006, ha="left")
     errors, side = study["errors"], math.isqrt(len(study["errors"]["by_place"]))
     # Four neighbours together: of a single one few pictures say little.
     of_four = np.reshape(errors["by_place"], (side // 2, 2, side // 2, 2)).mean((1, 3))
     places = panels["C"].imshow(of_four, cmap="viridis", vmax=100)
-    panels["C"].set(title=f"by place in the picture (%), {LARGE} px", xticks=[], yticks=[])
+    panels["C"].set(title="by place in the picture", xticks=[], yticks=[])
     below.colorbar(places, ax=panels["C"], shrink=0.85)
     panels["D"].plot(errors["bits"], errors["by_bits"], color=vpt.BLUE, marker="o")
-    panels["D"].set(title=f"by surprise of the token (%), {LARGE} px", xlabel="bits under the prompt", ylim=(0, 102))
+    panels["D"].set(title="by surprise of the token", xlabel="bits under the prompt", ylim=(0, 102))
+    panels["E"].bar(list(OCCURRENCES), errors["by_occurrences"], color=vpt.BLUE, width=0.6)
+    panels["E"].set(title="by occurrences of its code", ylim=(0, 102))
     captions = list(errors["by_caption"])
-    panels["E"].barh(captions, errors["by_caption"].values(), color=vpt.BLUE, height=0.6)
-    panels["E"].set(title=f"by caption (%), {LARGE} px", xlim=(0, 100))
-    panels["E"].invert_yaxis()
-    for letter in "BDE":
-        panels[letter].grid(axis="x" if letter == "E" else "y")
+    panels["F"].barh(captions, errors["by_caption"].values(), color=vpt.BLUE, height=0.6)
+    panels["F"].set(title="by caption", xlim=(0, 100))
+    panels["F"].invert_yaxis()
+    for letter in "BDEF":
+        panels[letter].grid(axis="x" if letter == "F" else "y")
     return vpt.render(figure)
 
 
@@ -484,30 +515,31 @@ def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
 
 @matplotlib.style.context(vpt.STYLES)
 def draw_law(law: dict) -> vpt.Image.Image:
-    """What models hold against their width, with the lines and what these say of SimpleAR."""
-    figure = Figure(figsize=(14, 4.6), dpi=130, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    draw_power(left, law, "capacity", "drawings", vpt.BLUE)
-    draw_power(middle, law, "random_bits_held", "random tokens", vpt.ORANGE)
-    draw_load(right, law)
-    left.set(title="tokens held at 99 %", yscale="log")
-    middle.set(title="bits held", yscale="log")
-    right.set(title="accuracy of 256 tokens (%)", ylim=(0, 102), xlabel="D / bits of a token under the prompt")
+    """What models hold against their width, with the lines and what these say of SimpleAR, and against loads."""
+    figure = Figure(figsize=(11, 9), dpi=130, layout="constrained")
+    panels = figure.subplot_mosaic("AB;CD")
+    draw_power(panels["A"], law, "capacity", "drawings", vpt.BLUE)
+    draw_power(panels["B"], law, "random_bits_held", "random tokens", vpt.ORANGE)
+    panels["A"].set(title="tokens held at 99 %", yscale="log")
+    panels["B"].set(title="bits held", yscale="log")
+    for panel, load in (("C", "surprise"), ("D", "perplexity")):
+        draw_load(panels[panel], law, load)
+        panels[panel].set(title="accuracy of 256 tokens (%)", ylim=(0, 102), xlabel=f"D / {LOADS[load]}")
     ticks = sorted({model["hidden"] for model in law["models"]} | set(SIMPLEAR.values()))
-    for axis in (left.yaxis, middle.yaxis, right.xaxis):
+    for axis in (panels["A"].yaxis, panels["B"].yaxis, panels["C"].xaxis, panels["D"].xaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ScalarFormatter())
-    for axis in (left, middle):
+    for panel in "AB":
         for name, hidden_size in SIMPLEAR.items():
-            axis.axvline(hidden_size, color=vpt.FAINT, linewidth=0.8, linestyle="--")
-            place = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "bottom"}
-            axis.text(hidden_size, 0.02, f"{name} ", fontsize=8, color=vpt.INK, **place)
-        axis.set(xscale="log", xlabel="hidden size D")
-        axis.set_xticks(ticks, labels=map(str, ticks))
-    for axis in (left, middle, right):
-        axis.minorticks_off()
-        axis.legend(loc="upper left")
-        axis.grid()
+            panels[panel].axvline(hidden_size, color=vpt.FAINT, linewidth=0.8, linestyle="--")
+            place = {"transform": panels[panel].get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "bottom"}
+            panels[panel].text(hidden_size, 0.02, f"{name} ", fontsize=8, color=vpt.INK, **place)
+        panels[panel].set(xscale="log", xlabel="hidden size D")
+        panels[panel].set_xticks(ticks, labels=map(str, ticks))
+    for panel in panels.values():
+        panel.minorticks_off()
+        panel.legend(loc="upper left")
+        panel.grid()
     return vpt.render(figure)
 
 
@@ -522,19 +554,21 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None
         axis.plot(model["hidden"], statistics.fmean(captions), color=colour, marker="o", mfc=face)
 
 
-def draw_load(axis: Axes, law: dict) -> None:
+def draw_load(axis: Axes, law: dict, load: str) -> None:
     """Every target of every model, and the line through those of the models that differ in width alone."""
     models, fitted = law["models"], differ_only_in("hidden", law["models"])
-    for kind, (label, colour) in KINDS.items():
-        loads = [loads_of(model, kind) for model in models]
+    for kind, (_, label, colour) in KINDS.items():
+        widths = [widths_per(load, model, kind) for model in models]
         accuracies = [model[f"{kind}_accuracy"] for model in models]
-        edges = [[0 if model in fitted else 0.8] * len(CAPTIONS) for model in models]
+        edges = [
+            [0 if model in fitted else 0.8] * len(of_model) for model, of_model in zip(models, widths, strict=True)
+        ]
         dots = {"s": 12, "alpha": 0.6, "edgecolors": vpt.INK, "linewidths": np.ravel(edges)}
-        axis.scatter(loads, accuracies, color=colour, label=label, **dots)
+        axis.scatter(widths, accuracies, color=colour, label=label, **dots)
     axis.set(xscale="log")
-    loads = np.geomspace(*axis.get_xlim(), 60)
-    draw_line(axis, law["load"], loads, accuracy_of, "odds: (D / bits)", vpt.INK)
-    axis.set(xlim=(loads[0], loads[-1]))
+    widths = np.geomspace(*axis.get_xlim(), 60)
+    draw_line(axis, law["loads"][load], widths, accuracy_of, "odds: x", vpt.INK)
+    axis.set(xlim=(widths[0], widths[-1]))
 
 
 def draw_line(axis: Axes, law: dict, x: np.ndarray, shown: Callable, label: str, colour: str) -> None:
