@@ -2342,7 +2342,7 @@ def unigram_bits(codes: Tensor) -> list[float]:
     bits = []
     for of_target in codes.cpu():
         _, counts = of_target.unique(return_counts=True)
-        bits.append(-(counts * (counts / len(of_target)).log2()).sum().item())
+        bits.append((counts * (len(of_target) / counts).log2()).sum().item())
     return bits
 
 
