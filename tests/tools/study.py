@@ -4,9 +4,9 @@
     python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
 
 Every number comes from runs of the script as a user would start them, a run a core: over 8 captions and the --seeds,
-for the law over drawings of things that the models learned, of others, and over random tokens, 8 each and the same for
-every model (which takes the packages of the training). Their folders stay in FOLDER: it goes on where it was
-interrupted, and ends with study.json and study.png there, or law.json and law.png.
+for the law over drawings of things that the models learned, of others, collages of both, and random tokens, 8 each and
+the same for every model (which takes the packages of the training). Their folders stay in FOLDER: it goes on where it
+was interrupted, and ends with study.json and study.png there, or law.json and law.png.
 """
 
 import argparse
