@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=DEMO / ".work", help="where train.py keeps the drawn pictures")
     parser.add_argument("--count", type=int, help="drawings, or captions, half of them held out (200, 100 and 10)")
     parser.add_argument("--size", type=int, choices=SIZES, help="this one alone (default: both, one after the other)")
-    parser.add_argument("--vq", type=Path, default=DEMO / "vq", metavar="FOLDER", help="another tokenizer to measure")
+    parser.add_argument("--model", type=Path, default=DEMO, metavar="FOLDER", help="of vq/ and generator/")
     return parser.parse_args()
 
 
@@ -54,11 +54,12 @@ def choose_captions(count: int) -> list[str]:
     return [text for pair in pairs for text in pair][:count]
 
 
-def settings_for(captions: list[str], size: int, save_dir: str) -> argparse.Namespace:
+def settings_for(captions: list[str], size: int, model: Path, save_dir: str) -> argparse.Namespace:
     prompts_file = Path(save_dir) / "prompts.txt"
     prompts_file.write_text("\n".join(captions))
     options = ["--prompts-file", str(prompts_file), "--image-size", str(size), "--save-dir", save_dir]
-    return vpt.parse_args(["--demo", "--device", "cpu", *options])
+    options += ["--model-path", str(model / "generator"), "--vq-model-ckpt", str(model / "vq")]
+    return vpt.parse_args(["--device", "cpu", *options])
 
 
 def evaluate_tokenizer(images: np.ndarray, size: int, vq_folder: Path, count: int) -> None:
@@ -82,13 +83,13 @@ def thumbnails(images: np.ndarray) -> Tensor:
     return torch.stack(small).flatten(1)
 
 
-def draw(chosen: list[str], size: int) -> np.ndarray:
+def draw(chosen: list[str], size: int, model: Path) -> np.ndarray:
     """The pictures that the generator draws for the captions, uint8 [M, size, size, 3]."""
     drawn = []
     with tempfile.TemporaryDirectory() as folder:
-        models = vpt.load_models(settings_for(chosen, size, folder))
+        models = vpt.load_models(settings_for(chosen, size, model, folder))
         for few in vpt.slices(len(chosen), PROMPTS_AT_ONCE):
-            reference = reference_of(models, settings_for(chosen[few], size, folder))
+            reference = reference_of(models, settings_for(chosen[few], size, model, folder))
             drawn += [np.asarray(vpt.to_image(pixels)) for pixels in reference.pixels]
     return np.stack(drawn)
 
@@ -105,22 +106,22 @@ def evaluate_pictures(chosen: list[str], size: int, generated: np.ndarray, image
         print(f"{size} px, {name}: {sum(group)} of {len(group)} ({100 * sum(group) / max(1, len(group)):.0f} %)")
 
 
-def draw_sheet(chosen: list[str], generated: dict[int, np.ndarray]) -> None:
-    """samples.png: the first captions' pictures, twelve of each size."""
+def draw_sheet(chosen: list[str], generated: dict[int, np.ndarray], file: Path) -> None:
+    """The first captions' pictures, twelve of each size."""
     count = 2 * SHEET_COLUMNS
     shown = [image for of_size in generated.values() for image in of_size[:count]]
     small = [Image.fromarray(image).resize((SHEET_PICTURE, SHEET_PICTURE), Image.LANCZOS) for image in shown]
     rows = [np.concatenate(small[few], axis=1) for few in vpt.slices(len(small), SHEET_COLUMNS)]
-    Image.fromarray(np.concatenate(rows)).save(DEMO / "samples.png")
-    print("samples.png, row by row, each size: " + "; ".join(chosen[:count]))
+    Image.fromarray(np.concatenate(rows)).save(file)
+    print(f"{file}, row by row, each size: " + "; ".join(chosen[:count]))
 
 
-def evaluate_proto_tokens(chosen: list[str], size: int) -> None:
+def evaluate_proto_tokens(chosen: list[str], size: int, model: Path) -> None:
     accuracies, seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        models = vpt.load_models(settings_for(chosen[:1], size, folder))
+        models = vpt.load_models(settings_for(chosen[:1], size, model, folder))
         for caption in chosen:
-            args = settings_for([caption], size, folder)
+            args = settings_for([caption], size, model, folder)
             reference = reference_of(models, args)
             started = time.perf_counter()
             learning = vpt.Optimisation(models, reference.codes, args)
@@ -144,18 +145,18 @@ def main() -> None:
     sizes = (args.size,) if args.size else SIZES
     if args.what == "proto-tokens":
         for size in sizes:
-            evaluate_proto_tokens(choose_captions(args.count or 10), size)
+            evaluate_proto_tokens(choose_captions(args.count or 10), size, args.model)
         return
     images = {size: load_pictures(args.work_dir, size) for size in sizes}
     if args.what == "tokenizer":
         for size in sizes:
-            evaluate_tokenizer(images[size], size, args.vq, args.count or 200)
+            evaluate_tokenizer(images[size], size, args.model / "vq", args.count or 200)
         return
     chosen = choose_captions(args.count or 100)
-    generated = {size: draw(chosen, size) for size in sizes}
+    generated = {size: draw(chosen, size, args.model) for size in sizes}
     for size in sizes:
         evaluate_pictures(chosen, size, generated[size], images[size])
-    draw_sheet(chosen, generated)
+    draw_sheet(chosen, generated, args.model / "samples.png")
 
 
 if __name__ == "__main__":
