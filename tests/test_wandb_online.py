@@ -2,6 +2,7 @@
 
 import json
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -373,10 +374,10 @@ def workplace(tmp_path):
 
 
 def make_sweep(folder: Path, server: WandbServer, file: Path) -> str:
-    end = ended(wandb_tool(folder, "sweep", "--project", "p", file, **server.environment), 60)
+    """Returns what `wandb agent` is to be given, as the command says it."""
+    end = ended(wandb_tool(folder, "sweep", file, **server.environment), 60)
     assert end.code == 0, end.out
-    (sweep_id,) = server.sweeps
-    return f"tester/p/{sweep_id}"
+    return re.search(r"wandb agent (\S+)", end.out)[1]
 
 
 def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, server):
@@ -386,7 +387,7 @@ def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, s
     output = [ended(agent, 200).out for agent in agents]
     assert len(server.runs) == 2, output
     for run in server.runs.values():
-        assert run.exit_code == 0 and run.sweep and run.project == "p"
+        assert run.exit_code == 0 and run.sweep and run.project == "simplear-proto-tokens"
         assert isinstance(run.summary["best_accuracy"], (int, float)) and run.summary.keys() >= SUMMARY
         (folder,) = (workplace / "proto_tokens_exp").glob(f"*_{run.id}")
         used = config_in(folder)
