@@ -4,7 +4,8 @@
 #   bash run_proto_verification.sh --demo
 #   USE_WANDB=true NUM_STEPS=500 bash run_proto_verification.sh --wandb-mode offline
 #
-# Where the current Python lacks the packages, a virtual environment is made in .venv (once) from requirements.txt.
+# Where the current Python lacks the packages, or has older major versions of them, a virtual environment is made in
+# .venv (once) from requirements.txt.
 set -euo pipefail
 
 PROMPT="${PROMPT:-}"                 # empty: a red apple on a wooden table, or what --image files are named
@@ -28,10 +29,12 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 fi
 
 has_packages() {
-    "$1" -P - <<'PY' 2>/dev/null
-import importlib.util, sys
-names = ("torch", "transformers", "wandb", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub")
-sys.exit(not all(map(importlib.util.find_spec, names)))
+    "$1" -P - "$here/requirements.txt" <<'PY' 2>/dev/null
+import importlib.metadata, sys
+for line in open(sys.argv[1]):
+    name, pinned, version = line.partition("==")
+    if pinned and int(importlib.metadata.version(name).split(".")[0]) < int(version.split(".")[0]):
+        sys.exit(1)
 PY
 }
 

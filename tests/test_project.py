@@ -74,6 +74,22 @@ def test_the_shell_command_is_found_behind_a_link_and_beside_other_folders(run_s
     assert result.returncode == 0 and result.stdout.startswith("usage: verify_proto_tokens.py")
 
 
+def test_the_shell_command_leaves_a_python_with_old_packages_alone(run_shell, tmp_path):
+    for name in ("run_proto_verification.sh", "requirements.txt", "verify_proto_tokens.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "old" / "transformers-4.57.0.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "transformers-4.57.0.dist-info" / "METADATA").write_text(
+        "Name: transformers\nVersion: 4.57.0\n"
+    )
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.write_text(f'#!/bin/sh\ntouch "{tmp_path}/used"\nexec env -u PYTHONPATH "{sys.executable}" "$@"\n')
+    own.chmod(0o755)
+    for path, uses_own in (("", False), (str(tmp_path / "old"), True)):
+        result = run_shell("--help", command=tmp_path / "run_proto_verification.sh", PYTHONPATH=path)
+        assert result.returncode == 0 and (tmp_path / "used").exists() == uses_own, result.stderr
+
+
 SHELL_SCRIPTS = ("run_proto_verification.sh", "tests/run.sh", ".ci/run")
 
 
