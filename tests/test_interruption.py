@@ -201,10 +201,11 @@ def test_a_damaged_state_is_one_line(interrupted, call_script, damage):
     refused(call_script(*arguments, "--resume"), STATE, "leave out --resume")
 
 
-def test_replacing_an_interrupted_run_is_said(interrupted, call_script):
+def test_replacing_an_interrupted_or_a_finished_run_is_said(interrupted, call_script):
     arguments, _, _ = interrupted
-    result = call_script(*arguments)
-    assert result.code == 0 and "note: this replaces the interrupted run in" in result.out
+    for kind in ("interrupted", "finished"):
+        result = call_script(*arguments)
+        assert result.code == 0 and f"note: this replaces the {kind} run in" in result.out
 
 
 def test_other_settings_are_named_in_a_line_that_can_be_read(interrupted, call_script):
