@@ -2959,7 +2959,7 @@ class HistoryFile:
         """All that was appended. Raises UserError where others have changed or removed the file."""
         try:
             content = self.file.read_bytes()[: self.size].decode()
-            if len(content) < self.size or not content.endswith("\n"):
+            if len(content) < self.size or (content and not content.endswith("\n")):
                 raise ValueError
             rows = list(csv.DictReader(content.splitlines()))
             return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]

@@ -354,6 +354,19 @@ def test_out_of_memory_saves_the_state_and_says_what_lowers_it(model_folders, tm
     assert vpt.read_state(folder / STATE)["learning"]["proto_tokens"]["e_t"].isfinite().all()
 
 
+def test_a_run_that_ended_in_its_first_step_goes_on_with_its_curves(call_tiny, tmp_path, monkeypatch):
+    arguments = ("--num-steps", 2, "--save-dir", "out", "--use-wandb", "--wandb-mode", "offline")
+    with monkeypatch.context() as patch:
+
+        def step(*_):
+            raise MemoryError("Unable to allocate 13.5 MiB for an array")
+
+        patch.setattr(vpt, "losses_and_gradient", step)
+        refused(call_tiny(*arguments), "out of memory for a step of the optimisation")
+    result = call_tiny(*arguments, "--resume")
+    assert result.code == 0 and "resumed after step 0" in result.out, result.err
+
+
 def test_out_of_memory_while_drawing_costs_one_line_and_nothing_learned(call_tiny, tmp_path, monkeypatch):
     arguments = ("--num-steps", 5, "--save-dir", "out", "--wandb-run-name", "run")
     with monkeypatch.context() as patch:
