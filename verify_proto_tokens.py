@@ -338,7 +338,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="separated by commas (default: WANDB_TAGS of the environment, else proto-tokens)")
     add("--wandb-group", "nothing", type=TEXT, metavar="NAME", help="group that the run belongs to")
     add("--image-every", "nothing", type=COUNT, metavar="STEPS",
-        help="also log the reconstruction every so many steps; W&B shows these with a slider (default: never)")
+        help="draw the reconstruction every so many steps: the frames of progress.gif, in W&B with a slider (default: "
+        "never)")
     add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
         help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else what `wandb "
         "offline` or `wandb disabled` set, else online)")
@@ -358,6 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choose_recipe(args)
         choose_targets(args)
         choose_models(args)
+        say_what_is_not_used(args)
         name_for_wandb(args)
     except UserError as error:
         exit_with_error(error)
@@ -462,20 +464,6 @@ def choose_models(args: argparse.Namespace) -> None:
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
 
 
-def name_for_wandb(args: argparse.Namespace) -> None:
-    """Fills in the run's name, and W&B's project, tags and mode as the environment has them."""
-    say_what_is_not_used(args)
-    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
-    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    if args.wandb_tags is None:
-        try:
-            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"WANDB_TAGS of the environment {error}") from None
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-        args.wandb_mode = args.wandb_mode or "disabled"
-
-
 def say_what_is_not_used(args: argparse.Namespace) -> None:
     """Of W&B's options, before an hour of learning rather than when its curves are looked for."""
     options = {
@@ -490,8 +478,21 @@ def say_what_is_not_used(args: argparse.Namespace) -> None:
         print(f"note: {given[0]} has no effect without --use-wandb")
 
 
+def name_for_wandb(args: argparse.Namespace) -> None:
+    """Fills in the run's name, and W&B's project, tags and mode as the environment has them."""
+    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
+    args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    if args.wandb_tags is None:
+        try:
+            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"WANDB_TAGS of the environment {error}") from None
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        args.wandb_mode = args.wandb_mode or "disabled"
+
+
 def default_run_name(args: argparse.Namespace) -> str:
-    """From the settings, as proto_256px_steps1000_lr02_seed42, and what else makes it another experiment."""
+    """As proto_256px_steps1000_lr02_seed42, and what kind of experiment it is; prompt and models are not in it."""
     if args.from_proto_tokens:
         name = "reconstructed"
     else:
@@ -540,7 +541,7 @@ def in_sweep() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-# What a run's options resolve to, in the same two columns.
+# What a run's options resolve to, in the columns of `add` in build_parser.
 RESOLVED = {
     "prompt": ("reference", str | list),
     "num_tokens": ("reference", None),
@@ -905,8 +906,9 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except OSError as error:  # no right to look, or too long a name
         raise UserError(f"{option} {name} cannot be read: {error.strerror}") from None
     if is_folder:
-        for file in (file for pattern in patterns for file in folder.glob(pattern)):
-            refuse_pointer(file)
+        for pattern in patterns:
+            for file in folder.glob(pattern):
+                refuse_pointer(file)
         return folder
     if is_there:
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
@@ -1530,7 +1532,6 @@ def compile_layers(layers: torch.nn.Module, use: Callable) -> Callable:
 
 FINAL_RATE = 1e-5
 LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
-CARRIED_OVER = ("step", "seconds", "in_flight", "num_begun", "turns")  # from an interrupted run, beside its tensors
 
 
 class ProtoTokens(torch.nn.Module):
@@ -1988,11 +1989,14 @@ class Optimisation:
         The targets' are their last ones, also of those that have ended; the rate, the norms and the gradient are of
         those in flight.
         """
-        row = {"step": self.step, **self.outcomes.means()}
-        row["train/learning_rate"] = statistics.median(rates)
-        row["embeddings/e_t_norm"] = numbers.e_t_norm
-        row["embeddings/m_norm"] = numbers.m_norm
-        row["gradients/grad_norm"] = numbers.grad_norm
+        row = {
+            "step": self.step,
+            **self.outcomes.means(),
+            "train/learning_rate": statistics.median(rates),
+            "embeddings/e_t_norm": numbers.e_t_norm,
+            "embeddings/m_norm": numbers.m_norm,
+            "gradients/grad_norm": numbers.grad_norm,
+        }
         if len(self.codes) > SHOWN_TARGETS:
             row["targets/ended"] = self.outcomes.num_ended
             row["targets/in_flight"] = self.num_begun - self.outcomes.num_ended
@@ -2022,7 +2026,12 @@ class Optimisation:
 
     def state_dict(self) -> dict:
         """All that the next step depends on, and what was found so far."""
-        return {name: getattr(self, name) for name in CARRIED_OVER} | {
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "in_flight": self.in_flight,
+            "num_begun": self.num_begun,
+            "turns": self.turns,
             "proto_tokens": self.proto_tokens.state_dict(),
             "best": self.best.state_dict(),
             "optimizer": tensors_of(self.optimizer),
@@ -2030,15 +2039,15 @@ class Optimisation:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        for name in CARRIED_OVER:
-            setattr(self, name, state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.num_begun, self.turns = state["num_begun"], state["turns"]
         vars(self.outcomes).update(state["outcomes"])
         self.best.load_state_dict(state["best"])
-        proto_tokens, optimizer = self.newcomers(len(self.in_flight))
+        proto_tokens, optimizer = self.newcomers(len(state["in_flight"]))
         proto_tokens.load_state_dict(state["proto_tokens"])
         for name, value in tensors_of(optimizer).items():
             setattr(optimizer, name, state["optimizer"][name].to(value.device))
-        self.have_in_flight(self.in_flight, proto_tokens, optimizer)
+        self.have_in_flight(state["in_flight"], proto_tokens, optimizer)
 
 
 class Outcomes:
@@ -2047,8 +2056,6 @@ class Outcomes:
     The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
     learn one m, else for each on its own.
     """
-
-    LAST_NUMBERS = ("loss", "num_correct", "accuracy", "top5_accuracy")  # kept of each step
 
     def __init__(self, count: int, together: bool, args: argparse.Namespace):
         self.together, self.num_steps = together, args.num_steps
@@ -2078,7 +2085,14 @@ class Outcomes:
         still_learns = ~self.ended[in_flight]  # compiled ones fly on when they have ended
         counts = still_learns & numbers.finite  # what is not finite is no step
         self.steps[in_flight] += counts.long()
-        self.put(in_flight, counts, **{name: getattr(numbers, name) for name in self.LAST_NUMBERS})
+        self.put(
+            in_flight,
+            counts,
+            loss=numbers.loss,
+            num_correct=numbers.num_correct,
+            accuracy=numbers.accuracy,
+            top5_accuracy=numbers.top5_accuracy,
+        )
         better = counts & self.is_better(in_flight, numbers)
         self.put(
             in_flight, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[in_flight]
@@ -2121,10 +2135,10 @@ class Outcomes:
 
     def each(self) -> dict[str, float | None]:
         """Each target's own; None before it has begun."""
-        columns = {}
+        begun, columns = self.begun.tolist(), {}
         for name in ("loss", "accuracy", "best_accuracy"):
-            values = zip(getattr(self, name).tolist(), self.begun.tolist(), strict=True)
-            columns |= {f"targets/{k}/{name}": value if begun else None for k, (value, begun) in enumerate(values)}
+            for k, value in enumerate(getattr(self, name).tolist()):
+                columns[f"targets/{k}/{name}"] = value if begun[k] else None
         return columns
 
     def quantiles(self) -> dict[str, float]:
@@ -2142,7 +2156,7 @@ class Outcomes:
 
 
 class StepNumbers(NamedTuple):
-    """What a step says, on the host: of each target in flight [F], and the norms' means over those."""
+    """What a step says, on the host: of each target in flight [F], and the norms' means over those that are finite."""
 
     loss: Tensor  # nats
     num_correct: Tensor
@@ -2293,7 +2307,8 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Rec
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
     predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
-    shown, errors, drawn = targets_to_show(codes.shape[1] - predictions.num_correct), [], {}
+    shown = targets_to_show(codes.shape[1] - predictions.num_correct)
+    errors, drawn = [], {}
     for some in slices(len(codes), BATCH_WITHOUT_GRADIENTS):  # of many the pictures would not fit into memory
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
@@ -2355,7 +2370,8 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     of its target.
     """
     batch, num_tokens = reference.codes.shape
-    size, prompted, unprompted = models.size_token(num_tokens), [], []
+    size = models.size_token(num_tokens)
+    prompted, unprompted = [], []
     with said_if_slow("what the targets cost in bits"):
         for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
             prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes).sum().item())
@@ -2386,8 +2402,8 @@ def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    values = zip(*columns.values(), strict=True)
-    return [row | dict(zip(columns, of_target, strict=True)) for row, of_target in zip(rows, values, strict=True)]
+    # The accuracy, too, in place of the one met while learning: it is that of the picture.
+    return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
 
 
 def summarise(
@@ -2488,7 +2504,9 @@ def families_for(text: str) -> list[str]:
     missing = {ord(letter) for letter in text if not letter.isspace()}
     missing -= FT2Font(font_manager.findfont(own)).get_charmap().keys()
     families = [own]
-    for entry in font_manager.fontManager.ttflist if missing else []:
+    if not missing:
+        return families
+    for entry in font_manager.fontManager.ttflist:
         with contextlib.suppress(OSError, RuntimeError):  # a file that is gone or damaged
             font = FT2Font(entry.fname)
             drawable = font.scalable and "Last Resort" not in entry.name  # whose letters are boxes
@@ -2708,8 +2726,18 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "wandb", "numpy", "pillow")
-VERSIONED += ("matplotlib", "tqdm")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "wandb",
+    "numpy",
+    "pillow",
+    "matplotlib",
+    "tqdm",
+)
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 8
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
@@ -2849,7 +2877,8 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
             versions[package] = importlib.metadata.version(package)
     versions["torch"] = torch.__version__  # which says the build, too
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    prompts, num_tokens = settings.pop("prompts"), num_tokens_of(args.image_size, models.factor)
+    prompts = settings.pop("prompts")
+    num_tokens = num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
     settings |= {
         "prompt": prompts[0] if len(prompts) == 1 else prompts,
@@ -3428,8 +3457,8 @@ class Recorder:
 
     # ---- while learning
 
-    def restore(self, learning: Optimisation) -> None:
-        """Has the optimisation stand where the interrupted run's did, if there is one, and its history likewise."""
+    def start(self, learning: Optimisation) -> None:
+        """Opens the history; where there was an interrupted run, it and the optimisation stand where they stood."""
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
@@ -3441,7 +3470,7 @@ class Recorder:
                     file.unlink()  # it will be drawn again
             if self.history and self.tracker.run:
                 self.send_missing()
-            self.saved = None  # of the trials of a search for the capacity, one was interrupted
+            self.saved = None  # the next trial of a search for the capacity starts anew
         self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
 
     def send_missing(self) -> None:
@@ -3521,7 +3550,7 @@ class Recorder:
             partial.write_bytes(buffer.getbuffer())
 
     def give_up(self, learning: Optimisation) -> NoReturn:
-        """Keeps the best of an optimisation that diverged. Raises UserError."""
+        """Keeps the best of an optimisation that diverged, but in a search for the capacity. Raises UserError."""
         why = f"the loss or its gradient is no longer finite at step {learning.step + 1}"
         remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
         if self.args.capacity:
@@ -3546,7 +3575,8 @@ class Recorder:
         self.tracker.tell(log_proto_tokens, file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
-        rows, tables = draw_targets(targets, reconstruction), {}
+        rows = draw_targets(targets, reconstruction)
+        tables = {}
         if len(targets) > 1:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
@@ -3597,7 +3627,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
-    record.restore(learning)
+    record.start(learning)
     done, total, unit = learning.progress
     bar = progress_bar(None, "proto-tokens", unit, total=total, initial=done)
     try:
