@@ -66,6 +66,12 @@ def test_what_makes_a_run_another_experiment_stands_in_its_name():
     assert vpt.parse_args([*options, "--shard", "2/2"]).wandb_run_name.endswith("_shard2of2_e4_random")
 
 
+def test_a_shard_takes_the_pictures_of_its_prompts():
+    pictures = [word for name in "abc" for word in ("--image", f"{name}.png")]
+    args = vpt.parse_args([*pictures, "--m", "own", "--shard", "2/2"])
+    assert [file.name for file in args.images] == ["b.png"] and args.prompts == ["b"]
+
+
 def test_a_shard_takes_every_nth_prompt_from_its_own_number_on():
     prompts = [word for name in "abcdefg" for word in ("--prompt", name)]
     shards = [vpt.parse_args([*prompts, "--m", "own", "--shard", f"{k}/3"]).prompts for k in (1, 2, 3)]

@@ -158,8 +158,13 @@ def test_an_interrupted_run_goes_on_with_its_picture_alone(call_tiny, tmp_path, 
 
 
 def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tmp_path):
-    two = ("--image", saved(tmp_path, picture(), "a.png"), "--image", saved(tmp_path, picture(), "b.jpg"))
-    assert call_tiny(*two, "--prompt", "one", "--prompt", "two", "--save-dir", "out").code == 0
+    flipped = picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    two = ("--image", saved(tmp_path, picture(), "a.png"), "--image", saved(tmp_path, flipped, "b.png"))
+    run = ("--save-dir", "out", "--wandb-run-name", "run")
+    assert call_tiny(*two, "--prompt", "one", "--prompt", "two", *run).code == 0
+    codes = torch.stack((CODES, CODES.view(4, 4).flip(1).flatten()))
+    assert torch.equal(tensors_in(tmp_path / "out" / "run")["target_ids"] - 1401, codes)
+    assert config_in(tmp_path / "out" / "run")["prompt"] == ["one", "two"]
     refused(call_tiny(*two, "--prompt", "one"), "--image", "--prompt")
 
 

@@ -102,7 +102,8 @@ def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_
         assert list(rows[0]) == COLUMNS and rows[-1]["step"] == str(last_step)
         kill(process)
         assert steps_in(tmp_path / "killed" / "run") == list(range(1, last_step + 1))
-    assert call_script(*killed).code == 0
+    result = call_script(*killed)
+    assert result.code == 0 and "resumed after step 15" in result.out
     assert results_of(tmp_path / "killed" / "run") == results_of(tmp_path / "whole" / "run")
     names = {file.name for file in (tmp_path / "killed" / "run").iterdir() if not file.name.endswith(".partial")}
     assert names == {file.name for file in (tmp_path / "whole" / "run").iterdir()}
@@ -365,6 +366,7 @@ def test_a_run_that_ended_in_its_first_step_goes_on_with_its_curves(call_tiny, t
         refused(call_tiny(*arguments), "out of memory for a step of the optimisation")
     result = call_tiny(*arguments, "--resume")
     assert result.code == 0 and "resumed after step 0" in result.out, result.err
+    assert list((tmp_path / "out").glob("*/training_curves.png"))
 
 
 def test_out_of_memory_while_drawing_costs_one_line_and_nothing_learned(call_tiny, tmp_path, monkeypatch):

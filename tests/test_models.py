@@ -37,6 +37,13 @@ def test_a_vocabulary_unlike_the_rows_in_the_file_names_both_numbers(call_tiny, 
     refused(call_tiny(), "lm_head.weight has [1413, 32], not [1500, 32]")
 
 
+def test_weights_in_a_pickle_are_not_loaded(call_tiny, model_folders):
+    file = model_folders[0] / "model.safetensors"
+    torch.save(load_file(file), model_folders[0] / "pytorch_model.bin")
+    file.unlink()
+    refused(call_tiny(), "model.safetensors")
+
+
 def test_a_tensor_that_is_missing_is_named(call_tiny, model_folders):
     weights = load_file(model_folders[0] / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

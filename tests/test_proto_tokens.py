@@ -454,6 +454,15 @@ def test_gradient_checkpointing_changes_no_number(tiny_models, make_args):
     assert kept[1] == recomputed[1] and torch.equal(kept[0].best.e_t, recomputed[0].best.e_t)
 
 
+@pytest.mark.parametrize(("choice", "passes"), [("off", 1), ("on", 2)])
+def test_gradient_checkpointing_computes_each_layer_again_on_the_way_back(tiny_models, make_args, choice, passes):
+    layers, calls = tiny_models.generator.model.layers, []
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    optimise(tiny_models, make_args("--num-steps", 1, "--gradient-checkpointing", choice))
+    assert len(calls) == passes * len(layers)
+
+
 def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_models, monkeypatch):
     step = vpt.step_bytes(tiny_models, num_tokens=16, recomputes=False)
     assert vpt.step_bytes(tiny_models, num_tokens=16, recomputes=True) < step

@@ -48,6 +48,15 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens)
     assert reconstruction.one_pass_seconds > 0
 
 
+def test_the_picture_is_decoded_from_what_the_pass_emits_and_compared_with_the_targets_own(tiny_models, proto_tokens):
+    codes = random_codes(tiny_models)
+    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
+    emitted = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits[..., 1401:].argmax(-1)
+    original, pixels = (vpt.decode_codes(tiny_models.vq_decoder, each)[0] for each in (codes, emitted))
+    assert torch.equal(reconstruction.pictures[0], torch.stack((original, pixels)))
+    assert reconstruction.errors[0].item() == pytest.approx((pixels - original).square().mean().item()) != 0
+
+
 def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, make_args, monkeypatch):
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
     proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
@@ -139,6 +148,19 @@ def test_bits_equal_those_of_one_token_after_another(tiny_models):
     assert vpt.teacher_forced_bits(tiny_models, "hello", codes).tolist() == pytest.approx(bits, rel=1e-5)
 
 
+def test_the_gain_is_what_the_embeddings_save_of_the_bits_under_the_negative_prompt(tiny_models, summary_of):
+    codes, models = random_codes(tiny_models), dataclasses.replace(tiny_models, vocabulary="visual")
+    summary, _ = summary_of(codes, ["a cat"])
+    prompted, unprompted = (
+        vpt.teacher_forced_bits(models, text, codes[0]).sum().item()
+        for text in (vpt.conditional_prompt("a cat"), vpt.negative_prompt())
+    )
+    assert prompted != pytest.approx(unprompted)
+    assert summary["target_bits_autoregressive"] == pytest.approx(prompted)
+    assert summary["target_bits_unprompted"] == pytest.approx(unprompted)
+    assert summary["information_gain_bits"] == pytest.approx(unprompted - summary["proto_bits"])
+
+
 def test_unigram_bits_are_those_of_the_targets_own_codes():
     # 4 x log2(4 / 4); 2 x log2(4 / 2) + 2 x log2(4 / 1); 4 x log2(4 / 1).
     codes = torch.tensor([[5, 5, 5, 5], [7, 2, 7, 0], [0, 1, 2, 3]])
@@ -181,17 +203,19 @@ def test_tiles_fill_a_square_row_by_row():
 def test_wrong_tokens_are_marked_where_they_are():
     white = Image.new("RGB", (64, 64), "white")
 
-    def error_map(rank):
-        return np.asarray(vpt.draw_token_error_map(vpt.mark_errors(white, rank), rank), dtype=int)
-
-    clean = error_map(torch.zeros(16, dtype=torch.long))
     rank = torch.zeros(16, dtype=torch.long)
-    rank[3], rank[12] = 2, 900  # top right: nearly; bottom left: far off
-    marked = error_map(rank)
-    rows, columns = np.nonzero(np.abs(marked - clean)[100:780].sum(-1) > 60)
-    height, width = clean.shape[:2]
-    corner = {(r > height / 2, c > width / 2) for r, c in zip(rows, columns, strict=True)}
-    assert corner == {(False, True), (True, False)}
+    rank[1], rank[12] = 2, 900  # nearly; far off
+    marked = vpt.mark_errors(white, rank)
+    colours = [marked.getpixel((k % 4 * 192 + 96, k // 4 * 192 + 96)) for k in range(16)]
+    assert [k for k, colour in enumerate(colours) if colour != (255, 255, 255)] == [1, 12]
+    assert colours[1][1] > 150 > colours[12][1]  # orange and red
+
+
+def test_a_comparison_has_the_reference_left_and_the_reconstruction_right():
+    pictures = {"reference": Image.new("RGB", (32, 32), "red"), "reconstruction": Image.new("RGB", (32, 32), "blue")}
+    numbers = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
+    image = vpt.draw_comparison({"prompt": "a", **pictures}, numbers)
+    assert [image.getpixel((image.width * k // 4, image.height // 2)) for k in (1, 3)] == [(255, 0, 0), (0, 0, 255)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 500])

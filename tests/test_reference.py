@@ -286,6 +286,15 @@ def test_another_model_makes_a_reference_of_its_own(tiny_models, make_args):
     assert len(cache_files(make_args())) == 2
 
 
+def test_another_torch_and_another_device_make_references_of_their_own(tiny_models, make_args, monkeypatch):
+    reference_of(tiny_models, make_args())
+    monkeypatch.setattr(torch, "__version__", "2.13.0+another")
+    reference_of(tiny_models, make_args())
+    monkeypatch.setattr(vpt, "device_name", lambda device: "another GPU")
+    reference_of(tiny_models, make_args())
+    assert len(cache_files(make_args())) == 3
+
+
 def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES)

@@ -134,7 +134,21 @@ def test_stored_proto_tokens_of_several_targets_give_all_their_pictures_again(ru
     assert summary_in(again)["targets/1/best_accuracy"] == summary_in(first)["targets/1/best_accuracy"]
 
 
-def test_a_control_keeps_everything_but_its_target(run_into):
+def test_stored_proto_tokens_keep_their_own_size_and_vocabulary(run_into):
+    first = run_into("first", "--image-size", 24, "--vocabulary", "visual")
+    again = run_into("again", "--from-proto-tokens", first / "proto_tokens.safetensors", "--image-size", 16)
+    assert config_in(again)["image_size"] == 24 and config_in(again)["vocabulary"] == "visual"
+    assert torch.equal(stored(again)["predicted_ids"], stored(first)["predicted_ids"])
+
+
+def test_the_table_has_bits_and_psnr_of_each_target_at_the_end(run_into):
+    folder = run_into("two", *TWO)
+    for k, row in enumerate(rows_of(folder / "targets.csv")):
+        for name in ("proto_bits", "information_gain_bits", "psnr"):
+            assert float(row[name]) == pytest.approx(summary_in(folder)[f"targets/{k}/{name}"])
+
+
+def test_controls_learn_the_same_codes_in_another_order_or_others(run_into):
     plain, random, shuffled = (
         run_into("plain"),
         run_into("r", "--control", "random"),
@@ -374,8 +388,10 @@ def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, 
     folder = tmp_path / "out" / "cut"
     ended = rows_of(folder / "targets.csv")
     assert len(ended) >= 9 and torch.load(folder / STATE)["learning"]["outcomes"]["ended"].sum() == len(ended)
-    cut = run_into("cut", *arguments, "--resume")
-    assert results_of(cut) == results_of(whole)
+    step = torch.load(folder / STATE)["learning"]["step"]
+    result = call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments, "--resume")
+    assert result.code == 0 and f"resumed after step {step}" in result.out
+    assert results_of(folder) == results_of(whole)
 
 
 def test_the_shards_of_a_run_are_together_the_whole(run_into, prompts_file):
@@ -389,4 +405,8 @@ def test_the_shards_of_a_run_are_together_the_whole(run_into, prompts_file):
 
 def test_targets_that_learn_one_m_together_are_refused_to_take_turns(call_tiny):
     refused(call_tiny(*TWO, "--targets-at-once", 1), "--targets-at-once", "add --m own")
+    refused(call_tiny(*TWO, "--shard", "1/2"), "--shard", "add --m own")
+
+
+def test_a_shard_beyond_the_prompts_is_refused(call_tiny):
     refused(call_tiny(*TWO, "--m", "own", "--shard", "3/4"), "--shard 3/4", "only 2 given")
