@@ -3450,7 +3450,7 @@ class Recorder:
             if (self.folder / STATE_FILE).exists():
                 print(f"note: this replaces the interrupted run in {self.folder}; --resume would have gone on with it")
             elif is_finished(self.folder):
-                print(f"note: this replaces the finished run in {self.folder}; a --wandb-run-name keeps both")
+                print(f"note: this replaces the finished run in {self.folder}; another --wandb-run-name keeps both")
             remove_results(self.folder)
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
