@@ -626,14 +626,16 @@ class StopSignals:
     """The signals that ask to stop: the first raises Stopped, a second one ends the process at once.
 
     SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end. What came stays in `received`,
-    since Python drops what a handler raises in the middle of a callback, and calls one at every import.
+    since Python drops what a handler raises in the middle of a callback or a finalizer; imports have many of both.
     """
 
     def __init__(self):
         self.received: list[int] = []
         self.wait = False
+        self.report_dropped = sys.unraisablehook
 
     def listen(self) -> None:
+        sys.unraisablehook = self.dropped
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name, None)  # Windows lacks some
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as `nohup` has it
@@ -645,6 +647,11 @@ class StopSignals:
             os._exit(128 + number)
         if not self.wait:
             raise Stopped(number)
+
+    def dropped(self, unraisable: object) -> None:
+        """Reports what Python drops, with its traceback, but for Stopped: `waiting` raises that again."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            self.report_dropped(unraisable)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[list[int]]:

@@ -66,6 +66,7 @@ def call_script(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(vpt, "render", lambda figure: Image.new("RGB", (8, 8), "white"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own, as it does handlers
 
     def call(*arguments, env: dict[str, str | None] | None = None) -> SimpleNamespace:
         capfd.readouterr()
