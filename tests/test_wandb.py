@@ -1,5 +1,6 @@
 """Weights & Biases: a real offline run, read back from its `.wandb` file."""
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -22,6 +23,12 @@ def test_every_metric_of_the_contract_is_logged_at_every_step(offline_run):
     rows = [row for row in offline_run.history if "train/loss" in row]
     assert [row["_step"] for row in rows] == list(range(1, 41))
     assert all(row.keys() >= set(HISTORY) for row in rows)
+
+
+def test_every_metric_is_drawn_over_the_optimisation_step(offline_run):
+    for name in HISTORY:
+        axes = [axis for pattern, axis in offline_run.axes.items() if fnmatch.fnmatchcase(name, pattern)]
+        assert set(axes) == {"optimisation_step"}, name
 
 
 def test_every_medium_of_the_contract_is_logged_as_an_image_that_opens(offline_run):

@@ -402,15 +402,15 @@ def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, s
 
 def test_a_run_that_its_agent_stops_saves_its_state_and_ends_within_ten_seconds(workplace, server):
     config = {"program": "verify_proto_tokens.py", "method": "grid", "run_cap": 1}
-    config["parameters"] = {"num_steps": {"value": 10**6}, "target_accuracy": {"value": 0}, "save_every": {"value": 50}}
+    endless = {"num_steps": 10**6, "target_accuracy": 0, "save_every": 10**6}
+    config["parameters"] = {name: {"value": value} for name, value in endless.items()}
     (workplace / "long.yaml").write_text(json.dumps(config))
     agent = wandb_tool(workplace, "agent", make_sweep(workplace, server, Path("long.yaml")), **server.environment)
-    states = lambda: list(workplace.glob(f"proto_tokens_exp/*/{STATE}"))  # noqa: E731
-    wait_for(states, agent)
+    wait_for(lambda: list(workplace.glob("proto_tokens_exp/*/history.csv")), agent)
     (run,) = server.runs.values()
     server.stop_run(run.id)
     wait_for(lambda: run.exit_code is not None, seconds=40)
-    assert run.exit_code == 143 and states()
+    assert run.exit_code == 143 and list(workplace.glob(f"proto_tokens_exp/*/{STATE}"))
     ended(agent, 60)
 
 

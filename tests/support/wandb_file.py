@@ -27,9 +27,10 @@ def records(file: Path):
 
 
 def read(folder: Path) -> SimpleNamespace:
-    """The only run below `folder`: its settings, history rows, summary, media and artifacts."""
+    """The only run below `folder`: its settings, history rows, summary, media, artifacts and the axes of its curves."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     run = SimpleNamespace(folder=file.parent, history=[], summary={}, config={}, artifacts=[], run=None, exit_code=None)
+    run.axes = {}  # of a metric's name, or of all that a pattern matches
 
     def key(item) -> str:
         return item.key or "/".join(item.nested_key)
@@ -42,6 +43,8 @@ def read(folder: Path) -> SimpleNamespace:
             run.history.append({key(item): json.loads(item.value_json) for item in record.history.item})
         if record.HasField("summary"):
             run.summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
+        if record.HasField("metric"):
+            run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         if record.HasField("artifact"):
             run.artifacts.append(record.artifact)
         if record.HasField("exit"):
