@@ -88,6 +88,7 @@ DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_PROJECT = "simplear-proto-tokens"
 DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
+PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 CACHE_FOLDER = "reference_cache"
 
 
@@ -143,6 +144,12 @@ def as_path(text: str) -> Path:
         raise ValueError from None
 
 
+def as_proto_tokens(text: str) -> Path:
+    """The file of an earlier run's proto-tokens, also where the run's folder is named."""
+    path = as_path(text)
+    return path / PROTO_TOKENS_FILE if os.path.isdir(path) else path
+
+
 # Not a number fails every comparison.
 COUNT = checked(whole, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
 COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
@@ -172,6 +179,7 @@ PROMPTS = checked(
 )
 A_PATH = "a path, whose ~ has a home"
 FILE = checked(as_path, lambda file: "\0" not in str(file), A_PATH)
+PROTO_TOKENS = checked(as_proto_tokens, lambda file: "\0" not in str(file), A_PATH)
 FILES = checked(
     lambda text: [as_path(item) for item in listed(text)],
     lambda files: files and all("\0" not in str(file) for file in files),
@@ -283,8 +291,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
     add("--m", "result", str, choices=("shared", "own"), default="shared",
         help="whether several targets share one m, or each learns its own (default: %(default)s)")
-    add("--m-from", "result", str | None, type=FILE, metavar="FILE",
-        help="take m, frozen, from an earlier run's proto_tokens.safetensors: only e_t learns")
+    add("--m-from", "result", str | None, type=PROTO_TOKENS, metavar="FILE",
+        help="take m, frozen, from an earlier run's folder or its proto_tokens.safetensors: only e_t learns")
     add("--recipe", "result", choices=("tuned", "reference"), default="tuned",
         help="the defaults of the next six options; `reference` is the usual one: AdamW, 0.01, no warm-up, betas 0.9 "
         "and 0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
@@ -318,9 +326,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
     add("--resume", "nothing", **SWITCH,
         help="go on with the interrupted run of this name, settings and save directory; starts where there is none")
-    add("--from-proto-tokens", "result", type=FILE, metavar="FILE",
-        help="learn nothing: reconstruct the picture from an earlier run's proto_tokens.safetensors, whose prompt, "
-        "size and vocabulary hold; the models must be that run's")
+    add("--from-proto-tokens", "result", type=PROTO_TOKENS, metavar="FILE",
+        help="learn nothing: reconstruct the picture from an earlier run's folder or its proto_tokens.safetensors; its "
+        "prompt, size and vocabulary hold; the models must be that run's, in any --dtype")
 
     group = parser.add_argument_group("output")
     add("--save-dir", "nothing", type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER",
@@ -2747,7 +2755,6 @@ VERSIONED = (
 )
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 8
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
-PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
 RESULTS = [
     "summary.json",

@@ -61,6 +61,14 @@ def test_an_m_from_an_earlier_run_is_kept_and_not_counted_as_learned(run_into):
     assert summary_in(second)["total_params"] == 32
 
 
+@pytest.mark.parametrize("option", ["--m-from", "--from-proto-tokens"])
+def test_an_earlier_run_may_be_named_by_its_folder(run_into, call_tiny, tmp_path, option):
+    first = run_into("first")
+    assert torch.equal(stored(run_into("second", option, first))["m"], stored(first)["m"])
+    (tmp_path / "empty").mkdir()
+    refused(call_tiny(option, "empty"), f"{option} empty/proto_tokens.safetensors: there is no such file")
+
+
 def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, tmp_path):
     own = run_into("own", *TWO, "--m", "own") / "proto_tokens.safetensors"
     refused(call_tiny("--m-from", own), "--m-from", "one for each target")
