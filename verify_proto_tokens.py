@@ -633,8 +633,7 @@ class Stopped(BaseException):
 class StopSignals:
     """The signals that ask to stop: the first raises Stopped, a second one ends the process at once.
 
-    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end. What came stays in `received`,
-    since Python drops what a handler raises in the middle of a callback or a finalizer; imports have many of both.
+    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end.
     """
 
     def __init__(self):
@@ -657,8 +656,13 @@ class StopSignals:
             raise Stopped(number)
 
     def dropped(self, unraisable: object) -> None:
-        """Reports what Python drops, with its traceback, but for Stopped: `waiting` raises that again."""
-        if not isinstance(unraisable.exc_value, Stopped):
+        """Takes what Python drops, as it does what is raised within a callback or a finalizer: an import has many.
+
+        A signal comes again in a moment, when Python is elsewhere; all else is reported with its traceback.
+        """
+        if isinstance(unraisable.exc_value, Stopped):
+            threading.Timer(0.1, signal.raise_signal, [self.received.pop()]).start()
+        else:
             self.report_dropped(unraisable)
 
     @contextlib.contextmanager
