@@ -245,8 +245,9 @@ def build_parser() -> argparse.ArgumentParser:
         "embedding rows beyond the text vocabulary)")
     add("--device", "nothing", type=TEXT, help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
     add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="precision of the generator; the proto-tokens are always float32, and learn further where it is, too "
-        "(default: auto, that is bfloat16 on GPUs of CUDA that compute in it, and float32 elsewhere)")
+        help="precision of the generator; the proto-tokens are always float32. Where two embeddings hardly hold the "
+        "tokens, float32 learns more than bfloat16 (default: auto, that is bfloat16 on GPUs of CUDA that compute in "
+        "it, and float32 elsewhere)")
 
     group = parser.add_argument_group("reference image")
     add("--prompt", "reference", type=PROMPTS, action="extend", metavar="TEXT", dest="prompts",
