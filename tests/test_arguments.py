@@ -225,11 +225,10 @@ def test_lists_are_read():
     assert parsed("--wandb_tags=['one', 'two']")["wandb_tags"] == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("1", True), ("0", False), ("True", True), ("true", True), ("False", False)]
-)
-def test_a_switch_takes_the_word_that_an_agent_writes_or_a_number(text, value):
-    assert parsed(f"--demo={text}")["demo"] is value
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("spelled", [str, lambda value: str(value).lower(), lambda value: str(int(value))])
+def test_a_switch_takes_the_word_that_an_agent_writes_or_a_number(spelled, value):
+    assert parsed(f"--demo={spelled(value)}")["demo"] is value
 
 
 def test_settings_of_the_agents_own_are_passed_over():
