@@ -2678,6 +2678,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     panels["D"].set(title="gradient norm before clipping", yscale="log", xlabel="step")
     plot("E", "train/learning_rate")
     panels["E"].set(title="learning rate", xlabel="step")
+    panels["E"].set_ylim(bottom=0)
     for panel in panels.values():
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid()
