@@ -2,8 +2,8 @@
 
     python tests/demo_model/training/train.py            # everything; goes on where it was interrupted
 
-Intermediate results live in `--work-dir` (about 6 GB); the finished model is written to the folder above. Packages
-beyond the script's own: `emoji`, and `npm` for the pictures (fetched once).
+Intermediate results live in `--work-dir` (about 6 GB); the finished model is written to the folder above. Beyond the
+script's own packages it takes `emoji`, `npm` for the pictures (fetched once), and a C++ compiler for `torch.compile`.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
         help="vq/ and generator/ to go on from, in place of the first stages",
     )
     parser.add_argument("--tokenizer-steps", type=int, default=3400, help="at 256 px (default: %(default)s)")
-    parser.add_argument("--small-steps", type=int, default=3300, help="generator at 256 px (default: %(default)s)")
-    parser.add_argument("--generator-steps", type=int, default=3000, help="then at both (default: %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=2000, help="at both sizes (default: %(default)s)")
+    parser.add_argument("--small-steps", type=int, default=2400, help="generator at 256 px (default: %(default)s)")
+    parser.add_argument("--generator-steps", type=int, default=2400, help="then at both (default: %(default)s)")
+    parser.add_argument("--decoder-steps", type=int, default=1500, help="at both sizes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -349,7 +349,9 @@ def main() -> None:
     else:
         text_tokenizer = make_text_tokenizer(captions)
         generator = make_generator(len(text_tokenizer) + vq.CODEBOOK_SIZE, args.seed)
+        generator.model.compile(dynamic=False)
         generator = train_generator("generator-small", generator, text_tokenizer, captions, codes, {256: 64}, args)
+    generator.model.compile(dynamic=False)
     generator = train_generator("generator", generator, text_tokenizer, captions, codes, {256: 16, 512: 20}, args)
     generator.bfloat16().save_pretrained(generator_folder)
     text_tokenizer.save_pretrained(generator_folder)
