@@ -38,7 +38,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -273,9 +272,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", "reference", type=PENALTY, metavar="P",
         help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
-    add("--compile", "nothing", choices=("auto", "on", "off"), default="auto",
-        help="compile decoding and step, on CUDA to CUDA graphs; costs minutes first (default: auto, that is off: no "
-        "measurement says yet where it gains)")
     add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
     add("--seed", "reference", int, type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
@@ -784,11 +780,6 @@ class Models:
     repetition_penalty: float  # of decoding: the checkpoint's own unless another is asked for
     generator_fingerprint: str
     vq_fingerprint: str
-    compiled_layers: Callable | None = None  # in place of the generator's own, where they were compiled for a step
-
-    @property
-    def layers(self) -> Callable:
-        return self.generator.model if self.compiled_layers is None else self.compiled_layers
 
     @property
     def device(self) -> torch.device:
@@ -1320,17 +1311,14 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
     Returns codes [B, N] and the seconds that decoding them took, whenever that was.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
-    compiled = args.compile == "on"
-    decoded = {} if args.force_generate else cache.read(prompts, compiled)  # prompt -> codes [N], seconds
-    if compiled and not args.force_generate:
-        decoded = cache.read(prompts, compiled=False) | decoded  # where compiling failed before
+    decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
     missing = [prompt for prompt in prompts if prompt not in decoded]
     for few in slices(len(missing), targets_per_decoding(models, num_tokens)):
-        codes, seconds, compiled = generate_visual_codes(models, missing[few], num_tokens, args)
+        codes, seconds = generate_visual_codes(models, missing[few], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[few], codes.cpu(), strict=True):
             decoded[prompt] = row, seconds / len(codes)
-            cache.write(prompt, compiled, row, seconds / len(codes))
+            cache.write(prompt, row, seconds / len(codes))
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
     return codes, sum(decoded[prompt][1] for prompt in args.prompts)
 
@@ -1404,12 +1392,6 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return out.view(*x.shape[:-1], -1)
 
 
-class Decoded(NamedTuple):
-    codes: Tensor  # [B, N]
-    seconds: float
-    compiled: bool  # whether it really was
-
-
 class PromptedLayers:
     """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N positions.
 
@@ -1423,7 +1405,7 @@ class PromptedLayers:
         length = max(map(len, ids))
         padded = [[0] * (length - len(row)) + row for row in ids]
         is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
-        self.plain_layers = self.layers = models.generator.model
+        self.layers = models.generator.model
         self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, T]
         self.is_token = torch.tensor(is_token, device=models.device)  # [2B, T + N]
         self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
@@ -1431,21 +1413,13 @@ class PromptedLayers:
         self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
         self.filled = 0  # positions, by prompts and tokens
 
-    def warm_up(self, compiling: bool) -> None:
-        """Passes that no clock is to pay for, by layers compiled if that is wanted and works."""
+    def warm_up(self) -> None:
+        """Passes that no clock is to pay for."""
         if self.prompt_ids.device.type != "cpu":  # a GPU's kernels are loaded, and some of them chosen, by shape
             self.prefill()
             self.forget()
-        first_ids = self.prompt_ids[:, -1:].contiguous()
-        self(first_ids)
-        if compiling:
-            self.layers = compile_layers(self.plain_layers, lambda layers: self.through(layers, first_ids))
+        self(self.prompt_ids[:, -1:])
         self.forget()
-
-    @property
-    def compiled(self) -> bool:
-        """Whether they really are."""
-        return self.layers is not self.plain_layers
 
     def forget(self) -> None:
         """Empties the cache."""
@@ -1454,17 +1428,17 @@ class PromptedLayers:
 
     def prefill(self) -> Tensor:
         """[2B, D] after the prompts."""
-        return self.through(self.plain_layers, self.prompt_ids)  # of another shape than all that is compiled
+        return self.through(self.prompt_ids)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[2B, D] after one more token each, ids [2B, 1]."""
-        return self.through(self.layers, ids)
+        return self.through(ids)
 
-    def through(self, layers: Callable, ids: Tensor) -> Tensor:
+    def through(self, ids: Tensor) -> Tensor:
         newest = slice(self.filled, self.filled + ids.shape[1])
         behind = self.cache_positions[newest, None] - self.cache_positions  # [n, T + N]
         seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
-        output = layers(
+        output = self.layers(
             input_ids=ids,
             position_ids=self.position_ids[:, newest].contiguous(),
             attention_mask={"full_attention": seen[:, None]},
@@ -1476,8 +1450,10 @@ class PromptedLayers:
 
 
 @torch.no_grad()
-def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace) -> Decoded:
-    """Samples visual codes [B, N] with classifier-free guidance, one after another.
+def generate_visual_codes(
+    models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace
+) -> tuple[Tensor, float]:
+    """Samples visual codes [B, N] with classifier-free guidance, one after another; returns them and the seconds.
 
     Only the visual rows of the head are computed: text ids can never be sampled. Raises UserError.
     """
@@ -1488,7 +1464,7 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     with quick_products_of_few_rows(models.generator):
         layers = PromptedLayers(models, prompts, num_tokens)
-        layers.warm_up(compiling=args.compile == "on")
+        layers.warm_up()
         started = time_on(models.device)
         for position in progress_bar(range(num_tokens), "reference", "tokens"):
             if position == 0:
@@ -1507,7 +1483,7 @@ def generate_visual_codes(models: Models, prompts: list[str], num_tokens: int, a
                 raise UserError(damaged)
             scores = torch.where(scores.isfinite(), scores, 0)
             codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
-        return Decoded(codes, time_on(models.device) - started, layers.compiled)
+        return codes, time_on(models.device) - started
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1528,23 +1504,6 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
     # On MPS it can be 0, and 0 / 0 would be the largest: pytorch/pytorch#192577.
     return (probability / torch.stack(noise).clamp(min=torch.finfo(torch.float32).tiny)).argmax(-1)
-
-
-def compile_layers(layers: torch.nn.Module, use: Callable) -> Callable:
-    """The layers compiled, and used twice already, for which no clock is to pay; as they are where that fails."""
-    mode = "reduce-overhead" if layers.device.type == "cuda" else "default"
-    torch.compiler.reset()  # of another shape's; after eight of them the library goes on uncompiled, and says it once
-    compiled = torch.compile(layers, dynamic=False, mode=mode)
-    try:
-        with said_if_slow("compiling"):
-            use(compiled)
-            use(compiled)
-    except (RuntimeError, ImportError, OSError) as error:  # of torch.compile, or of the compiler that it calls
-        if is_out_of_memory(error):
-            raise
-        print(f"note: the layers are not compiled, which fails here: {line_of(error)}")
-        return layers
-    return compiled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1632,7 +1591,7 @@ def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, some: s
     """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
     inputs_embeds = proto_tokens(num_tokens, some).to(models.generator.dtype)
     mask = {"full_attention": None}  # causal; making its own, the library asks the device a question in every pass
-    return models.layers(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    return models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 class Predictions(NamedTuple):
@@ -1897,7 +1856,6 @@ class Optimisation:
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         count, num_tokens = codes.shape
         self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
-        self.stepping_models = models  # or the same with compiled layers, below
         self.together = args.m == "shared" and given_m is None
         self.recomputes, self.targets_per_pass = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
         self.step = 0  # steps behind it
@@ -1911,10 +1869,6 @@ class Optimisation:
         self.num_begun, self.turns = self.at_once, math.ceil(count / self.at_once)
         proto_tokens, optimizer = self.newcomers(self.at_once)
         self.have_in_flight(list(range(self.at_once)), proto_tokens, optimizer)
-        if args.compile == "on" and self.recomputes:
-            print("note: steps that recompute their layers (--gradient-checkpointing) are not compiled")
-        elif args.compile == "on":
-            self.stepping_models = self.with_compiled_layers()
 
     def newcomers(self, count: int) -> tuple[ProtoTokens, AdamW | LBFGS]:
         """What so many targets begin with."""
@@ -1926,13 +1880,6 @@ class Optimisation:
         self.in_flight, self.proto_tokens, self.optimizer = targets, proto_tokens, optimizer
         self.in_flight_on_device = torch.tensor(targets, dtype=torch.long, device=self.models.device)
         self.codes_in_flight = self.codes[self.in_flight_on_device]
-
-    def with_compiled_layers(self) -> Models:
-        def step(layers: Callable) -> None:
-            models = dataclasses.replace(self.models, compiled_layers=layers)
-            losses_and_gradient(models, self.proto_tokens, self.codes_in_flight, self.targets_per_pass)
-
-        return dataclasses.replace(self.models, compiled_layers=compile_layers(self.models.layers, step))
 
     @property
     def finished(self) -> bool:
@@ -1955,7 +1902,7 @@ class Optimisation:
             while not self.finished:
                 started = time.perf_counter()
                 proto_tokens, codes, rates = self.proto_tokens, self.codes_in_flight, self.optimizer.rates
-                predictions = losses_and_gradient(self.stepping_models, proto_tokens, codes, self.targets_per_pass)
+                predictions = losses_and_gradient(self.models, proto_tokens, codes, self.targets_per_pass)
                 points, gradients = proto_tokens.points, proto_tokens.gradients
                 numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
                 took_a_step = any((numbers.finite & ~self.outcomes.ended[self.in_flight]).tolist())
@@ -1990,10 +1937,6 @@ class Optimisation:
         ended = [place for place, has_ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if has_ended]
         room = max(0, self.at_once - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
         coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
-        if self.stepping_models.layers is not self.models.layers:
-            # Another number of targets would be compiled anew.
-            coming = coming[: len(ended)]
-            ended = ended[: len(coming)]
         if not ended:
             return
         kept = [place for place in range(len(self.in_flight)) if place not in ended]
@@ -2102,7 +2045,7 @@ class Outcomes:
 
     def take(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
         """Takes in a step of the targets in flight; says whose present embeddings are the best yet, [F]."""
-        still_learns = ~self.ended[in_flight]  # compiled ones fly on when they have ended
+        still_learns = ~self.ended[in_flight]
         counts = still_learns & numbers.finite  # what is not finite is no step
         self.steps[in_flight] += counts.long()
         self.put(
@@ -3023,17 +2966,17 @@ class ReferenceCache:
         self.folder, self.num_tokens, self.codebook_size = folder, settings["num_tokens"], settings["codebook_size"]
         self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
 
-    def entry(self, prompt: str, compiled: bool) -> tuple[Path, str]:
+    def entry(self, prompt: str) -> tuple[Path, str]:
         """The file for a prompt, and the whole key, which stands in it."""
-        everything = self.settings | {"prompt": prompt, "compiled": compiled}
+        everything = self.settings | {"prompt": prompt}
         key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors", key
 
-    def read(self, prompts: list[str], compiled: bool) -> dict[str, tuple[Tensor, float]]:
+    def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float]]:
         """Of the prompts that are there: codes [N] and the seconds that decoding them took. Warns of damaged files."""
         decoded = {}
         for prompt in prompts:
-            file, key = self.entry(prompt, compiled)
+            file, key = self.entry(prompt)
             if not file.exists():
                 continue
             try:
@@ -3049,8 +2992,8 @@ class ReferenceCache:
             print(f"reference: {len(decoded)} of {len(prompts)} reused from {self.folder}")
         return decoded
 
-    def write(self, prompt: str, compiled: bool, codes: Tensor, seconds: float) -> None:
-        file, key = self.entry(prompt, compiled)
+    def write(self, prompt: str, codes: Tensor, seconds: float) -> None:
+        file, key = self.entry(prompt)
         with written_whole(file) as partial:
             content = to_safetensors({"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
             partial.write_bytes(content)

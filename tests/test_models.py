@@ -174,7 +174,7 @@ def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tm
     none = vpt.load_models(make_args("--model-path", tmp_path / "generator", "--repetition-penalty", "1"))
     assert none.repetition_penalty == 1 and "note:" not in capsys.readouterr().out
     args = make_args()
-    keys = {vpt.ReferenceCache(tmp_path, vpt.describe_run(args, models)).entry("a", False)[1] for models in (own, none)}
+    keys = {vpt.ReferenceCache(tmp_path, vpt.describe_run(args, models)).entry("a")[1] for models in (own, none)}
     assert len(keys) == 2
 
 

@@ -478,25 +478,6 @@ def test_gradient_checkpointing_is_automatic_where_a_step_would_not_fit(tiny_mod
 # What a device is asked for
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its compiler's modules
-def test_compiled_steps_learn_what_plain_ones_do(tiny_models, make_args):
-    plain, compiled = (
-        optimise(tiny_models, make_args("--num-steps", 10, "--compile", choice))[1] for choice in ("off", "on")
-    )
-    for one, other in zip(plain, compiled, strict=True):
-        assert other == pytest.approx(one, rel=1e-3)
-
-
-def test_where_compiling_fails_the_steps_are_taken_without(tiny_models, make_args, monkeypatch, capsys):
-    def fail(**inputs):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", lambda layers, **options: fail)
-    _, without = optimise(tiny_models, make_args("--num-steps", 5, "--compile", "on"))
-    assert "no C++ compiler" in capsys.readouterr().out
-    assert without == optimise(tiny_models, make_args("--num-steps", 5))[1]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("hidden", "layers", "heads", "key_heads", "mlp"),

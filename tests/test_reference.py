@@ -94,7 +94,7 @@ class VisualOnly(LogitsProcessor):
 @pytest.mark.parametrize("cfg_scale", [1.5, 6.0])
 def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tiny_models, make_args, prompt, cfg_scale):
     args = make_args("--top-k", "1", "--cfg-scale", str(cfg_scale))
-    codes = vpt.generate_visual_codes(tiny_models, [prompt], 40, args).codes
+    codes = vpt.generate_visual_codes(tiny_models, [prompt], 40, args)[0]
 
     def ids(text):
         return torch.tensor([tiny_models.text_tokenizer(text)["input_ids"]])
@@ -122,8 +122,7 @@ def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_
     """SimpleAR hands its guidance to `generate` as a processor, which comes after the library's own."""
     models = dataclasses.replace(tiny_models, repetition_penalty=penalty)
     codes, plain = (
-        vpt.generate_visual_codes(each, ["a cat"], 40, make_args("--top-k", "1")).codes
-        for each in (models, tiny_models)
+        vpt.generate_visual_codes(each, ["a cat"], 40, make_args("--top-k", "1"))[0] for each in (models, tiny_models)
     )
 
     def ids(text):
@@ -149,51 +148,13 @@ def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_
     assert codes.tolist() != plain.tolist()
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, of its compiler's modules
-def test_compiled_decoding_gives_the_same_tokens(tiny_models, make_args):
-    plain, compiled = (
-        vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", choice)) for choice in ("off", "on")
-    )
-    assert torch.equal(plain.codes, compiled.codes) and compiled.compiled and not plain.compiled
-
-
-def test_where_compiling_fails_decoding_goes_on_without(tiny_models, make_args, monkeypatch, capsys):
-    def without_a_compiler(layers, **options):
-        def fail(**inputs):
-            raise RuntimeError("no C++ compiler")
-
-        return fail
-
-    plain = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "off"))
-    monkeypatch.setattr(torch, "compile", without_a_compiler)
-    decoded = vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--compile", "on"))
-    assert torch.equal(decoded.codes, plain.codes) and "no C++ compiler" in capsys.readouterr().out
-    assert not decoded.compiled
-    reference_of(tiny_models, make_args("--compile", "on"))
-    reference_of(tiny_models, make_args("--compile", "off"))
-    assert "reused" in capsys.readouterr().out  # it was kept as what it is
-    reference_of(tiny_models, make_args("--compile", "on"))
-    assert "reused" in capsys.readouterr().out  # and is found where compiling would fail again
-
-
-def test_running_out_of_memory_while_compiling_is_not_taken_for_a_failure_to_compile(
-    tiny_models, make_args, monkeypatch
-):
-    def fail(**inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "compile", lambda layers, **options: fail)
-    with pytest.raises(vpt.UserError, match="out of memory for the reference"):
-        reference_of(tiny_models, make_args("--compile", "on"))
-
-
 def test_decoding_leaves_the_generator_as_transformers_made_it(tiny_models, make_args):
     vpt.generate_visual_codes(tiny_models, ["a"], 4, make_args())
     assert not any("forward" in vars(module) for module in tiny_models.generator.modules())
 
 
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
-    codes, seconds, _ = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
+    codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
     assert codes.min() >= 0 and codes.max() < tiny_models.codebook_size
     assert codes.unique().numel() > 6  # hot enough to stray, had text ids been open to it
@@ -202,14 +163,14 @@ def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
 @pytest.mark.parametrize("top_k", ["1", "12"])
 def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args, top_k):
     prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", top_k)
-    together = vpt.generate_visual_codes(tiny_models, prompts, 24, args).codes
-    alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args).codes for prompt in prompts]
+    together = vpt.generate_visual_codes(tiny_models, prompts, 24, args)[0]
+    alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args)[0] for prompt in prompts]
     assert together.tolist() == torch.cat(alone).tolist()
 
 
 def test_the_seed_decides_the_picture(tiny_models, make_args):
     def codes(seed):
-        return vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--seed", str(seed))).codes.tolist()
+        return vpt.generate_visual_codes(tiny_models, ["a"], 16, make_args("--seed", str(seed)))[0].tolist()
 
     assert codes(1) == codes(1) != codes(2)
 
@@ -275,8 +236,8 @@ def test_any_other_setting_makes_a_reference_of_its_own(tiny_models, make_args, 
 def test_a_cache_that_another_run_removed_is_made_again(tmp_path):
     """As a run does that made it, left it empty, and ended."""
     cache = vpt.ReferenceCache(tmp_path / "gone", {"num_tokens": 4, "codebook_size": 4})
-    cache.write("a", False, torch.arange(4), 1.0)
-    assert cache.read(["a"], False)["a"][0].tolist() == [0, 1, 2, 3]
+    cache.write("a", torch.arange(4), 1.0)
+    assert cache.read(["a"])["a"][0].tolist() == [0, 1, 2, 3]
 
 
 def test_another_model_makes_a_reference_of_its_own(tiny_models, make_args):

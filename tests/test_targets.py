@@ -1,7 +1,5 @@
 """Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
 
-import dataclasses
-import functools
 import json
 import math
 import signal
@@ -368,15 +366,6 @@ def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(resume_with, 
     resumed = resume_with(at_once)
     in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
     assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 8
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_what_is_compiled_keeps_its_number_of_targets_in_flight(resume_with, tiny_models, at_once):
-    resumed = resume_with(at_once)
-    compiled = functools.partial(tiny_models.generator.model)  # stands for it: another object of the same effect
-    resumed.stepping_models = dataclasses.replace(tiny_models, compiled_layers=compiled)
-    in_flight = [len(resumed.in_flight) for _ in resumed.steps() if not resumed.finished]
-    assert set(in_flight) == {2} and resumed.outcomes.steps.tolist() == [3] * 8
 
 
 def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, prompts_file, tmp_path):

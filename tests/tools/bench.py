@@ -1,8 +1,7 @@
 """Measures the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
 
-    step      one optimisation step, and what it does beside the evaluation, against the usual recipe, plain and
-              compiled, against the best that torch ships (linear_cross_entropy with its options), and against its bare
-              matrix products
+    step      one optimisation step, and what it does beside the evaluation, against the usual recipe, against the best
+              that torch ships (linear_cross_entropy with its options), and against its bare matrix products
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
     prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
@@ -123,10 +122,7 @@ def script_arguments(args: argparse.Namespace, *extra: object) -> argparse.Names
 def interleaved(
     candidates: dict[str, Callable], repeats: int, device: torch.device = CPU, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate on the device, `repeats` times in turn, after so many untimed calls each.
-
-    A candidate that returns seconds of its own, as one without the compiling does, is taken at its word.
-    """
+    """Seconds of each candidate on the device, `repeats` times in turn, after so many untimed calls each."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
@@ -134,9 +130,8 @@ def interleaved(
     for _ in range(repeats):
         for name, call in candidates.items():
             started = vpt.time_on(device)
-            own = call()
-            passed = vpt.time_on(device) - started
-            seconds[name].append(own if isinstance(own, float) else passed)
+            call()
+            seconds[name].append(vpt.time_on(device) - started)
     return seconds
 
 
@@ -312,14 +307,8 @@ def bench_step(args: argparse.Namespace) -> dict:
         "usual": lambda: reference_step(models.generator, parameters, optimizer, target_ids),
         "floor": matrix_products(models, num_tokens),
     }
-    if "stock" in args.peers and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    if "stock" in args.peers:
         candidates["stock"] = lambda: stock_step(models.generator, parameters, optimizer, target_ids)
-    if "compiled" in args.peers:
-        compiled = torch.compile(models.generator, dynamic=False)
-        candidates["compiled usual"] = lambda: reference_step(compiled, parameters, optimizer, target_ids)
-    if "ours-compiled" in args.peers:
-        compiled_steps = endless_steps(args, models, codes, "--compile", "on")
-        candidates["ours compiled"] = lambda: next(compiled_steps)
     seconds = interleaved(candidates, args.repeats, args.device)
     rate = product_rate(args)
     least = step_operations(models, num_tokens) / rate
@@ -414,7 +403,7 @@ def bench_decode(args: argparse.Namespace) -> dict:
     options, read, outputs = script_arguments(args, "--top-k", 1), read_weights(models), {}
 
     def ours() -> None:
-        outputs["ours"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options).codes
+        outputs["ours"] = vpt.generate_visual_codes(models, ["a red apple"], num_tokens, options)[0]
 
     def usual() -> None:
         outputs["usual"] = guided_generate(models, num_tokens)
@@ -424,10 +413,6 @@ def bench_decode(args: argparse.Namespace) -> dict:
             read()
 
     candidates = {"ours": ours, "usual": usual, "floor": floor}
-    if "ours-compiled" in args.peers:
-        compiled = script_arguments(args, "--top-k", 1, "--compile", "on")
-        prompts = ["a red apple"]
-        candidates["ours compiled"] = lambda: vpt.generate_visual_codes(models, prompts, num_tokens, compiled).seconds
     seconds = interleaved(candidates, args.repeats, args.device, warm_up=0)
     same, rate = int((outputs["ours"][0] == outputs["usual"]).sum()), read_rate(args)
     title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, {args.dtype}"
@@ -444,8 +429,8 @@ def bench_prompts(args: argparse.Namespace) -> dict:
     for _ in range(args.repeats):
         for batch in (1, 2, 4, 8, 16):
             prompts = [f"a red apple and {k} pears" for k in range(batch)]
-            decoded = vpt.generate_visual_codes(models, prompts, num_tokens, options)
-            rates.setdefault(batch, []).append(batch * num_tokens / decoded.seconds)
+            _, seconds = vpt.generate_visual_codes(models, prompts, num_tokens, options)
+            rates.setdefault(batch, []).append(batch * num_tokens / seconds)
     medians = {batch: statistics.median(values) for batch, values in rates.items()}
     rows = [(batch, rate, rate / medians[1]) for batch, rate in medians.items()]
     title = f"decoding {num_tokens} tokens of several prompts together, shape {args.shape}, {args.dtype}"
@@ -675,9 +660,6 @@ def bench_limit(args: argparse.Namespace) -> dict:
     return figures
 
 
-PEERS = ("stock", "compiled", "ours-compiled")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
@@ -686,9 +668,9 @@ def main() -> None:
     parser.add_argument(
         "--peers",
         nargs="*",
-        choices=PEERS,
+        choices=("stock",),
         default=["stock"],
-        help="beside the usual recipe; compiling takes minutes (default: stock)",
+        help="of step, beside the usual recipe (default: stock)",
     )
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="0.5B")
     parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")

@@ -2,11 +2,10 @@
 
 First whether it is right: greedy tokens against the CPU's; loss and gradient against the plain formula in each
 precision; a whole run, twice, then killed and resumed; and what running out of memory leaves. Then how quick it is:
-steps and tokens a second and peak memory for each size of picture, plain and compiled, beside the bare products, the
-bare reading of the weights and the README's formula. Ends with exit code 0 only if all that was checked holds, prints
-a table for the README, and writes gpu_check.json as it goes. Meant for ten minutes on a large GPU; `--compile on` takes
-minutes more for each row. It was never run on one. On a CPU (--device cpu) the same on the demo model and less of it,
-which is one of the tests.
+steps and tokens a second and peak memory for each size of picture, beside the bare products, the bare reading of the
+weights and the README's formula. Ends with exit code 0 only if all that was checked holds, prints a table for the
+README, and writes gpu_check.json as it goes. Meant for ten minutes on a large GPU. It was never run on one. On a CPU
+(--device cpu) the same on the demo model and less of it, which is one of the tests.
 """
 
 import argparse
@@ -97,7 +96,7 @@ def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens:
     models = bench.build_models(on(args, shape=shape, device=bench.CPU))
     for device in (bench.CPU, args.device):
         models.generator.to(device)
-        codes.append(vpt.generate_visual_codes(models, ["a red apple", "a cat"], num_tokens, options).codes.cpu())
+        codes.append(vpt.generate_visual_codes(models, ["a red apple", "a cat"], num_tokens, options)[0].cpu())
     same = int((codes[0] == codes[1]).sum())
     check.holds(f"greedy tokens of the {shape} shape are the CPU's", same == codes[0].numel(), f"{same} equal")
 
@@ -179,46 +178,42 @@ def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
 # How quick is it?
 
 
-def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int, choice: str) -> dict:
-    """Steps a second, tokens a second and peak memory, --compile as `choice` says, and their shares of the floor."""
+def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> dict:
+    """Steps a second, tokens a second and peak memory, and their shares of the floor."""
     codes, figures = bench.random_codes(models, num_tokens), {}
-    steps = bench.endless_steps(on(args), models, codes, "--compile", choice)
+    steps = bench.endless_steps(on(args), models, codes)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
         next(steps)
         weights = sum(p.numel() * p.itemsize for p in models.generator.parameters())
-        figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9  # with what graphs keep
+        figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9
         figures["formula GB"] = (weights + vpt.step_bytes(models, num_tokens, recomputes=False)) / 1e9 + 0.8
     candidates = {"step": lambda: next(steps), "floor": bench.matrix_products(models, num_tokens)}
     seconds = bench.interleaved(candidates, args.repeats, args.device)
     step, floor = (min(seconds[name]) for name in ("step", "floor"))
-    options = vpt.parse_args(["--demo", "--device", str(args.device), "--compile", choice])
     figures |= {"steps/s": 1 / step, "of the products": floor / step}
     if num_tokens != args.sizes[0]:  # longer pictures are decoded as quickly, but for their caches
         return figures
-    decoded = vpt.generate_visual_codes(models, ["a red apple"], args.decoded, options)
+    options = vpt.parse_args(["--demo", "--device", str(args.device)])
+    codes, seconds = vpt.generate_visual_codes(models, ["a red apple"], args.decoded, options)
     reading = min(bench.interleaved({"read": bench.read_weights(models)}, 3, args.device)["read"])
-    rate = decoded.codes.numel() / decoded.seconds
-    return figures | {"tokens/s": rate, "of the reading": rate * reading, "decoding compiled": str(decoded.compiled)}
+    rate = codes.numel() / seconds
+    return figures | {"tokens/s": rate, "of the reading": rate * reading}
 
 
 def measure(check: Check, args: argparse.Namespace) -> list[dict]:
-    """What is compiled comes last, since it takes minutes: what time is left for is in the table by then."""
     rows = []
-    for choice in args.compile:
-        for shape in args.shapes:
-            models = bench.build_models(on(args, shape=shape, dtype=vpt.pick_dtype("auto", args.device)))
-            for num_tokens in args.sizes:
-                row = {"shape": shape, "N": num_tokens, "compiled": choice}
-                try:
-                    rows.append(row | measured(args, models, num_tokens, choice))
-                except (vpt.UserError, RuntimeError) as error:
-                    check.holds(f"{shape}, N = {num_tokens}, --compile {choice} can be run", False, vpt.line_of(error))
-                write(check, args, rows)
-                torch.compiler.reset()
-                gc.collect()
-                if args.device.type == "cuda":
-                    torch.cuda.empty_cache()
+    for shape in args.shapes:
+        models = bench.build_models(on(args, shape=shape, dtype=vpt.pick_dtype("auto", args.device)))
+        for num_tokens in args.sizes:
+            try:
+                rows.append({"shape": shape, "N": num_tokens} | measured(args, models, num_tokens))
+            except (vpt.UserError, RuntimeError) as error:
+                check.holds(f"{shape}, N = {num_tokens} can be run", False, vpt.line_of(error))
+            write(check, args, rows)
+            gc.collect()
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
     return rows
 
 
@@ -245,7 +240,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
     parser.add_argument("--shapes", nargs="+", choices=("demo", "0.5B", "1.5B"), help="to measure (default: both real)")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="tokens (default: 256 1024 2304 4096)")
-    parser.add_argument("--compile", nargs="+", choices=("off", "on"), help="(default: off alone)")
     args = parser.parse_args()
     args.small = args.device.type == "cpu"
     args.num_steps = 10 if args.small else 1000
@@ -253,7 +247,6 @@ def main() -> None:
     args.decoded = 16 if args.small else 128
     args.shapes = args.shapes or (["demo"] if args.small else ["0.5B", "1.5B"])
     args.sizes = args.sizes or ([16] if args.small else [256, 1024, 2304, 4096])
-    args.compile = args.compile or ["off"]
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device.index or 0)
     check, started, folder = Check(), time.monotonic(), Path(tempfile.mkdtemp(prefix="gpu_check-"))
