@@ -1364,34 +1364,6 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-@contextlib.contextmanager
-def quick_products_of_few_rows(generator: Qwen2ForCausalLM) -> Iterator[None]:
-    """In here a CPU's generator has linear layers that compute as `few_rows_linear`. Leaves it as it was."""
-    layers = []
-    if generator.device.type == "cpu":
-        layers = [module for module in generator.modules() if isinstance(module, torch.nn.Linear)]
-    for layer in layers:
-        layer.forward = functools.partial(few_rows_linear, weight=layer.weight, bias=layer.bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of a few rows, x [..., I] and weight [O, I] -> [..., O].
-
-    In float32 on a CPU MKL reads a large weight as fast as memory gives it only when the weight stands on the left: on
-    an AMD Zen 1, 2 to 16 rows took 1.1 to 5 times less time so, and none took more.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    out = (weight @ x.flatten(0, -2).T).T.contiguous()
-    out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], -1)
-
-
 class PromptedLayers:
     """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N positions.
 
@@ -1462,28 +1434,26 @@ def generate_visual_codes(
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
-    with quick_products_of_few_rows(models.generator):
-        layers = PromptedLayers(models, prompts, num_tokens)
-        layers.warm_up()
-        started = time_on(models.device)
-        for position in progress_bar(range(num_tokens), "reference", "tokens"):
-            if position == 0:
-                hidden_states = layers.prefill()  # [2B, D]
-            else:
-                newest_ids = codes[:, position - 1] + models.visual_offset
-                hidden_states = layers(newest_ids.repeat(2)[:, None])  # both prompts are fed the same token
-            logits = few_rows_linear(hidden_states, models.visual_head).float()  # [2B, C]
-            cond_logits, uncond_logits = logits.chunk(2)
-            if models.repetition_penalty != 1 and position > 0:
-                cond_logits = penalise(codes[:, :position], cond_logits)
-            scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
-            all_finite = all_finite & scores.isfinite().all()
-            if position in (0, num_tokens - 1) and not all_finite:  # not at each: the device would have to wait
-                damaged = "the generator's logits are not finite: try another --dtype; else its weights are damaged"
-                raise UserError(damaged)
-            scores = torch.where(scores.isfinite(), scores, 0)
-            codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
-        return codes, time_on(models.device) - started
+    layers = PromptedLayers(models, prompts, num_tokens)
+    layers.warm_up()
+    started = time_on(models.device)
+    for position in progress_bar(range(num_tokens), "reference", "tokens"):
+        if position == 0:
+            hidden_states = layers.prefill()  # [2B, D]
+        else:
+            newest_ids = codes[:, position - 1] + models.visual_offset
+            hidden_states = layers(newest_ids.repeat(2)[:, None])  # both prompts are fed the same token
+        logits = F.linear(hidden_states, models.visual_head).float()  # [2B, C]
+        cond_logits, uncond_logits = logits.chunk(2)
+        if models.repetition_penalty != 1 and position > 0:
+            cond_logits = penalise(codes[:, :position], cond_logits)
+        scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
+        all_finite = all_finite & scores.isfinite().all()
+        if position in (0, num_tokens - 1) and not all_finite:  # not at each: the device would have to wait
+            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
+        scores = torch.where(scores.isfinite(), scores, 0)
+        codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
+    return codes, time_on(models.device) - started
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:

@@ -148,11 +148,6 @@ def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_
     assert codes.tolist() != plain.tolist()
 
 
-def test_decoding_leaves_the_generator_as_transformers_made_it(tiny_models, make_args):
-    vpt.generate_visual_codes(tiny_models, ["a"], 4, make_args())
-    assert not any("forward" in vars(module) for module in tiny_models.generator.modules())
-
-
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
     codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
