@@ -72,14 +72,7 @@ except ImportError:  # Windows has no such locks
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-RECIPES = {
-    "optimizer": {"tuned": "lbfgs", "reference": "adamw"},
-    "learning_rate": {"tuned": 0.2, "reference": 0.01},
-    "warmup_steps": {"tuned": 20, "reference": 0},
-    "betas": {"tuned": (0.9, 0.9), "reference": (0.9, 0.999)},  # the short memory gains most
-    "initial_scale": {"tuned": 0.25, "reference": 0.01},
-    "grad_clip": {"tuned": 0.0, "reference": 1.0},
-}
+ADAMW_OPTIONS = {"warmup_steps": 20, "betas": (0.9, 0.9), "grad_clip": 0.0}  # with their defaults
 TOKENS_IN_FLIGHT = 1024
 LFS_POINTER = "version https://git-lfs.github.com/"  # begins what git leaves in place of a large file
 DEFAULT_PROMPT = "a red apple on a wooden table"
@@ -290,23 +283,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="whether several targets share one m, or each learns its own (default: %(default)s)")
     add("--m-from", "result", str | None, type=PROTO_TOKENS, metavar="FILE",
         help="take m, frozen, from an earlier run's folder or its proto_tokens.safetensors: only e_t learns")
-    add("--recipe", "result", choices=("tuned", "reference"), default="tuned",
-        help="the defaults of the next six options; `reference` is the usual one: AdamW, 0.01, no warm-up, betas 0.9 "
-        "and 0.999, initial values x 0.01, clipping at 1 (default: %(default)s)")
     add("--optimizer", "result", choices=("lbfgs", "adamw"),
-        help="L-BFGS, whose line search takes steps as well, or AdamW (default: adamw where an option of its own is "
-        "given, else lbfgs, that of the recipe)")
-    add("--learning-rate", "result", type=POSITIVE, metavar="RATE",
-        help="how much a step changes each number: at most, on average, by L-BFGS, and about by AdamW, whose peak rate "
-        "it is, with a cosine behind it (default: 0.2, that of the recipe)")
+        help="L-BFGS or AdamW (default: adamw where one of its own options is given, else lbfgs)")
+    add("--learning-rate", "result", type=POSITIVE, default=0.2, metavar="RATE",
+        help="how much a step may change each number: on average and at most by L-BFGS; AdamW's peak rate, with a "
+        "cosine behind it (default: %(default)s)")
     add("--warmup-steps", "result", type=COUNT_OR_0, metavar="STEPS",
-        help="AdamW's steps up to the peak rate, a tenth of all at most (default: 20, that of the recipe)")
+        help="of AdamW: steps up to the peak rate, at most a tenth of all "
+        f"(default: {ADAMW_OPTIONS['warmup_steps']})")
     add("--betas", "result", type=BETAS, metavar="B1,B2",
-        help="memory of AdamW's first and second moments (default: 0.9,0.9, those of the recipe)")
-    add("--initial-scale", "result", type=UP_TO_1000, metavar="STD",
-        help="standard deviation of the initial values (default: 0.25, that of the recipe)")
+        help="of AdamW: memory of the first and second moments "
+        f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})")
     add("--grad-clip", "result", type=AT_LEAST_0, metavar="NORM",
-        help="clip the joint gradient of e_t and m to this norm, for AdamW; 0 is off (default: 0, that of the recipe)")
+        help="of AdamW: clip the joint gradient of e_t and m to this norm; 0 is off "
+        f"(default: {ADAMW_OPTIONS['grad_clip']:g})")
+    add("--initial-scale", "result", type=UP_TO_1000, default=0.25, metavar="STD",
+        help="standard deviation of the initial values (default: %(default)s)")
     add("--vocabulary", "result", str, choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
@@ -361,7 +353,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         refuse_contradictions(args)
         # What was not given follows from what was.
-        choose_recipe(args)
+        if args.target_accuracy is None:
+            args.target_accuracy = 99.0 if args.capacity else 100.0
+        choose_optimizer(args)
         choose_targets(args)
         choose_models(args)
         say_what_is_not_used(args)
@@ -395,26 +389,19 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
         raise UserError("--m-from gives all targets one m: leave out --m own")
-    if args.optimizer == "lbfgs" and options_of_adamw(args):
-        raise UserError(f"{options_of_adamw(args)[0]} is of AdamW: leave it out, or --optimizer lbfgs")
 
 
-def options_of_adamw(args: argparse.Namespace) -> list[str]:
-    """Those that were given."""
-    options = {"--warmup-steps": args.warmup_steps, "--betas": args.betas, "--grad-clip": args.grad_clip}
-    return [name for name, value in options.items() if value is not None]
-
-
-def choose_recipe(args: argparse.Namespace) -> None:
-    if args.optimizer is None and options_of_adamw(args):
-        args.optimizer = "adamw"
-    for name, values in RECIPES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.recipe])
-    if args.optimizer == "lbfgs":
-        args.grad_clip = 0.0  # it could not tell a clipped gradient from the loss's own
-    if args.target_accuracy is None:
-        args.target_accuracy = 99.0 if args.capacity else 100.0
+def choose_optimizer(args: argparse.Namespace) -> None:
+    """Chooses AdamW where one of its options is given, else L-BFGS. Raises UserError where these contradict."""
+    given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
+    if given and args.optimizer == "lbfgs":
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is an option of AdamW: leave it out, or --optimizer lbfgs")
+    if args.optimizer is None:
+        args.optimizer = "adamw" if given else "lbfgs"
+    for name, default in ADAMW_OPTIONS.items():
+        if name not in given:
+            setattr(args, name, default)
 
 
 def choose_targets(args: argparse.Namespace) -> None:

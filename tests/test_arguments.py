@@ -103,33 +103,24 @@ def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content, 
     assert stop.value.code == 2 and "--prompts-file" in error and why in error
 
 
-def test_a_recipe_sets_what_is_not_given():
-    names = ("learning_rate", "betas", "warmup_steps", "initial_scale", "grad_clip")
-    reference = vpt.parse_args(["--recipe", "reference", "--betas", "0.8,0.7"])
-    assert [getattr(reference, name) for name in names] == [0.01, (0.8, 0.7), 0, 0.01, 1.0]
-    assert [getattr(vpt.parse_args([]), name) for name in names] == [0.2, (0.9, 0.9), 20, 0.25, 0.0]
-
-
-def test_the_help_states_the_defaults_of_the_recipe():
+def test_the_help_states_the_defaults_of_adamws_options():
     text = " ".join(vpt.build_parser().format_help().split())
-    stated = dict(re.findall(r"--([a-z-]+) (?:(?! --).)*?\(default: ([\d.,]+), th", text))
-    tuned = {name.replace("_", "-"): values["tuned"] for name, values in vpt.RECIPES.items()}
-    assert f"else {tuned.pop('optimizer')}, that of the recipe" in text
-    assert {name: tuple(map(float, value.split(","))) for name, value in stated.items()} == {
-        name: value if isinstance(value, tuple) else (value,) for name, value in tuned.items()
-    }
+    stated = dict(re.findall(r"--([a-z-]+) [A-Z0-9,]+ of AdamW: .*?\(default: ([\d.,]+)\)", text))
+    assert stated == {"warmup-steps": "20", "betas": "0.9,0.9", "grad-clip": "0"}
+    args = vpt.parse_args(["--optimizer", "adamw"])
+    assert (args.warmup_steps, args.betas, args.grad_clip) == (20, (0.9, 0.9), 0)
 
 
 def test_an_option_of_adamw_chooses_it():
     assert vpt.parse_args([]).optimizer == "lbfgs"
-    assert vpt.parse_args(["--recipe", "reference"]).optimizer == "adamw"
-    assert vpt.parse_args(["--betas", "0.9,0.99"]).optimizer == "adamw"
+    args = vpt.parse_args(["--betas", "0.9,0.99"])
+    assert args.optimizer == "adamw" and args.betas == (0.9, 0.99) and args.warmup_steps == 20
 
 
 def test_an_option_of_adamw_beside_lbfgs_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args(["--optimizer", "lbfgs", "--grad-clip", "1"])
-    assert stop.value.code == 2 and "--grad-clip is of AdamW" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--grad-clip is an option of AdamW" in capsys.readouterr().err
 
 
 def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
@@ -158,7 +149,7 @@ REFUSED = {
     "--log-every": ["0", "-5"],
     "--save-every": ["0", "-1", "x"],
     "--image-every": ["0", "1.5"],
-    "--recipe": ["best"],
+    "--optimizer": ["best"],
     "--betas": ["0.9", "0.9,1", "-0.1,0.9", "0.9,nan", "a,b", "0.9,0.9,0.9", ""],
     "--warmup-steps": ["-1", "1.5"],
     "--initial-scale": ["-1", "nan", "inf", "1e7"],

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.builders import optimise, random_codes, reference_of
+from support.contract import USUAL_RECIPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import verify_proto_tokens as vpt
@@ -209,9 +210,9 @@ def test_an_optimizer_goes_on_with_the_problems_kept_and_begins_with_those_that_
         assert torch.allclose(after[0], whole.step(moved, gradients[[1, 1, 0]], losses / 2)[2])
 
 
-@pytest.mark.parametrize("recipe", ["tuned", "reference"])
+@pytest.mark.parametrize("recipe", ["--optimizer adamw", USUAL_RECIPE])
 def test_adamw_takes_the_steps_that_torchs_takes(recipe):
-    args = vpt.parse_args(["--optimizer", "adamw", "--recipe", recipe, "--num-steps", "40"])
+    args = vpt.parse_args([*recipe.split(), "--num-steps", "40"])
     start, rng = torch.zeros(1, 6), torch.Generator().manual_seed(0)
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
     optimizer, torchs = vpt.AdamW(start, args), torch.optim.AdamW([theirs], betas=args.betas, weight_decay=0.0)
@@ -277,7 +278,7 @@ def test_proto_tokens_are_float32_whatever_the_generators_precision(make_args, d
 
 
 def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
-    args = make_args("--num-steps", "100", "--recipe", "reference", "--learning-rate", "0.05")  # falls again
+    args = make_args("--num-steps", 100, *USUAL_RECIPE.split(), "--learning-rate", 0.05)  # falls again
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.outcomes.best_step[0] - 1]

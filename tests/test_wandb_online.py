@@ -104,7 +104,7 @@ def test_progress_pictures_arrive_every_few_steps(online):
 def test_names_tags_settings_and_versions_arrive(online):
     run, *_ = online
     assert (run.project, run.display_name, run.group, run.tags) == ("my-project", "my run", "mine", ["one", "two"])
-    assert run.config["num_steps"] == 12 and run.config["recipe"] == "tuned" and run.config["versions"]["torch"]
+    assert run.config["num_steps"] == 12 and run.config["optimizer"] == "lbfgs" and run.config["versions"]["torch"]
 
 
 def test_the_proto_tokens_arrive_as_an_artifact(online):

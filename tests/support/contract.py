@@ -51,3 +51,7 @@ OTHER_CAPTIONS = (
     "a rose on a teal background",
 )
 SEEDS = (42, 43)
+# The usual recipe, as options of the script.
+USUAL_RECIPE = (
+    "--optimizer adamw --learning-rate 0.01 --warmup-steps 0 --betas 0.9,0.999 --initial-scale 0.01 --grad-clip 1"
+)

@@ -5,7 +5,7 @@
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
     prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
-    accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our recipe against AdamW and the reference
+    accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our optimiser against AdamW and the usual
               recipe, or against --candidates
     many      --count captions of the demo, each with an m of its own: evaluations and time of one run, against as many
               optimisations in one process and as many runs of the script, of which --singles are timed
@@ -44,7 +44,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support.builders import reference_of  # noqa: E402
-from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS  # noqa: E402
+from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS, USUAL_RECIPE  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
@@ -507,7 +507,7 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
 
     The captions learn at once, with an m of their own, each as it would alone.
     """
-    recipes = {"ours": "", "AdamW": "--optimizer adamw", "reference": "--recipe reference"}
+    recipes = {"ours": "", "AdamW": "--optimizer adamw", "usual": USUAL_RECIPE}
     if args.candidates:
         recipes = {options or "ours": options for options in args.candidates}
     generator = ("--model-path", args.model_path, "--vq-model-ckpt", vpt.DEMO_FOLDER / "vq")
@@ -680,7 +680,7 @@ def main() -> None:
     )
     parser.add_argument("--num-steps", type=int, default=1000, help="for accuracy (default: %(default)s)")
     parser.add_argument("--options", default="", help="for accuracy, of all: as '--control random'")
-    parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: '' is the default recipe")
+    parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: '' is the default")
     parser.add_argument("--count", type=int, default=64, help="for many: captions (default: %(default)s)")
     parser.add_argument("--singles", type=int, default=8, help="for many: runs of one (default: %(default)s)")
     parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
