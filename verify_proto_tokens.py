@@ -567,7 +567,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if __name__ == "__main__":
     keep_outputs_open()
     ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during these there is nothing to save, and no traceback to show
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the loop Ctrl-C has nothing to save or to explain
 
 # A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -606,62 +607,32 @@ from transformers import (
 # Errors and small helpers
 
 
+# SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end. Windows lacks some.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+
+
 class Stopped(BaseException):
-    """A signal that asks to stop came; like KeyboardInterrupt it passes every `except Exception`."""
+    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it passes every `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
 
 
-class StopSignals:
-    """The signals that ask to stop: the first raises Stopped, a second one ends the process at once.
-
-    SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end.
-    """
-
-    def __init__(self):
-        self.received: list[int] = []
-        self.wait = False
-        self.report_dropped = sys.unraisablehook
-
-    def listen(self) -> None:
-        sys.unraisablehook = self.dropped
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-            number = getattr(signal, name, None)  # Windows lacks some
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as `nohup` has it
-                signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: object) -> None:
-        self.received.append(number)
-        if len(self.received) > 1:
-            os._exit(128 + number)
-        if not self.wait:
-            raise Stopped(number)
-
-    def dropped(self, unraisable: object) -> None:
-        """Takes what Python drops, as it does what is raised within a callback or a finalizer: an import has many.
-
-        A signal comes again in a moment, when Python is elsewhere; all else is reported with its traceback.
-        """
-        if isinstance(unraisable.exc_value, Stopped):
-            threading.Timer(0.1, signal.raise_signal, [self.received.pop()]).start()
-        else:
-            self.report_dropped(unraisable)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[list[int]]:
-        """In here a signal ends nothing: its number is in the list, for whoever can stop in good order.
-
-        Raises Stopped at the end where one came that nobody saw.
-        """
-        self.wait = True
-        try:
-            yield self.received
-        finally:
-            self.wait = False
-        if self.received:
-            raise Stopped(self.received[0])
+@contextlib.contextmanager
+def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each stop signal that comes in here; one that is ignored stays ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    listened = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]  # as `nohup` has SIGHUP
+    for number in listened:
+        signal.signal(number, lambda number, frame: handle(number))
+    try:
+        yield
+    finally:
+        for number in listened:
+            signal.signal(number, before[number])
 
 
 def line_of(error: BaseException, number: int = 0) -> str:
@@ -3311,6 +3282,13 @@ class Tracker:
             abandon_wandb(self.run, error)
             self.run = None
 
+    def end_by_signal(self, number: int) -> None:
+        """End the process by the signal, after closing W&B's run, which would else be taken for a live one."""
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # a second signal does not wait
+        self.tell(finish_wandb, 128 + number)
+        signal.raise_signal(number)
+
     def row(self, row: dict[str, float]) -> None:
         """`best_accuracy` too, so that a sweep can stop a run early."""
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
@@ -3335,8 +3313,8 @@ class Recorder:
     A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, stop_signals: StopSignals):
-        self.args, self.folder, self.settings, self.stop_signals = args, folder, settings, stop_signals
+    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict):
+        self.args, self.folder, self.settings = args, folder, settings
         self.saved = read_state(folder / STATE_FILE) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
@@ -3551,13 +3529,16 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     done, total, unit = learning.progress
     bar = progress_bar(None, "proto-tokens", unit, total=total, initial=done)
     try:
-        with record.stop_signals.waiting() as received, bar, enough_memory_for("a step of the optimisation"):
+        with stop_requests() as received, bar, enough_memory_for("a step of the optimisation"):
             for row in learning.steps():
                 record.step(row, learning)
                 show_step(bar, row, learning)
-                if received and not learning.finished:  # a finished one is kept before it is stopped
-                    raise Stopped(received[0])
-            record.end(learning)
+                if received and not learning.finished:
+                    break
+            if learning.finished:
+                record.end(learning)
+            if received:
+                raise Stopped(received[0])
     except (UserError, Stopped):
         record.save_state(learning)
         raise
@@ -3568,6 +3549,20 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
         lost = int(diverged.sum())
         print(f"note: {lost} of {len(codes)} targets ended where their loss or its gradient was no longer finite")
     return learning
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Yield a list that gets the number of the first stop signal, for a loop to ask; a second one ends the process."""
+    received = []
+
+    def handle(number: int) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    with on_stop_signal(handle):
+        yield received
 
 
 def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
@@ -3674,7 +3669,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     return summary
 
 
-def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
+def run_experiment(args: argparse.Namespace) -> None:
     """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
         if wants_wandb(args):
@@ -3693,16 +3688,14 @@ def run_experiment(args: argparse.Namespace, stop_signals: StopSignals) -> None:
                 return
         if not args.from_proto_tokens:
             warn_if_slow(models, settings["num_tokens"], args.num_steps)
-        with Recorder(args, folder, settings, stop_signals) as record:
+        with Recorder(args, folder, settings) as record, on_stop_signal(record.tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)
         print_results(summary, record)
 
 
 def main(args: argparse.Namespace) -> None:
-    stop_signals = StopSignals()
-    stop_signals.listen()
     try:
-        run_experiment(args, stop_signals)
+        run_experiment(args)
     except UserError as error:
         exit_with_error(error)
     except Stopped as stopped:

@@ -116,19 +116,19 @@ def stopping(number: int, at_step: int):
 
 
 @pytest.fixture
-def handlers():
-    """Gives the signals back to pytest."""
+def default_handlers():
+    """Under nohup the tests themselves ignore one of these."""
     numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
-def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, handlers, name):
+@pytest.mark.usefixtures("default_handlers")
+def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, name):
     number, folder = getattr(signal, name), tmp_path / "out" / "run"
-    signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore one
     assert call_tiny(*RUN).code == 0
     whole = results_of(folder)
     with monkeypatch.context() as patch:
@@ -138,9 +138,11 @@ def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_p
     assert vpt.read_state(folder / STATE)["learning"]["step"] == 4
     assert call_tiny(*RUN, "--resume").code == 0
     assert results_of(folder) == whole
+    assert signal.getsignal(number) == signal.SIG_DFL  # given back
 
 
-def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monkeypatch, handlers):
+@pytest.mark.usefixtures("default_handlers")
+def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     monkeypatch.setattr(vpt.Recorder, "step", stopping(signal.SIGHUP, at_step=4))
     assert call_tiny(*RUN).code == 0
