@@ -54,7 +54,6 @@ import statistics
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 import traceback
 import warnings
@@ -682,28 +681,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-@contextlib.contextmanager
-def said_if_slow(what: str) -> Iterator[None]:
-    """Says what is being done, once it has taken two seconds, and every half-minute for how long."""
-    done, started = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        wait = 2
-        while not done.wait(wait):
-            print(f"{what}: {duration(time.monotonic() - started)} ...", file=sys.stderr)
-            wait = 30
-
-    speaker = threading.Thread(target=say, daemon=True)
-    speaker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        speaker.join()
-
-
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
-    """Lively on a terminal, a line a half-minute in a log file."""
+    """Return a bar that is lively on a terminal and adds a line every half-minute to a log file."""
     lively = sys.stderr.isatty()
     interval = 0.1 if lively else 30
     return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
@@ -716,7 +695,6 @@ CONFIGURATION_FILES = ("*.json", "merges.txt")
 GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
-REAL_SIZE = 100e6  # parameters from which a run on a CPU deserves a word about its duration
 
 
 @dataclass(frozen=True)
@@ -786,6 +764,7 @@ def load_models(args: argparse.Namespace) -> Models:
     visual_offset = len(text_tokenizer)
     vq_files = (VQ_DECODER, VQ_ENCODER) if args.images else (VQ_DECODER,)
     vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
+    print(f"loading the VQ tokenizer from {vq_folder}")
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
     vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
@@ -803,6 +782,7 @@ def load_models(args: argparse.Namespace) -> Models:
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
+    print(f"loading the generator from {generator_folder}")
     generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
     print(
         f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {name_of(generator.dtype)} on {device}; "
@@ -846,19 +826,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
         print("note: this GPU has no arithmetic in bfloat16: computing in float32 (in float16 Qwen2 can overflow)")
-    if name == "auto":
-        return torch.float32
-    if device.type == "cpu" and not cpu_computes_in(name):
-        print(f"note: this processor has no arithmetic in {name}: --dtype float32 is many times faster here")
-    return getattr(torch, name)
-
-
-def cpu_computes_in(dtype_name: str) -> bool:
-    """Whether this processor has instructions for it."""
-    if dtype_name == "float32":
-        return True
-    sort = {"bfloat16": "bf16", "float16": "fp16"}[dtype_name]
-    return any(has and sort in name for name, has in torch.cpu.get_capabilities().items())
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -885,6 +853,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     elsewhere = "name a local folder, or try --demo"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(f"{no_folder} (and this is no hub id such as {DEFAULT_MODEL}); {elsewhere}")
+    print(f"{option}: fetching {', '.join(patterns)} of {name} from the Hugging Face hub, unless they are cached")
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError:
@@ -1102,7 +1071,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
     # Unoptimised: from a second call on, fused kernels could round the same codes to other pixels.
-    with said_if_slow("decoding pictures"), torch.jit.optimized_execution(False):
+    with torch.jit.optimized_execution(False):
         # A few at a time: the decoder needs far more memory than its pictures.
         videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
     return ((videos[:, :, 0].float() + 1) / 2).clamp(0, 1)
@@ -1150,35 +1119,6 @@ def digest_of(files: list[Path]) -> str:
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
-
-
-@torch.inference_mode()
-def warn_if_slow(models: Models, num_tokens: int, num_steps: int) -> None:
-    """One line about how long a real-size model takes on a CPU, from timing one pass of each kind."""
-    parameters = models.generator.num_parameters()
-    if models.device.type != "cpu" or parameters < REAL_SIZE:
-        return
-
-    def seconds_a_token(*shape: int) -> float:
-        started = time.perf_counter()
-        models.generator(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-        return (time.perf_counter() - started) / shape[1]
-
-    seconds_a_token(2, 1)  # reads the weights from disk
-    decoding = num_tokens * seconds_a_token(2, 1)
-    one_pass = num_tokens * seconds_a_token(1, min(num_tokens, 256))
-    step = 2 * one_pass  # the way back costs about one more way there
-    started = time.perf_counter()
-    decode_codes(models.vq_decoder, torch.zeros(1, 1, dtype=torch.long))
-    picture = num_tokens * (time.perf_counter() - started)
-    remedies = ["a GPU", "fewer --num-steps"]
-    if models.generator.dtype == torch.float32 and cpu_computes_in("bfloat16"):
-        remedies.append("--dtype bfloat16")
-    print(
-        f"note: {parameters / 1e9:.1f} B parameters on a CPU: expect about {duration(decoding + picture)} for a new "
-        f"reference, {duration(step * num_steps)} for {num_steps} steps of one target, and "
-        f"{duration(5 * one_pass + picture)} after them; {' or '.join(remedies)} shortens this"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1240,6 +1180,7 @@ def make_reference(
     else:
         codes, seconds = new_targets(models, args, cache, pictures)
     codes = codes.to(models.device)
+    print("reference: decoding its picture")
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes[:SHOWN_TARGETS]), args.prompts)
 
 
@@ -2197,10 +2138,12 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Rec
 
     A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
     """
+    print("reconstruction: one pass over the best proto-tokens")
     predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
     errors, drawn = [], {}
-    for some in slices(len(codes), BATCH_WITHOUT_GRADIENTS):  # of many the pictures would not fit into memory
+    parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # of many the pictures would not fit into memory
+    for some in progress_bar(parts, "pictures", "parts"):
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
         errors.append((pixels - originals).square().mean((1, 2, 3)))
@@ -2212,11 +2155,10 @@ def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Rec
 def timed_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> tuple[Predictions, float]:
     """What one pass predicts, and its seconds: the median of the passes, six at most, that fit into two seconds."""
     seconds = []
-    with said_if_slow("one pass over the best proto-tokens"):
-        while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
-            started = time_on(models.device)
-            predictions = predict_in_one_pass(models, proto_tokens, codes)
-            seconds.append(time_on(models.device) - started)
+    while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
+        started = time_on(models.device)
+        predictions = predict_in_one_pass(models, proto_tokens, codes)
+        seconds.append(time_on(models.device) - started)
     return predictions, statistics.median(seconds[1:] or seconds)  # the first warms up
 
 
@@ -2263,10 +2205,10 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
     batch, num_tokens = reference.codes.shape
     size = models.size_token(num_tokens)
     prompted, unprompted = [], []
-    with said_if_slow("what the targets cost in bits"):
-        for prompt, codes in zip(reference.prompts, reference.codes, strict=True):
-            prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes).sum().item())
-            unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes).sum().item())
+    targets = progress_bar(list(zip(reference.prompts, reference.codes, strict=True)), "bits", "targets")
+    for prompt, codes in targets:
+        prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes).sum().item())
+        unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes).sum().item())
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
@@ -3469,6 +3411,7 @@ class Recorder:
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
         """Writes and logs what proto-tokens reconstruct, learned here or by an earlier run."""
+        print("writing the results")
         file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
         self.tracker.tell(log_proto_tokens, file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
@@ -3686,8 +3629,6 @@ def run_experiment(args: argparse.Namespace) -> None:
             if is_finished(folder):
                 print(f"the run in {folder} is finished: there is nothing to resume")
                 return
-        if not args.from_proto_tokens:
-            warn_if_slow(models, settings["num_tokens"], args.num_steps)
         with Recorder(args, folder, settings) as record, on_stop_signal(record.tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)
         print_results(summary, record)

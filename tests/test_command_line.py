@@ -74,6 +74,14 @@ def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
     assert "exp/proto_256px_steps40_lr02_seed42" in demo_run.out
 
 
+def test_each_stage_that_can_be_long_says_that_it_begins(demo_run):
+    lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "one pass over", "writing")
+    places = [demo_run.out.index(line) for line in lines]
+    assert places == sorted(places)
+    for bar in ("reference", "proto-tokens", "pictures", "bits"):
+        assert re.search(rf"^{bar}: +0%", demo_run.err, re.MULTILINE)
+
+
 def test_neither_a_reused_reference_nor_wandb_changes_tokens_or_history(call_tiny, tmp_path):
     arguments = ("--num-steps", 20, "--save-dir", "out", "--wandb-run-name", "run")
     assert call_tiny(*arguments).code == 0
@@ -282,12 +290,6 @@ def test_a_result_that_cannot_be_replaced_is_one_line(call_tiny, tmp_path):
 @pytest.mark.parametrize("option", ["--save-dir", "--model-path", "--vq-model-ckpt"])
 def test_a_name_too_long_for_the_file_system_is_one_line(call_tiny, option):
     refused(call_tiny(option, "x" * 300), option)
-
-
-def test_a_real_size_model_on_a_cpu_is_announced_with_its_duration(tiny_models, monkeypatch, capsys):
-    monkeypatch.setattr(vpt, "REAL_SIZE", 1)
-    vpt.warn_if_slow(tiny_models, num_tokens=16, num_steps=10)
-    assert re.search(r"expect about [\d.]+ s for a new reference, [\d.]+ s for 10 steps", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("size", ["15", "2"])

@@ -153,15 +153,6 @@ def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monk
 # Slow machines
 
 
-def test_what_takes_long_is_said(capsys):
-    with vpt.said_if_slow("looking"):
-        vpt.time.sleep(2.3)
-    assert capsys.readouterr().err.startswith("looking: 2")
-    with vpt.said_if_slow("looking"):
-        pass
-    assert not capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("seconds_a_pass", "passes"), [(0.0, 6), (0.9, 3), (60.0, 1)])
 def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkeypatch, seconds_a_pass, passes):
     clock, really_predict, count = [0.0], vpt.predict_in_one_pass, []
@@ -177,16 +168,3 @@ def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkey
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
     assert len(count) == passes and reconstruction.one_pass_seconds == pytest.approx(seconds_a_pass)
-
-
-@pytest.mark.parametrize("has_it", [True, False])
-def test_half_precision_is_recommended_only_where_the_processor_has_it(
-    tiny_models, make_args, monkeypatch, capsys, has_it
-):
-    monkeypatch.setattr(vpt, "REAL_SIZE", 1)
-    monkeypatch.setattr(vpt.torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_it})
-    vpt.warn_if_slow(tiny_models, 16, 1000)
-    note = capsys.readouterr().out
-    assert "a GPU" in note and "after them" in note and ("--dtype bfloat16" in note) == has_it
-    vpt.pick_dtype("bfloat16", vpt.torch.device("cpu"))
-    assert ("no arithmetic in bfloat16" in capsys.readouterr().out) != has_it

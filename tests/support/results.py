@@ -46,7 +46,7 @@ def refused(result: SimpleNamespace, *words: str) -> None:
     lines = [
         line
         for line in result.err.splitlines()
-        if line and not line.startswith(("reference:", "proto-tokens:", "wandb:"))
+        if line and not line.startswith(("reference:", "proto-tokens:", "pictures:", "bits:", "wandb:"))
     ]
     assert len(lines) == 1 and lines[0].startswith("verify_proto_tokens.py: error:"), result.err
     for word in words:
