@@ -72,7 +72,6 @@ except ImportError:  # Windows has no such locks
 # Arguments
 
 ADAMW_OPTIONS = {"warmup_steps": 20, "betas": (0.9, 0.9), "grad_clip": 0.0}  # with their defaults
-TOKENS_IN_FLIGHT = 1024
 LFS_POINTER = "version https://git-lfs.github.com/"  # begins what git leaves in place of a large file
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
@@ -275,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-steps", "result", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
     add("--targets-at-once", "nothing", type=COUNT, metavar="B",
         help="targets that learn at a time, with an m of their own or --m-from; one that has ended leaves its place to "
-        f"the next (default: as many as memory holds and {TOKENS_IN_FLIGHT} tokens are)")
+        "the next (default: as many as 1024 tokens are, on a GPU 8192)")
     add("--num-e-tokens", "result", int, type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
     add("--m", "result", str, choices=("shared", "own"), default="shared",
@@ -303,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the visual codes alone (default: %(default)s)")
     add("--gradient-checkpointing", "nothing", choices=("auto", "on", "off"), default="auto",
         help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
-        "(default: auto, that is where the device would not hold the step otherwise)")
+        "(default: auto, that is where memory runs out otherwise)")
     add("--target-accuracy", "result", type=PERCENT, metavar="PERCENT",
         help="stop as soon as this token accuracy is reached; 0 is never (default: 100; with --capacity 99)")
     add("--capacity", "result", **SWITCH,
@@ -662,6 +661,23 @@ def enough_memory_for(what: str) -> Iterator[None]:
 
 def slices(count: int, at_once: int) -> list[slice]:
     return [slice(first, first + at_once) for first in range(0, count, at_once)]
+
+
+def in_parts_that_fit(work: Callable[[slice], object], count: int, at_once: int, what: str) -> list:
+    """Call `work` on slices of `count` things, `at_once` at a time, and half as many where memory runs out."""
+    results, done = [], 0
+    while done < count:
+        part = slice(done, min(done + at_once, count))
+        try:
+            results.append(work(part))
+            done = part.stop
+        except (MemoryError, RuntimeError) as error:
+            size = part.stop - part.start
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            at_once = (size + 1) // 2
+            print(f"note: out of memory for {what}: going on with {at_once} at a time")
+    return results
 
 
 def time_on(device: torch.device) -> float:
@@ -1125,7 +1141,7 @@ def digest_of(files: list[Path]) -> str:
 # Reference
 
 CACHE_FORMAT = 4
-BATCH_WITHOUT_GRADIENTS = 16  # targets, whose key/value cache must fit
+BATCH_WITHOUT_GRADIENTS = 16  # targets at a time
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
@@ -1212,22 +1228,17 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
     missing = [prompt for prompt in prompts if prompt not in decoded]
-    for few in slices(len(missing), targets_per_decoding(models, num_tokens)):
-        codes, seconds = generate_visual_codes(models, missing[few], num_tokens, args)
+
+    def decode(part: slice) -> None:
+        codes, seconds = generate_visual_codes(models, missing[part], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
-        for prompt, row in zip(missing[few], codes.cpu(), strict=True):
+        for prompt, row in zip(missing[part], codes.cpu(), strict=True):
             decoded[prompt] = row, seconds / len(codes)
             cache.write(prompt, row, seconds / len(codes))
+
+    in_parts_that_fit(decode, len(missing), BATCH_WITHOUT_GRADIENTS, "the references")
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
     return codes, sum(decoded[prompt][1] for prompt in args.prompts)
-
-
-def targets_per_decoding(models: Models, num_tokens: int) -> int:
-    """BATCH_WITHOUT_GRADIENTS, or as many as have room for their keys and values behind prompts of a usual length."""
-    config = models.generator.config
-    of_a_position = 2 * config.num_hidden_layers * keys_per_token(models) * models.generator.dtype.itemsize
-    of_a_target = 2 * (num_tokens + 128) * of_a_position  # under both prompts
-    return max(1, int(min(BATCH_WITHOUT_GRADIENTS, 0.8 * free_bytes(models.device) / of_a_target)))
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -1517,13 +1528,11 @@ def joined(parts: list[Predictions]) -> Predictions:
 
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
     """One pass for the targets codes [B, N], as many of them at a time as fit, and what it predicts."""
-    batch, num_tokens = codes.shape
-    _, fitting = memory_plan(models, batch, num_tokens, "on")  # which keeps more than a pass without gradients
-    parts = []
-    for some in slices(batch, min(fitting, BATCH_WITHOUT_GRADIENTS)):
-        hidden_states = one_pass(models, proto_tokens, num_tokens, some)
-        parts.append(predict(models, hidden_states, codes[some]))
-    return joined(parts)
+
+    def predict_part(some: slice) -> Predictions:
+        return predict(models, one_pass(models, proto_tokens, codes.shape[1], some), codes[some])
+
+    return joined(in_parts_that_fit(predict_part, len(codes), BATCH_WITHOUT_GRADIENTS, "the pass"))
 
 
 def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
@@ -1726,15 +1735,17 @@ class Optimisation:
         count, num_tokens = codes.shape
         self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
         self.together = args.m == "shared" and given_m is None
-        self.recomputes, self.targets_per_pass = memory_plan(models, count, num_tokens, args.gradient_checkpointing)
+        self.recomputes = args.gradient_checkpointing == "on" or (
+            args.gradient_checkpointing == "auto" and a_cpu_could_be_too_small(models, num_tokens)
+        )
+        self.targets_per_pass = max(1, tokens_at_once(models.device) // num_tokens)
         self.step = 0  # steps behind it
         self.seconds = 0.0
         self.best = initial_proto_tokens(models, count, args, given_m)
         self.outcomes = Outcomes(count, self.together, args)
         self.at_once = count  # in flight, at most
         if not self.together:
-            fitting = min(self.targets_per_pass, TOKENS_IN_FLIGHT // num_tokens)
-            self.at_once = min(count, args.targets_at_once or max(1, fitting))
+            self.at_once = min(count, args.targets_at_once or self.targets_per_pass)
         self.num_begun, self.turns = self.at_once, math.ceil(count / self.at_once)
         proto_tokens, optimizer = self.newcomers(self.at_once)
         self.have_in_flight(list(range(self.at_once)), proto_tokens, optimizer)
@@ -1767,24 +1778,51 @@ class Optimisation:
         The numbers belong to the embeddings before the step's update. A target ends at --num-steps, at
         --target-accuracy, or where its loss or gradient is no longer finite, which is no step of its own.
         """
-        with gradient_checkpointing(self.models.generator, self.recomputes):
-            while not self.finished:
-                started = time.perf_counter()
-                proto_tokens, codes, rates = self.proto_tokens, self.codes_in_flight, self.optimizer.rates
-                predictions = losses_and_gradient(self.models, proto_tokens, codes, self.targets_per_pass)
-                points, gradients = proto_tokens.points, proto_tokens.gradients
-                numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
-                took_a_step = any((numbers.finite & ~self.outcomes.ended[self.in_flight]).tolist())
-                if took_a_step:
-                    self.step += 1  # before all else: what follows, left halfway, is no state to go on from
-                better = self.outcomes.take(self.in_flight, numbers)
-                self.keep_the_best(better)  # before the update, since the numbers are those of these embeddings
-                losses = predictions.losses.mean(1).view(proto_tokens.groups, -1).sum(1)  # [G]
-                proto_tokens.move_to(self.optimizer.step(points, gradients, losses))
-                self.replace_the_ended()
-                self.seconds += time.perf_counter() - started
-                if took_a_step:
-                    yield self.row(numbers, rates)
+        while not self.finished:
+            started = time.perf_counter()
+            proto_tokens, rates = self.proto_tokens, self.optimizer.rates
+            predictions = self.evaluate()
+            points, gradients = proto_tokens.points, proto_tokens.gradients
+            numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
+            took_a_step = any((numbers.finite & ~self.outcomes.ended[self.in_flight]).tolist())
+            if took_a_step:
+                self.step += 1  # before all else: what follows, left halfway, is no state to go on from
+            better = self.outcomes.take(self.in_flight, numbers)
+            self.keep_the_best(better)  # before the update, since the numbers are those of these embeddings
+            losses = predictions.losses.mean(1).view(proto_tokens.groups, -1).sum(1)  # [G]
+            proto_tokens.move_to(self.optimizer.step(points, gradients, losses))
+            self.replace_the_ended()
+            self.seconds += time.perf_counter() - started
+            if took_a_step:
+                yield self.row(numbers, rates)
+
+    def evaluate(self) -> Predictions:
+        """Loss and gradient of the targets in flight, computed in a way that needs less memory where it runs out.
+
+        First the layers are recomputed, unless the user said otherwise, then half as many targets go into a pass.
+        """
+        while True:
+            try:
+                with gradient_checkpointing(self.models.generator, self.recomputes):
+                    return losses_and_gradient(
+                        self.models, self.proto_tokens, self.codes_in_flight, self.targets_per_pass
+                    )
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not self.need_less_memory():
+                    raise
+
+    def need_less_memory(self) -> bool:
+        """Choose the next way to take a step that needs less memory, and say so; False where there is none."""
+        at_once = min(self.targets_per_pass, len(self.in_flight))
+        if not self.recomputes and self.args.gradient_checkpointing == "auto":
+            self.recomputes = True
+            print("note: out of memory for a step: going on with --gradient-checkpointing on")
+        elif at_once > 1:
+            self.targets_per_pass = (at_once + 1) // 2
+            print(f"note: out of memory for a step: going on with {self.targets_per_pass} of the targets a pass")
+        else:
+            return False
+        return True
 
     @torch.no_grad()
     def keep_the_best(self, better: Tensor) -> None:
@@ -2035,55 +2073,23 @@ def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_no
     )
 
 
-def memory_plan(models: Models, batch: int, num_tokens: int, choice: str) -> tuple[bool, int]:
-    """Whether --gradient-checkpointing is on (as said, or where not one target fits without); targets a pass."""
-    free = 0.8 * free_bytes(models.device)
-    one_needs = step_bytes(models, num_tokens, False) + loss_bytes(models, num_tokens)
-    recomputes = choice == "on" or (choice == "auto" and one_needs > free)
-    budget = free - loss_bytes(models, batch * num_tokens)
-    return recomputes, max(1, int(min(batch, budget / step_bytes(models, num_tokens, recomputes))))
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens go into a pass with gradients at most: more gain little speed."""
+    return 1024 if device.type == "cpu" else 8192
 
 
-def step_bytes(models: Models, num_tokens: int, recomputes: bool) -> int:
-    """About how much memory a target adds to a step: what autograd keeps of each layer, or of one and all inputs."""
-    config, itemsize = models.generator.config, models.generator.dtype.itemsize
-    # Of a layer for each token, counted; in half precision float32 copies of its norms' inputs, too.
-    kept = (4.5 * config.hidden_size + 3 * config.intermediate_size + 2 * keys_per_token(models)) * itemsize
-    if itemsize < 4:
-        kept += 1.2 * config.hidden_size * 4
-    if models.device.type == "cuda" and (itemsize == 4 or torch.cuda.get_device_capability(models.device) < (8, 0)):
-        # By torch's documentation (not measured) attention for grouped queries then holds its weights, in float32.
-        kept += config.num_attention_heads * num_tokens * 4
-    of_all_layers = config.num_hidden_layers * kept
-    if recomputes:
-        of_all_layers = config.num_hidden_layers * config.hidden_size * itemsize + kept
-    return int(of_all_layers * num_tokens)
+def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
+    """Whether what autograd keeps of a target exceeds half of the free memory of a CPU, which kills without a word."""
+    config, dtype = models.generator.config, models.generator.dtype
+    kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
+    return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
 
 
-def loss_bytes(models: Models, num_positions: int) -> int:
-    """What a chunk of logits takes in float32, with its probabilities and its gradient."""
-    return 12 * min(LOGITS_AT_ONCE, num_positions * len(models.head))
-
-
-def keys_per_token(models: Models) -> int:
-    """Numbers of a layer's keys, and as many of its values, for each token."""
-    config = models.generator.config
-    return config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free on the device, where it can be asked; else without end."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    available = math.inf
+def free_memory() -> float:
+    """Bytes of memory that are free on this machine; infinite where it does not say."""
     with contextlib.suppress(OSError, TypeError):
-        available = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-    with contextlib.suppress(OSError, ValueError, TypeError):  # a container may have less than its machine
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(re.search(r"^anon (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text())[1])
-        available = min(available, limit - used)
-    return available
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.builders import random_codes
+from support.builders import memory_for, random_codes
 from support.contract import HISTORY
 
 import verify_proto_tokens as vpt
@@ -57,22 +57,15 @@ def test_the_picture_is_decoded_from_what_the_pass_emits_and_compared_with_the_t
     assert reconstruction.errors[0].item() == pytest.approx((pixels - original).square().mean().item()) != 0
 
 
-def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, make_args, monkeypatch):
+def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, make_args, capsys):
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
     proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
     codes = random_codes(tiny_models, batch=5)
     whole = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
-    two = vpt.loss_bytes(tiny_models, 5 * 16) + 2.5 * vpt.step_bytes(tiny_models, 16, recomputes=True)
-    monkeypatch.setattr(vpt, "free_bytes", lambda device: two / 0.8)
-    passes, really_pass = [], vpt.one_pass
-
-    def counted(models, proto_tokens, num_tokens, some):
-        passes.append(some)
-        return really_pass(models, proto_tokens, num_tokens, some)
-
-    monkeypatch.setattr(vpt, "one_pass", counted)
-    in_parts = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
-    assert passes[:3] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    with memory_for(tiny_models, targets=2) as sizes:
+        in_parts = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
+    assert sizes[:5] == [5, 3, 2, 2, 1]
+    assert "note: out of memory for the pass: going on with 2 at a time" in capsys.readouterr().out
     assert torch.equal(whole.ids, in_parts.ids) and len(whole.ids.unique(dim=0)) == 5
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 

@@ -1,6 +1,8 @@
 """The script's parts put together as a run does, for tests and tools that look at one of them."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,3 +28,24 @@ def optimise(
     """Runs the whole optimisation; gives it as it ended, and the row of every step."""
     learning = vpt.Optimisation(models, random_codes(models) if codes is None else codes, args, given_m)
     return learning, list(learning.steps())
+
+
+@contextlib.contextmanager
+def memory_for(models: vpt.Models, targets: int = 1000, from_pass: int = 1, recomputed: bool = False) -> Iterator[list]:
+    """Have passes of more targets, or unless their layers are `recomputed`, run out of memory, from one pass on.
+
+    Yields the numbers of targets of all passes.
+    """
+    sizes = []
+
+    def run_out(module: torch.nn.Module, args: tuple, inputs: dict) -> None:
+        sizes.append(len(inputs["inputs_embeds"]))
+        too_much = sizes[-1] > targets or (recomputed and not module.training)
+        if too_much and len(sizes) >= from_pass:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hook = models.generator.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        hook.remove()

@@ -2,9 +2,9 @@
 
 First whether it is right: greedy tokens against the CPU's; loss and gradient against the plain formula in each
 precision; a whole run, twice, then killed and resumed; and what running out of memory leaves. Then how quick it is:
-steps and tokens a second and peak memory for each size of picture, beside the bare products, the bare reading of the
-weights and the README's formula. Ends with exit code 0 only if all that was checked holds, prints a table for the
-README, and writes gpu_check.json as it goes. Meant for ten minutes on a large GPU. It was never run on one. On a CPU
+steps and tokens a second and peak memory for each size of picture, beside the bare products and the bare reading of the
+weights. Ends with exit code 0 only if all that was checked holds, prints a table for the README, and writes
+gpu_check.json as it goes. Meant for ten minutes on a large GPU. It was never run on one. On a CPU
 (--device cpu) the same on the demo model and less of it, which is one of the tests.
 """
 
@@ -185,9 +185,7 @@ def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> d
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
         next(steps)
-        weights = sum(p.numel() * p.itemsize for p in models.generator.parameters())
         figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9
-        figures["formula GB"] = (weights + vpt.step_bytes(models, num_tokens, recomputes=False)) / 1e9 + 0.8
     candidates = {"step": lambda: next(steps), "floor": bench.matrix_products(models, num_tokens)}
     seconds = bench.interleaved(candidates, args.repeats, args.device)
     step, floor = (min(seconds[name]) for name in ("step", "floor"))
