@@ -202,12 +202,11 @@ SWITCH = {
 # One row an option, as a table reads best.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; its `settings` say of each option what it decides, and the type of what is taken over.
+    """Return the parser; its `decides` says what each setting decides, by the word in the second column.
 
-    An option decides the "reference", and so all that follows, as does the "environment", in which an interrupted run
-    may go on all the same; the "result" that is learned from it; or "nothing" but how the run works and reports. Some
-    are taken over by --from-proto-tokens, since proto-tokens mean nothing without them. From these columns come
-    config.json, the reference cache's key, and what --resume compares.
+    "model": which models are used; "reference": the reference, and so all that follows; "result": what is learned from
+    it; "nothing": only how the run works and reports. From this follow the default name of a run, config.json, the key
+    of the reference cache, and what --resume compares.
     """
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -216,20 +215,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option may also be written with underscores (--num_steps), as W&B sweep agents do.",
         allow_abbrev=False,
     )
-    parser.settings, parser.options = {}, set()
+    parser.options, parser.decides = set(), {}
 
-    def add(name: str, decides: str, taken_over: type | None = None, **options) -> None:
+    def add(name: str, decides: str, **options) -> None:
         parser.options.add(name)
         setting = group.add_argument(name, **options).dest
-        parser.settings[setting] = decides, taken_over
+        parser.decides[setting] = decides
 
     group = parser.add_argument_group("models")
-    add("--model-path", "nothing", type=TEXT, metavar="PATH",
+    add("--model-path", "model", type=TEXT, metavar="PATH",
         help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})")
-    add("--vq-model-ckpt", "nothing", type=TEXT, metavar="PATH",
+    add("--vq-model-ckpt", "model", type=TEXT, metavar="PATH",
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
-    add("--demo", "nothing", **SWITCH, help="use the small demo model kept in the repository; needs no network")
+    add("--demo", "model", **SWITCH, help="use the small demo model kept in the repository; needs no network")
     add("--codebook-size", "reference", type=COUNT, metavar="CODES",
         help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
         "embedding rows beyond the text vocabulary)")
@@ -245,12 +244,12 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: {DEFAULT_PROMPT})")
     add("--prompts-file", "nothing", type=FILES, action="extend", metavar="FILE", dest="prompts_files",
         help="further prompts, one a line")
-    add("--shard", "nothing", type=SHARD, metavar="I/N",
+    add("--shard", "result", type=SHARD, metavar="I/N",
         help="of all prompts, only each N-th from the I-th on: one of N runs that share the work (default: 1/1)")
     add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
         help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
         "then says what it shows (default: its file's name)")
-    add("--image-size", "result", int, type=IMAGE_SIZE, default=256, metavar="PIXELS",
+    add("--image-size", "result", type=IMAGE_SIZE, default=256, metavar="PIXELS",
         help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
     add("--cfg-scale", "reference", type=UP_TO_1000, default=6.0, metavar="S",
         help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
@@ -264,9 +263,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
         "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
     add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
-    add("--seed", "reference", int, type=COUNT_OR_0, default=42,
+    add("--seed", "reference", type=COUNT_OR_0, default=42,
         help="of the reference and of the initial proto-tokens (default: %(default)s)")
-    add("--control", "result", str | None, choices=("random", "shuffled", "untrained"),
+    add("--control", "result", choices=("random", "shuffled", "untrained"),
         help="a harder target to compare with: `random` codes, the reference's own codes `shuffled`, or the reference "
         "for an `untrained` generator of the same architecture (default: none)")
 
@@ -275,11 +274,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--targets-at-once", "nothing", type=COUNT, metavar="B",
         help="targets that learn at a time, with an m of their own or --m-from; one that has ended leaves its place to "
         "the next (default: as many as 1024 tokens are, on a GPU 8192)")
-    add("--num-e-tokens", "result", int, type=COUNT, default=1, metavar="K",
+    add("--num-e-tokens", "result", type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
-    add("--m", "result", str, choices=("shared", "own"), default="shared",
+    add("--m", "result", choices=("shared", "own"), default="shared",
         help="whether several targets share one m, or each learns its own (default: %(default)s)")
-    add("--m-from", "result", str | None, type=PROTO_TOKENS, metavar="FILE",
+    add("--m-from", "result", type=PROTO_TOKENS, metavar="FILE",
         help="take m, frozen, from an earlier run's folder or its proto_tokens.safetensors: only e_t learns")
     add("--optimizer", "result", choices=("lbfgs", "adamw"),
         help="L-BFGS or AdamW (default: adamw where one of its own options is given, else lbfgs)")
@@ -297,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: {ADAMW_OPTIONS['grad_clip']:g})")
     add("--initial-scale", "result", type=UP_TO_1000, default=0.25, metavar="STD",
         help="standard deviation of the initial values (default: %(default)s)")
-    add("--vocabulary", "result", str, choices=("full", "visual"), default="full",
+    add("--vocabulary", "result", choices=("full", "visual"), default="full",
         help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
         "the visual codes alone (default: %(default)s)")
     add("--gradient-checkpointing", "nothing", choices=("auto", "on", "off"), default="auto",
@@ -327,8 +326,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"(default: WANDB_PROJECT of the environment, else {DEFAULT_PROJECT})")
     add("--wandb-entity", "nothing", type=TEXT, metavar="NAME", help="user or team (default: W&B's own default)")
     add("--wandb-run-name", "nothing", type=RUN_NAME, metavar="NAME",
-        help="name of the run and of its folder (default: from the settings, as proto_256px_steps1000_lr02_seed42; "
-        "WANDB_NAME of the environment names the run in W&B alone)")
+        help="name of the run and of its folder (default: from the settings that are not at their defaults, as "
+        "proto_256px_steps1000_lr02_seed42; WANDB_NAME of the environment names the run in W&B alone)")
     add("--wandb-tags", "nothing", type=TAGS, metavar="TAG,TAG",
         help="separated by commas (default: WANDB_TAGS of the environment, else proto-tokens)")
     add("--wandb-group", "nothing", type=TEXT, metavar="NAME", help="group that the run belongs to")
@@ -348,19 +347,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args([as_typed(word, parser.options) for word in words if not is_nothing(word)])
+    defaults = parser.parse_args([])
     try:
         refuse_contradictions(args)
-        # What was not given follows from what was.
-        if args.target_accuracy is None:
-            args.target_accuracy = 99.0 if args.capacity else 100.0
-        choose_optimizer(args)
-        choose_targets(args)
-        choose_models(args)
+        for each in (args, defaults):
+            fill_in(each)
         say_what_is_not_used(args)
-        name_for_wandb(args)
+        name_for_wandb(args, default_run_name(args, defaults, parser.decides))
     except UserError as error:
         exit_with_error(error)
     return args
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set what was not given and follows from what was. Raises UserError."""
+    if args.target_accuracy is None:
+        args.target_accuracy = 99.0 if args.capacity else 100.0
+    choose_optimizer(args)
+    choose_targets(args)
+    choose_models(args)
 
 
 def is_nothing(word: str) -> bool:
@@ -468,9 +473,10 @@ def say_what_is_not_used(args: argparse.Namespace) -> None:
         print(f"note: {given[0]} has no effect without --use-wandb")
 
 
-def name_for_wandb(args: argparse.Namespace) -> None:
-    """Fills in the run's name, and W&B's project, tags and mode as the environment has them."""
-    args.wandb_run_name = args.wandb_run_name or default_run_name(args)
+def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
+    """Fill in the run's name, and W&B's own name, project, tags and mode as the environment has them."""
+    args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
+    args.wandb_run_name = args.wandb_run_name or default_name
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None:
         try:
@@ -481,26 +487,58 @@ def name_for_wandb(args: argparse.Namespace) -> None:
         args.wandb_mode = args.wandb_mode or "disabled"
 
 
-def default_run_name(args: argparse.Namespace) -> str:
-    """As proto_256px_steps1000_lr02_seed42, and what kind of experiment it is; prompt and models are not in it."""
+def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, decides: dict[str, str]) -> str:
+    """Return a name such as proto_256px_steps1000_lr02_seed42, then all else that decides the results.
+
+    Each setting that is not at its default is named, so that runs of different settings never share a folder.
+    """
+    rate = re.sub(r"^0\.", "0", in_a_name(args.learning_rate))
+    name, named = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}", set()
     if args.from_proto_tokens:
         name = "reconstructed"
     else:
-        rate = f"{args.learning_rate:g}".replace(".", "")
-        name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
-        name += "_image" if args.images else ""
-        name += f"_targets{len(args.prompts)}" if len(args.prompts) > 1 else ""
-        name += "_own" if len(args.prompts) > 1 and args.m == "own" else ""
-        name += f"_shard{args.shard[0]}of{args.shard[1]}" if args.shard else ""
-        name += "_adamw" if args.optimizer == "adamw" else ""
-        name += f"_e{args.num_e_tokens}" if args.num_e_tokens > 1 else ""
-        name += "_given" if args.m_from else ""
-        name += f"_{args.control}" if args.control else ""
-        name += "_capacity" if args.capacity else ""
+        named = {"image_size", "num_steps", "learning_rate", "seed"}
+    for setting, decided in decides.items():
+        value = getattr(args, setting)
+        of_demo = args.demo and setting in ("model_path", "vq_model_ckpt")
+        if decided == "nothing" or setting in named or of_demo or value == getattr(defaults, setting):
+            continue
+        if value is True:
+            name += f"_{setting}"
+        elif setting == "from_proto_tokens" or (setting == "prompts" and len(value) == 1):
+            name += f"_{in_a_name(value)}"
+        elif decided == "model":
+            folder = Path(value).expanduser()
+            name += f"_{in_a_name(folder)}" if folder.is_dir() else f"_{value.replace('/', '-')}"
+        else:
+            name += f"_{setting.replace('_', '-')}-{in_a_name(value)}"
+    if len(name.encode()) > 128:
+        name = f"{name.encode()[:120].decode(errors='ignore')}-{short_digest(name)}"
     if in_sweep() and os.environ.get("WANDB_RUN_ID"):
-        # The runs of a sweep differ in settings that the name may not show: each keeps to a folder of its own.
-        name += f"_{os.environ['WANDB_RUN_ID']}"
+        name += f"_{os.environ['WANDB_RUN_ID']}"  # an agent's runs may differ in nothing
     return name
+
+
+def in_a_name(value: object) -> str:
+    """Return a value as it stands in a run's name: readable, and with a digest where that loses something of it."""
+    if isinstance(value, list) and len(value) > 1:
+        return f"{len(value)}-{short_digest(*map(str, value))}"
+    if isinstance(value, list):
+        value = value[0]
+    if isinstance(value, tuple):
+        return "-".join(map(in_a_name, value))
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    whole = text = str(value)
+    if isinstance(value, Path):
+        whole = os.path.abspath(value)
+        text = value.parent.name if value.name == PROTO_TOKENS_FILE else value.stem
+    slug = re.sub(r"[^\w.]|_", "-", text)[:40].strip("-.")
+    return slug if slug.replace("-", " ") == whole else f"{slug}-{short_digest(whole)}"
+
+
+def short_digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:6]
 
 
 class LastingOutput(io.FileIO):
@@ -531,30 +569,29 @@ def in_sweep() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-# What a run's options resolve to, in the columns of `add` in build_parser.
-RESOLVED = {
-    "prompt": ("reference", str | list),
-    "num_tokens": ("reference", None),
-    "prompt_templates": ("reference", None),
-    "visual_offset": ("reference", None),
-    "generator_fingerprint": ("reference", None),
-    "device_name": ("environment", None),
-    "torch_version": ("environment", None),
-    "m_from_fingerprint": ("result", None),
-    "images_fingerprint": ("result", None),
-    "final_learning_rate": ("result", None),
-    "factor": ("result", None),
-    "hidden_size": ("result", None),
-    "vq_fingerprint": ("result", None),
-    "versions": ("nothing", None),
+# Everything that config.json holds, and what it decides: the options, as in build_parser, and what they come to. The
+# "environment" decides the reference, too, but an interrupted run may go on in another one.
+DECIDES = build_parser().decides | {
+    "prompt": "reference",
+    "num_tokens": "reference",
+    "prompt_templates": "reference",
+    "visual_offset": "reference",
+    "generator_fingerprint": "reference",
+    "device_name": "environment",
+    "torch_version": "environment",
+    "m_from_fingerprint": "result",
+    "images_fingerprint": "result",
+    "final_learning_rate": "result",
+    "factor": "result",
+    "hidden_size": "result",
+    "vq_fingerprint": "result",
+    "versions": "nothing",
 }
-SETTINGS = build_parser().settings | RESOLVED
-TAKEN_OVER = {name: kind for name, (_, kind) in SETTINGS.items() if kind is not None}
 
 
 def deciding(settings: dict, *decided: str) -> dict:
-    """Those of a run's settings that decide one of these."""
-    return {name: value for name, value in settings.items() if SETTINGS[name][0] in decided}
+    """Return those of a run's settings that decide one of these."""
+    return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
 # Only pictures in memory are drawn: a notebook's backend, which a shell started there inherits, may not even load.
@@ -2743,7 +2780,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         settings["m_from_fingerprint"] = digest_of([args.m_from])
     if args.images:
         settings["images_fingerprint"] = digest_of(args.images)
-    return {name: settings[name] for name in SETTINGS if name in settings}
+    return {name: settings[name] for name in DECIDES if name in settings}
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -2876,6 +2913,18 @@ class ReferenceCache:
 
 
 # ---- what a run takes from files
+
+# What an earlier run's proto-tokens mean nothing without, and so is taken over from its settings.
+TAKEN_OVER = {
+    "prompt": str | list,
+    "image_size": int,
+    "seed": int,
+    "control": str | None,
+    "num_e_tokens": int,
+    "m": str,
+    "m_from": str | None,
+    "vocabulary": str,
+}
 
 
 @dataclass(frozen=True)
@@ -3023,11 +3072,10 @@ def wandb_settings(args: argparse.Namespace) -> object:
     """The settings of a W&B run that options decide; one that is left out here is the environment's."""
     import wandb
 
-    named_by_environment = os.environ.get("WANDB_NAME") and args.wandb_run_name == default_run_name(args)
     names = {
         "project": None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
         "entity": args.wandb_entity,
-        "run_name": None if named_by_environment else args.wandb_run_name,
+        "run_name": args.wandb_name,
         "run_group": args.wandb_group,
         "run_tags": args.wandb_tags,
     }

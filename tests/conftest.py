@@ -125,5 +125,5 @@ def demo_run(tmp_path_factory):
     arguments += ["--wandb-tags", "one,two", "--wandb-project", "my-project", "--wandb-group", "mine"]
     result = run_script_in(folder, *arguments, env={"WANDB_MODE": "offline"})
     assert result.code == 0, result.err
-    result.folder = folder / "exp" / "proto_256px_steps40_lr02_seed42"
+    result.folder = folder / "exp" / "proto_256px_steps40_lr02_seed42_demo"
     return result

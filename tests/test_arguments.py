@@ -1,12 +1,13 @@
 """The command line: defaults, spellings, run names, and every value that is refused before anything slow happens."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.processes import ROOT
 
@@ -54,11 +55,46 @@ def test_a_run_is_named_from_its_settings_as_in_the_guide():
     assert args.wandb_run_name == "proto_256px_steps1000_lr001_seed42"
 
 
-def test_what_makes_a_run_another_experiment_stands_in_its_name():
-    options = ["--prompt", "a", "--prompt", "b", "--m", "own", "--num-e-tokens", "4", "--control", "random"]
-    assert vpt.parse_args(options).wandb_run_name == "proto_256px_steps1000_lr02_seed42_targets2_own_e4_random"
-    assert vpt.parse_args(["--optimizer", "adamw"]).wandb_run_name == "proto_256px_steps1000_lr02_seed42_adamw"
-    assert vpt.parse_args([*options, "--shard", "2/2"]).wandb_run_name.endswith("_shard2of2_e4_random")
+def name_of(*words: object) -> str:
+    name = vpt.parse_args([str(word) for word in words]).wandb_run_name
+    assert len(name.encode()) <= 128 and not re.search(r"[\s/\\]", name)
+    return name
+
+
+def test_every_setting_that_is_not_at_its_default_stands_in_the_name():
+    plain = "proto_256px_steps1000_lr02_seed42"
+    assert name_of("--demo") == f"{plain}_demo"
+    assert name_of("--prompt", vpt.DEFAULT_PROMPT, "--optimizer", "lbfgs", "--log-every", 1) == plain
+    assert name_of("--prompt", "a cat", "--num-e-tokens", 4) == f"{plain}_a-cat_num-e-tokens-4"
+    assert name_of("--betas", "0.9,0.999") == f"{plain}_optimizer-adamw_betas-0.9-0.999"
+    assert name_of("--model-path", "Daniel0724/SimpleAR-0.5B-RL") == f"{plain}_Daniel0724-SimpleAR-0.5B-RL"
+    assert name_of("--dtype", "bfloat16", "--capacity") == f"{plain}_dtype-bfloat16_target-accuracy-99_capacity"
+    assert re.fullmatch(rf"{plain}_prompts-2-\w+_m-own", name_of("--prompt", "a", "--prompt", "b", "--m", "own"))
+    assert re.fullmatch(
+        r"reconstructed_my-run-\w+", name_of("--from-proto-tokens", "out/my-run/" + vpt.PROTO_TOKENS_FILE)
+    )
+    assert name_of("--use-wandb", "--resume", "--save-every", 7, "--device", "cpu") == plain
+
+
+@given(st.text(min_size=1, max_size=200), st.text(min_size=1, max_size=200))
+def test_two_prompts_never_share_a_name(one, other):
+    assume(one.strip() and other.strip() and one.strip() != other.strip())
+    with contextlib.suppress(SystemExit):  # what is refused as a prompt
+        assert name_of(f"--prompt={one}") != name_of(f"--prompt={other}")
+
+
+def test_two_models_of_one_folder_name_never_share_a_name(tmp_path):
+    names = set()
+    for parent in ("a", "b"):
+        (tmp_path / parent / "checkpoint").mkdir(parents=True)
+        names.add(name_of("--model-path", tmp_path / parent / "checkpoint"))
+        names.add(name_of("--m-from", tmp_path / parent / "checkpoint" / vpt.PROTO_TOKENS_FILE))
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("rates", [(2.5, 25), (0.25, 25), (0.1234567, 0.1234568), (1e-05, 1e-06)])
+def test_two_rates_never_share_a_name(rates):
+    assert name_of("--learning-rate", rates[0]) != name_of("--learning-rate", rates[1])
 
 
 def test_a_shard_takes_the_pictures_of_its_prompts():

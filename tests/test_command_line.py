@@ -48,7 +48,7 @@ def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
 
 def test_the_config_holds_all_settings_and_versions(demo_run):
     config = config_in(demo_run.folder)
-    assert config.keys() == vpt.SETTINGS.keys() - {"prompts", "m_from_fingerprint", "images_fingerprint"}
+    assert config.keys() == vpt.DECIDES.keys() - {"prompts", "m_from_fingerprint", "images_fingerprint"}
     assert config["num_steps"] == 40 and config["cfg_scale"] == 6.0 and config["device"] == "cpu"
     assert config["versions"]["torch"] == torch.__version__
     assert config["codebook_size"] == 625 and config["factor"] == 32
@@ -71,7 +71,7 @@ def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
 
 def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
     assert re.search(r"best accuracy +\d+\.\d %", demo_run.out)
-    assert "exp/proto_256px_steps40_lr02_seed42" in demo_run.out
+    assert "exp/proto_256px_steps40_lr02_seed42_demo" in demo_run.out
 
 
 def test_each_stage_that_can_be_long_says_that_it_begins(demo_run):

@@ -136,7 +136,7 @@ def test_a_small_picture_is_enlarged(tmp_path):
 def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, tmp_path):
     result = call_tiny("--image", saved(tmp_path, picture(), "my_greys.png"), "--save-dir", "out")
     assert result.code == 0, result.err
-    (folder,) = (tmp_path / "out").glob("*_image")
+    (folder,) = (tmp_path / "out").glob("*_images-my-greys-*")
     assert torch.equal(tensors_in(folder)["target_ids"][0], CODES + 1401)
     assert config_in(folder)["prompt"] == "my greys"
     assert "speedup" not in summary_in(folder)  # nothing was decoded one by one

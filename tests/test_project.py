@@ -37,7 +37,7 @@ def run_shell(tmp_path):
 def test_the_shell_command_takes_settings_from_the_environment(run_shell, tmp_path):
     result = run_shell(NUM_STEPS="3", SEED="7", PROMPT="a cat on green grass", LEARNING_RATE="0.05")
     assert result.returncode == 0, result.stderr
-    config = config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7")
+    config = config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7_demo_a-cat-on-green-grass")
     assert config["prompt"] == "a cat on green grass"
 
 

@@ -44,7 +44,7 @@ def test_every_key_of_the_contract_is_in_the_summary(offline_run):
 
 
 def test_name_project_group_tags_and_config_arrive(offline_run):
-    assert offline_run.run.display_name == "proto_256px_steps40_lr02_seed42"
+    assert offline_run.run.display_name == "proto_256px_steps40_lr02_seed42_demo"
     assert offline_run.run.project == "my-project"
     assert offline_run.run.run_group == "mine" and list(offline_run.run.tags) == ["one", "two"]
     assert offline_run.config["num_steps"] == 40 and offline_run.config["prompt"] == "a red apple on a wooden table"
