@@ -1311,68 +1311,55 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-class PromptedLayers:
-    """The generator's layers with prompts before them: [2B, T] over one key/value cache of T + N positions.
+@dataclass
+class Decoding:
+    """How far B pictures are decoded: 2B sequences over one key/value cache, of which `filled` positions are used."""
 
-    The B conditional prompts, then as often the negative one, padded in front; what comes later comes to both halves.
-    """
+    cache: transformers.StaticCache  # of T + N positions
+    is_token: Tensor  # [2B, T + N], False where a shorter prompt is padded in front
+    position_ids: Tensor  # [2B, T + N]
+    cache_positions: Tensor  # [T + N]
+    filled: int = 0
 
-    def __init__(self, models: Models, prompts: list[str], num_tokens: int):
-        size = models.size_token(num_tokens)
-        texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
-        ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
-        length = max(map(len, ids))
-        padded = [[0] * (length - len(row)) + row for row in ids]
-        is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
-        self.layers = models.generator.model
-        self.prompt_ids = torch.tensor(padded, device=models.device)  # [2B, T]
-        self.is_token = torch.tensor(is_token, device=models.device)  # [2B, T + N]
-        self.position_ids = (self.is_token.cumsum(1) - 1).clamp(min=0)  # [2B, T + N]
-        self.cache_positions = torch.arange(length + num_tokens, device=models.device)
-        self.cache = transformers.StaticCache(models.generator.config, length + num_tokens)
-        self.filled = 0  # positions, by prompts and tokens
 
-    def warm_up(self) -> None:
-        """Passes that no clock is to pay for."""
-        if self.prompt_ids.device.type != "cpu":  # a GPU's kernels are loaded, and some of them chosen, by shape
-            self.prefill()
-            self.forget()
-        self(self.prompt_ids[:, -1:])
-        self.forget()
+def start_decoding(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Decoding]:
+    """Return prompt ids [2B, T], the B conditional prompts and as often the negative one, and an empty cache."""
+    size = models.size_token(num_tokens)
+    texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
+    ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
+    length = max(map(len, ids))
+    padded = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=models.device)
+    is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
+    is_token = torch.tensor(is_token, device=models.device)
+    return padded, Decoding(
+        cache=transformers.StaticCache(models.generator.config, length + num_tokens),
+        is_token=is_token,
+        position_ids=(is_token.cumsum(1) - 1).clamp(min=0),
+        cache_positions=torch.arange(length + num_tokens, device=models.device),
+    )
 
-    def forget(self) -> None:
-        """Empties the cache."""
-        self.cache.reset()
-        self.filled = 0
 
-    def prefill(self) -> Tensor:
-        """[2B, D] after the prompts."""
-        return self.through(self.prompt_ids)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """[2B, D] after one more token each, ids [2B, 1]."""
-        return self.through(ids)
-
-    def through(self, ids: Tensor) -> Tensor:
-        newest = slice(self.filled, self.filled + ids.shape[1])
-        behind = self.cache_positions[newest, None] - self.cache_positions  # [n, T + N]
-        seen = (self.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
-        output = self.layers(
-            input_ids=ids,
-            position_ids=self.position_ids[:, newest].contiguous(),
-            attention_mask={"full_attention": seen[:, None]},
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.filled += ids.shape[1]
-        return output.last_hidden_state[:, -1]
+def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
+    """Feed the next ids [2B, n], a prompt or one token, to the generator; return its last hidden states [2B, D]."""
+    newest = slice(decoding.filled, decoding.filled + ids.shape[1])
+    behind = decoding.cache_positions[newest, None] - decoding.cache_positions  # [n, T + N]
+    seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
+    output = models.generator.model(
+        input_ids=ids,
+        position_ids=decoding.position_ids[:, newest].contiguous(),
+        attention_mask={"full_attention": seen[:, None]},
+        past_key_values=decoding.cache,
+        use_cache=True,
+    )
+    decoding.filled += ids.shape[1]
+    return output.last_hidden_state[:, -1]
 
 
 @torch.no_grad()
 def generate_visual_codes(
     models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace
 ) -> tuple[Tensor, float]:
-    """Samples visual codes [B, N] with classifier-free guidance, one after another; returns them and the seconds.
+    """Sample visual codes [B, N] with classifier-free guidance, one after another; return them and the seconds it took.
 
     Only the visual rows of the head are computed: text ids can never be sampled. Raises UserError.
     """
@@ -1381,15 +1368,14 @@ def generate_visual_codes(
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
-    layers = PromptedLayers(models, prompts, num_tokens)
-    layers.warm_up()
+    ids, decoding = start_decoding(models, prompts, num_tokens)
+    for shape in (ids, ids[:, -1:]):  # a GPU loads kernels, and chooses some, by shape: no clock is to pay for that
+        feed(models, decoding, shape)
+    decoding.cache.reset()
+    decoding.filled = 0
     started = time_on(models.device)
     for position in progress_bar(range(num_tokens), "reference", "tokens"):
-        if position == 0:
-            hidden_states = layers.prefill()  # [2B, D]
-        else:
-            newest_ids = codes[:, position - 1] + models.visual_offset
-            hidden_states = layers(newest_ids.repeat(2)[:, None])  # both prompts are fed the same token
+        hidden_states = feed(models, decoding, ids)  # [2B, D]
         logits = F.linear(hidden_states, models.visual_head).float()  # [2B, C]
         cond_logits, uncond_logits = logits.chunk(2)
         if models.repetition_penalty != 1 and position > 0:
@@ -1400,6 +1386,7 @@ def generate_visual_codes(
             raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         scores = torch.where(scores.isfinite(), scores, 0)
         codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
+        ids = (codes[:, position] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
     return codes, time_on(models.device) - started
 
 
