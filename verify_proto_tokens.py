@@ -508,8 +508,8 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
         elif setting == "from_proto_tokens" or (setting == "prompts" and len(value) == 1):
             name += f"_{in_a_name(value)}"
         elif decided == "model":
-            folder = Path(value).expanduser()
-            name += f"_{in_a_name(folder)}" if folder.is_dir() else f"_{value.replace('/', '-')}"
+            folder = os.path.expanduser(value)
+            name += f"_{in_a_name(Path(folder))}" if os.path.isdir(folder) else f"_{value.replace('/', '-')}"
         else:
             name += f"_{setting.replace('_', '-')}-{in_a_name(value)}"
     if len(name.encode()) > 128:
@@ -616,12 +616,9 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -2317,9 +2314,17 @@ def summarise(
 
 SHOWN_TARGETS, SHOWN_WORST = 24, 8  # of more, the first stand in the figures, and the worst; all in the numbers
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
+# Matplotlib takes each letter from the first of these that is installed and has it: Chinese, say, or emoji.
+FONT_FAMILIES = [
+    "DejaVu Sans",
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
+    *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI", "Leelawadee UI", "Arial Unicode MS"),
+    *("Noto Emoji", "Symbola", "Segoe UI Emoji", "Segoe UI Symbol", "STIXGeneral"),
+]
 STYLES = [
     "default",  # Matplotlib's own, whatever a matplotlibrc says
     {
+        "font.family": FONT_FAMILIES,
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.labelsize": 9,
@@ -2354,35 +2359,9 @@ def render(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def caption_of(prompt: str) -> str:
-    """The prompt as a figure's heading: one line of at most 72 characters."""
-    one_line = " ".join(prompt.split())
-    return one_line if len(one_line) <= 72 else one_line[:71] + "…"
-
-
-@functools.cache
-def families_for(text: str) -> list[str]:
-    """Matplotlib's own font, then fonts of this system that have what it lacks: Chinese, say, or emoji."""
-    own = matplotlib.rcParamsDefault["font.sans-serif"][0]
-    missing = {ord(letter) for letter in text if not letter.isspace()}
-    missing -= FT2Font(font_manager.findfont(own)).get_charmap().keys()
-    families = [own]
-    if not missing:
-        return families
-    for entry in font_manager.fontManager.ttflist:
-        with contextlib.suppress(OSError, RuntimeError):  # a file that is gone or damaged
-            font = FT2Font(entry.fname)
-            drawable = font.scalable and "Last Resort" not in entry.name  # whose letters are boxes
-            if drawable and missing & font.get_charmap().keys():
-                families.append(entry.name)
-                missing -= font.get_charmap().keys()
-    return families
-
-
-def fit(text: Text, figure: Figure, share: float) -> None:
-    """Shrinks a text to a share of the figure's width, if it is wider."""
-    width = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
-    text.set_fontsize(text.get_fontsize() * min(1, share * figure.bbox.width / max(width, 1)))
+def heading_of(prompt: str, width: int, lines: int) -> str:
+    """Return the prompt as a figure's heading, in at most so many lines of at most `width` letters."""
+    return "\n".join(textwrap.wrap(prompt, width, max_lines=lines, placeholder=" …"))
 
 
 def likeness(decibels: float) -> str:
@@ -2410,10 +2389,8 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
     show(left, target["reference"], "reference", f"{total} tokens{one_by_one}")
     show(right, target["reconstruction"], f"one forward pass over {embeddings} embeddings", accuracy)
-    caption = caption_of(target["prompt"])
-    heading = figure.suptitle(caption, fontsize=13, fontweight="bold", y=0.965, parse_math=False)
-    heading.set_fontfamily(families_for(caption))
-    fit(heading, figure, share=0.96)
+    heading = heading_of(target["prompt"], width=44, lines=2)
+    figure.suptitle(heading, fontsize=11.5, fontweight="bold", y=0.945, va="center", parse_math=False)
     return render(figure)
 
 
@@ -2460,11 +2437,9 @@ def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
     for row, target in zip(rows, shown, strict=True):
         words, *pictures = row
         words.axis("off")
-        caption = textwrap.fill(caption_of(target["prompt"]), 30)
-        heading = words.text(0, 0.52, caption, fontsize=11, va="bottom", fontweight="bold", parse_math=False)
-        heading.set_fontfamily(families_for(caption))
-        fit(heading, figure, share=0.27)
-        words.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=11, va="top")
+        heading = heading_of(target["prompt"], width=22, lines=3)
+        words.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
+        words.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
         for axis, name in zip(pictures, ("reference", "reconstruction", "error_map"), strict=True):
             show(axis, target[name])
     for axis, heading in zip(rows[0][1:], ("reference", "one forward pass", "wrong tokens"), strict=True):

@@ -166,8 +166,8 @@ def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
 
 
 def test_demo_only_points_at_the_bundled_models():
-    plain, demo = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"]))
-    assert {name for name in plain if plain[name] != demo[name]} == {"demo", "model_path", "vq_model_ckpt"}
+    plain, demo, names = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"])), {"wandb_run_name", "wandb_name"}
+    assert {name for name in plain if plain[name] != demo[name]} == {"demo", "model_path", "vq_model_ckpt"} | names
 
 
 REFUSED = {

@@ -386,8 +386,8 @@ def test_then_it_is_taken_again_with_half_as_many_targets_a_pass(tiny_models, ma
     assert sizes[at - 1 : at + 4] == [5, 3, 2, 2, 1] and set(sizes[at + 4 :]) == {1, 2}
     assert starved[0]["train/loss"] == pytest.approx(plain[0]["train/loss"], rel=1e-4)
     assert starved[9]["train/loss"] == pytest.approx(plain[9]["train/loss"], rel=1e-3)
-    assert len(starved) == 102 and starved[-1]["train/loss"] < 0.9 * starved[0]["train/loss"]
-    assert [line[-24:] for line in capsys.readouterr().out.splitlines()] == [
+    assert len(starved) == 102 and starved[-1]["train/loss"] == pytest.approx(plain[-1]["train/loss"], rel=0.05)
+    assert [line[-23:] for line in capsys.readouterr().out.splitlines()] == [
         "3 of the targets a pass",
         "2 of the targets a pass",
     ]
@@ -488,7 +488,7 @@ def test_gradient_checkpointing_computes_each_layer_again_on_the_way_back(tiny_m
     assert len(calls) == passes * len(layers)
 
 
-@pytest.mark.parametrize(("free", "passes"), [(100_000, 2), (10**9, 1)])
+@pytest.mark.parametrize(("free", "passes"), [(50_000, 2), (10**9, 1)])
 def test_on_a_cpu_with_little_memory_layers_are_recomputed_from_the_start(
     tiny_models, make_args, monkeypatch, free, passes
 ):

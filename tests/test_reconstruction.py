@@ -271,12 +271,23 @@ def test_a_heading_stays_within_the_figure(prompt):
 
 
 def test_letters_that_matplotlibs_font_lacks_come_from_one_that_this_system_has():
-    assert vpt.families_for("a cat") == ["DejaVu Sans"]
-    assert vpt.families_for("a \u24b6 cat") == [
-        "DejaVu Sans",
-        "STIXGeneral",
-    ]  # a circled A, which ships with Matplotlib
-    assert vpt.families_for("a \U0010fffd cat") == ["DejaVu Sans"]
+    """A circled A is in STIXGeneral, which ships with Matplotlib; a letter that no font has is a box."""
+    picture = Image.new("RGB", (32, 32), "white")
+    summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
+    circled, box = (
+        vpt.draw_comparison({"prompt": letter, "reference": picture, "reconstruction": picture}, summary)
+        for letter in ("\u24b6", "\U0010fffd")
+    )
+    assert circled.tobytes() != box.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lines"), [("a cat", 1), ("a cat " * 50, 3), ("猫" * 72, 2), ("W" * 200, 3), ("\u200b", 1)]
+)
+def test_a_long_prompt_heads_a_figure_in_few_lines(prompt, lines):
+    heading = vpt.heading_of(prompt, width=44, lines=3).split("\n")
+    assert len(heading) == lines and max(map(len, heading)) <= 44
+    assert heading[-1].endswith("…") == (len(prompt) > 3 * 44)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
