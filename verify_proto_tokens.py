@@ -3401,7 +3401,10 @@ class Recorder:
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        try:
+            torch.save(state, buffer)
+        except RuntimeError:  # so it says that the buffer cannot grow
+            raise UserError("out of memory for the state: what was saved before stays as it is") from None
         with written_whole(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 

@@ -18,9 +18,20 @@ from support.tiny_model import save_tiny_models, tiny_arguments  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
+# Runs that several tests look at: these tests stay together, so that one worker makes the run, once.
+SHARED_RUNS = ("demo_run", "online", "troubled", "interrupted_once", "elsewhere", "hostile")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Glyph .* missing from font")  # as the script has it
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in SHARED_RUNS:
+            if name in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -89,14 +87,6 @@ def test_neither_a_reused_reference_nor_wandb_changes_tokens_or_history(call_tin
     result = call_tiny(*arguments, "--use-wandb", env={"WANDB_MODE": "offline"})
     assert result.code == 0 and "reused" in result.out
     assert results_of(tmp_path / "out" / "run") == first
-
-
-def test_without_use_wandb_wandb_is_not_even_imported(run_tiny, tmp_path):
-    (tmp_path / "trap").mkdir()
-    (tmp_path / "trap" / "wandb.py").write_text("raise SystemExit('wandb was imported')")
-    trap = {"PYTHONPATH": str(tmp_path / "trap")}
-    assert run_tiny(env=trap).code == 0
-    assert subprocess.run([sys.executable, "-c", "import wandb"], env=trap, capture_output=True).returncode == 1
 
 
 def test_folders_with_spaces_and_non_ascii_letters_work(call_tiny, tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.processes import ROOT, ended, run_script_in, start
+from support.processes import ROOT, ended, start
 from support.results import tensors_in
 from support.tiny_model import tiny_arguments
 
@@ -33,9 +33,9 @@ def elsewhere(tiny_folder, tmp_path_factory) -> SimpleNamespace:
     """A plain run, and one of several targets that is interrupted and resumed."""
     folder = tmp_path_factory.mktemp("device")
     several = (*SEVERAL, "--num-steps", 6, "--wandb-run-name", "several")
-    plain, stopped, resumed = run_elsewhere(folder, tiny_folder, PLAIN, (*several, "stopping"), (*several, "--resume"))
-    run_script_in(folder, *tiny_arguments(tiny_folder), "--save-dir", "cpu", "--device", "cpu", *PLAIN)
-    run_script_in(folder, *tiny_arguments(tiny_folder), "--save-dir", "cpu", "--device", "cpu", *several)
+    on_cpu = ("on the CPU", "--save-dir", "cpu")
+    runs = (PLAIN, (*several, "stopping"), (*several, "--resume"), (*PLAIN, *on_cpu), (*several, *on_cpu))
+    plain, stopped, resumed, _, _ = run_elsewhere(folder, tiny_folder, *runs)
     return SimpleNamespace(folder=folder, plain=plain, stopped=stopped, resumed=resumed)
 
 

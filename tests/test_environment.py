@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import matplotlib
 import pytest
@@ -30,10 +32,13 @@ no.such.key: 1
 
 @pytest.fixture(scope="module")
 def hostile(tiny_folder, tmp_path_factory):
-    """A run in a folder with a matplotlibrc, from a notebook's shell, into an output of few letters."""
+    """A run in a folder with a matplotlibrc, from a notebook's shell, into an output of few letters, without W&B."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "matplotlibrc").write_text(HOSTILE)
+    (folder / "trap").mkdir()
+    (folder / "trap" / "wandb.py").write_text("raise SystemExit('wandb was imported')")
     env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "cp1252"}
+    env["PYTHONPATH"] = str(folder / "trap")
     arguments = (
         *tiny_arguments(tiny_folder),
         "--prompt",
@@ -44,6 +49,13 @@ def hostile(tiny_folder, tmp_path_factory):
         "狗",
     )
     return run_script_in(folder, *arguments, env=env), folder / "猫" / "狗"
+
+
+def test_without_use_wandb_wandb_is_not_even_imported(hostile):
+    result, folder = hostile
+    trap = {"PYTHONPATH": str(folder.parents[1] / "trap")}
+    assert subprocess.run([sys.executable, "-c", "import wandb"], env=trap, capture_output=True).returncode == 1
+    assert result.code == 0, result.err
 
 
 def test_nobody_elses_matplotlib_settings_matter(hostile):

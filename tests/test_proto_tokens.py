@@ -367,26 +367,25 @@ def test_a_shared_m_is_the_same_problem_as_one_target_given_twice(tiny_models, m
 
 @pytest.mark.parametrize("at", [1, 2, 100])
 def test_a_step_that_runs_out_of_memory_is_taken_again_with_its_layers_recomputed(tiny_models, make_args, capsys, at):
-    args = make_args("--num-steps", 102, "--target-accuracy", 0)
+    args = make_args("--num-steps", at + 2, "--target-accuracy", 0)
     _, plain = optimise(tiny_models, args)
     with memory_for(tiny_models, from_pass=at, recomputed=True) as sizes:
         _, starved = optimise(tiny_models, args)
-    assert starved == plain and len(sizes) == 103
+    assert starved == plain and len(sizes) == at + 3
     assert capsys.readouterr().out == "note: out of memory for a step: going on with --gradient-checkpointing on\n"
 
 
-@pytest.mark.parametrize("at", [1, 2, 100])
-@pytest.mark.parametrize("options", [(), ("--m", "own")])
+@pytest.mark.parametrize(("at", "options"), [(1, ("--m", "own")), (2, ()), (100, ("--m", "own"))])
 def test_then_it_is_taken_again_with_half_as_many_targets_a_pass(tiny_models, make_args, capsys, at, options):
-    args = make_args("--num-steps", 102, "--target-accuracy", 0, "--gradient-checkpointing", "on", *options)
+    args = make_args("--num-steps", at + 5, "--target-accuracy", 0, "--gradient-checkpointing", "on", *options)
     codes = random_codes(tiny_models, batch=5)
-    _, plain = optimise(tiny_models, args, codes)
     with memory_for(tiny_models, targets=2, from_pass=at) as sizes:
         _, starved = optimise(tiny_models, args, codes)
     assert sizes[at - 1 : at + 4] == [5, 3, 2, 2, 1] and set(sizes[at + 4 :]) == {1, 2}
-    assert starved[0]["train/loss"] == pytest.approx(plain[0]["train/loss"], rel=1e-4)
-    assert starved[9]["train/loss"] == pytest.approx(plain[9]["train/loss"], rel=1e-3)
-    assert len(starved) == 102 and starved[-1]["train/loss"] == pytest.approx(plain[-1]["train/loss"], rel=0.05)
+    assert len(starved) == at + 5
+    _, plain = optimise(tiny_models, make_args(*options, "--num-steps", 6, "--target-accuracy", 0), codes)
+    for one, other in zip(plain, starved, strict=False):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
     assert [line[-23:] for line in capsys.readouterr().out.splitlines()] == [
         "3 of the targets a pass",
         "2 of the targets a pass",

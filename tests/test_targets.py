@@ -391,13 +391,13 @@ def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, 
     assert results_of(folder) == results_of(whole)
 
 
-def test_the_shards_of_a_run_are_together_the_whole(run_into, prompts_file):
-    whole = stored(run_into("whole", "--prompts-file", prompts_file, *ALONE, "--targets-at-once", 1))
+def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path):
+    (tmp_path / "five.txt").write_text("a\nb\nc\nd\ne")
+    arguments = ("--prompts-file", tmp_path / "five.txt", *ALONE, "--targets-at-once", 1)
+    whole = stored(run_into("whole", *arguments))
     for k in (1, 2):
-        shard = run_into(
-            f"shard{k}", "--prompts-file", prompts_file, *ALONE, "--targets-at-once", 1, "--shard", f"{k}/2"
-        )
-        assert all(torch.equal(stored(shard)[name], whole[name][k - 1 :: 2]) for name in whole)
+        shard = stored(run_into(f"shard{k}", *arguments, "--shard", f"{k}/2"))
+        assert all(torch.equal(shard[name], whole[name][k - 1 :: 2]) for name in whole)
 
 
 def test_targets_that_learn_one_m_together_are_refused_to_take_turns(call_tiny):

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from support.processes import (
     kill,
     let_go_on,
     run_script_in,
-    start,
+    start_code,
     start_pausing,
     wait_for,
     wandb_tool,
@@ -342,7 +341,7 @@ def test_a_run_stopped_after_its_last_step_sends_its_pictures_when_resumed(
     model_folders, server, call_script, tmp_path
 ):
     arguments = (*tiny_arguments(tmp_path), "--num-steps", 4, "--target-accuracy", 0, "--use-wandb")
-    process = start([sys.executable, "-c", STOPPED_WHILE_PUBLISHING, *arguments], tmp_path, server.environment)
+    process = start_code(STOPPED_WHILE_PUBLISHING, tmp_path, *arguments, env=server.environment)
     assert ended(process).code == -signal.SIGTERM  # outside of the loop, as the system has it
     (run,) = server.runs.values()
     assert run.exit_code == 143  # and yet closed

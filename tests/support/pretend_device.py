@@ -2,8 +2,9 @@
 
 Where there is no GPU, this finds what only one would: an operation on tensors of two devices, a tensor given to numpy,
 float64 (which MPS has not), and how often the host waits for the device. RUNS is JSON, a list of command lines; one
-that has the word "stopping" is stopped after its second step. What each did is printed as JSON, a line each. Left out:
-TorchScript, which runs on the CPU behind the same check, and recomputed layers (torch's Python backends crash there).
+that has the word "stopping" is stopped after its second step, one that has "on the CPU" runs there. What each did is
+printed as JSON, a line each. Left out: TorchScript, which runs on the CPU behind the same check, and recomputed layers
+(torch's Python backends crash there).
 """
 
 import collections
@@ -163,15 +164,20 @@ def main() -> None:
         done["waits_of_decoding"] = counts["waits"] - before
         return decoded
 
-    vpt.load_torchscript = lambda file, device: Script(really_load(file, torch.device("cpu")))
+    def load_torchscript(file, device):
+        module = really_load(file, torch.device("cpu"))
+        return Script(module) if is_pretend(device) else module
+
+    vpt.load_torchscript = load_torchscript
     vpt.Recorder.step, vpt.generate_visual_codes = step, generate
     torch.Generator, torch.save = lambda device="cpu": really_make(), save
     for words in json.load(sys.stdin):
         done, stopping = {"waits_by_step": []}, "stopping" in words
-        command = [word for word in words if word != "stopping"]
+        command = [word for word in words if word not in ("stopping", "on the CPU")]
+        device = "cpu" if "on the CPU" in words else DEVICE.type
         with Lists(), Operations(), contextlib.redirect_stdout(sys.stderr):
             try:
-                vpt.main(vpt.parse_args([*command, "--device", "pretend"]))
+                vpt.main(vpt.parse_args([*command, "--device", device]))
             except SystemExit as end:
                 if not stopping:
                     raise

@@ -1,5 +1,7 @@
 """The script and wandb's own command line as real processes, away from any account and from the network."""
 
+import atexit
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo_model"
@@ -57,11 +60,66 @@ def start_script(folder: Path, *arguments, env: dict[str, str] | None = None, **
     return start([sys.executable, SCRIPT, *arguments], folder, env, **options)
 
 
-def start_pausing(folder: Path, pause_after: int, *arguments, env: dict[str, str] | None = None) -> subprocess.Popen:
+# A process that has imported the script once, and of which others are forked: each is spared five seconds of imports.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["verify_proto_tokens"])
+
+
+class Forked:
+    """A process of the fork server, used like subprocess.Popen."""
+
+    def __init__(self, process: multiprocessing.Process, outputs: list[Path]):
+        self.process, self.outputs, self.pid = process, outputs, process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float | None = None) -> list[str]:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("the script", timeout)
+        return [output.read_text() for output in self.outputs]
+
+
+def run_code(code: str, arguments: list[str], folder: Path, env: dict[str, str], outputs: list[Path]) -> None:
+    """Runs in the forked process what `python -c code arguments` would."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["-c", *arguments]
+    try:
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not
+
+
+def start_code(code: str, folder: Path, *arguments, env: dict[str, str] | None = None) -> Forked:
+    """Starts code that imports the script as a process in `folder`."""
+    outputs = [folder / "stdout", folder / "stderr"]
+    words, environment = [str(word) for word in arguments], clean_environment(folder) | (env or {})
+    process = FORK_SERVER.Process(target=run_code, args=(code, words, folder, environment, outputs))
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for the server, which the first of these starts
+        process.start()
+    return Forked(process, outputs)
+
+
+def start_pausing(folder: Path, pause_after: int, *arguments, env: dict[str, str] | None = None) -> Forked:
     """Starts the script, and returns when it has done so many steps and waits."""
     for name in ("paused", "go_on"):
         (folder / name).unlink(missing_ok=True)
-    process = start([sys.executable, "-c", PAUSING, pause_after, *arguments], folder, env)
+    process = start_code(PAUSING, folder, pause_after, *arguments, env=env)
     wait_for((folder / "paused").exists, process)
     return process
 
@@ -70,12 +128,12 @@ def let_go_on(folder: Path) -> None:
     (folder / "go_on").touch()
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen | Forked) -> None:
     process.kill()
     process.communicate()
 
 
-def ended(process: subprocess.Popen, timeout: float = 240) -> SimpleNamespace:
+def ended(process: subprocess.Popen | Forked, timeout: float = 240) -> SimpleNamespace:
     """Waits for a process; its exit code and output."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -89,7 +147,7 @@ def run_script_in(folder: Path, *arguments, env: dict[str, str] | None = None) -
     return ended(start_script(folder, *arguments, env=env))
 
 
-def wait_for(condition: Callable, process: subprocess.Popen | None = None, seconds: float = 60) -> None:
+def wait_for(condition: Callable, process: subprocess.Popen | Forked | None = None, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "waited in vain"

@@ -54,7 +54,7 @@ def step(record, row, learning):
         with contextlib.suppress(MemoryError):
             while True:
                 ballast.append(bytearray(2**17))
-        del ballast[-24:]
+        del ballast[-64:]
 
 vpt.Recorder.step = step
 vpt.main(vpt.parse_args(sys.argv[1:]))
