@@ -23,13 +23,14 @@ reconstruct and reports how close it comes.
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which tells it step by step;
-the loop itself is `Optimisation.steps`, its loss and gradient `losses_and_gradient`.
+the loop itself is `learn_batch`, its loss `loss_and_gradient`.
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time, F =
-targets in flight, G = problems that they are (1 where they learn one m, else F), L = numbers that each problem learns,
-T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids, code + visual_offset, are only what
-the generator reads, what it finds likeliest, and what proto_tokens.safetensors holds.
+targets that still learn, G = problems (1 where targets learn one m, else one each), L = numbers that a problem learns,
+M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids,
+code + visual_offset, are only what the generator reads, what it finds likeliest, and what proto_tokens.safetensors
+holds.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -271,9 +273,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimisation of the proto-tokens")
     add("--num-steps", "result", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
-    add("--targets-at-once", "nothing", type=COUNT, metavar="B",
-        help="targets that learn at a time, with an m of their own or --m-from; one that has ended leaves its place to "
-        "the next (default: as many as 1024 tokens are, on a GPU 8192)")
     add("--num-e-tokens", "result", type=COUNT, default=1, metavar="K",
         help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
     add("--m", "result", choices=("shared", "own"), default="shared",
@@ -422,8 +421,8 @@ def choose_targets(args: argparse.Namespace) -> None:
         raise UserError(
             f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
         )
-    if len(args.prompts) > 1 and args.m == "shared" and not args.m_from and (args.targets_at_once or args.shard):
-        raise UserError("--targets-at-once and --shard are for targets that learn alone: add --m own or --m-from")
+    if len(args.prompts) > 1 and args.m == "shared" and not args.m_from and args.shard:
+        raise UserError("--shard is for targets that learn alone: add --m own or --m-from")
     if args.shard:
         args.prompts, args.images = in_shard(args.prompts, args.shard), in_shard(args.images, args.shard)
 
@@ -622,6 +621,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -1414,85 +1414,84 @@ FINAL_RATE = 1e-5
 LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
 
 
-class ProtoTokens(torch.nn.Module):
-    """The learned embeddings, float32 whatever the generator's precision.
+@dataclass
+class ProtoTokens:
+    """The learned embeddings of B targets, float32 whatever the generator's precision.
 
-    e_t: [B, K, D], K in front of each target's N. m: [1, D] where the targets share it, [B, D] where each has its own.
+    What learns is one leaf, `points` [G, L], with a row for each problem. Targets that learn one m are one problem
+    (G = 1), all others are one each (G = B). A row holds e_t of its targets, then m unless that was given.
     """
 
-    def __init__(self, e_t: Tensor, m: Tensor, m_learns: bool = True):
-        super().__init__()
-        self.e_t = torch.nn.Parameter(e_t)
-        self.m = torch.nn.Parameter(m, requires_grad=m_learns)
+    points: Tensor
+    num_e_tokens: int  # K
+    hidden_size: int  # D
+    given_m: Tensor | None = None  # [1, D]
 
-    def forward(self, num_tokens: int, some: slice = slice(None)) -> Tensor:
-        """The generator's inputs [e_1 .. e_K, m, ..., m] for all or some targets: [B, N, D]."""
-        e_t = self.e_t[some]
-        m = self.m if len(self.m) == 1 else self.m[some]
+    @property
+    def e_t(self) -> Tensor:
+        """[B, K, D]"""
+        vectors = self.points.unflatten(1, (-1, self.hidden_size))  # [G, L / D, D]
+        if self.given_m is None:
+            vectors = vectors[:, :-1]
+        return vectors.reshape(-1, self.num_e_tokens, self.hidden_size)
+
+    @property
+    def m(self) -> Tensor:
+        """[1, D] where the targets share it, else [B, D]"""
+        return self.points[:, -self.hidden_size :] if self.given_m is None else self.given_m
+
+    def inputs(self, num_tokens: int, part: slice = slice(None)) -> Tensor:
+        """Return the generator's inputs [e_1 .. e_K, m, ..., m] of a part of the targets: [B, N, D]."""
+        e_t = self.e_t[part]
+        m = self.m if len(self.m) == 1 else self.m[part]
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
 
-    @property
-    def groups(self) -> int:
-        """How many parts of the targets share nothing that learns: 1 where they learn one m, else B."""
-        return 1 if len(self.m) == 1 and self.m.requires_grad else len(self.e_t)
-
-    @property
-    def trainable(self) -> list[Tensor]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def by_group(self, tensors: list[Tensor]) -> Tensor:
-        """The learned numbers, or what belongs to them, a row a group: [G, L]."""
-        return torch.cat([tensor.view(1, -1) if self.groups == 1 else tensor.flatten(1) for tensor in tensors], dim=1)
-
-    @property
-    def points(self) -> Tensor:
-        return self.by_group(self.trainable).detach()
-
-    @property
-    def gradients(self) -> Tensor:
-        return self.by_group([parameter.grad for parameter in self.trainable])
-
-    @torch.no_grad()
-    def move_to(self, points: Tensor) -> None:
-        """Sets the learned numbers to points [G, L]."""
-        sizes = [parameter.numel() // self.groups for parameter in self.trainable]
-        for parameter, values in zip(self.trainable, points.split(sizes, dim=1), strict=True):
-            parameter.copy_(values.reshape_as(parameter))
-
-    @torch.no_grad()
-    def exchanged(self, kept: list[int], coming: ProtoTokens) -> ProtoTokens:
-        """Those of some targets, and behind them others', where they share no m that learns."""
-        m_learns = self.m.requires_grad
-        m = torch.cat((self.m[kept], coming.m)) if m_learns else self.m
-        return ProtoTokens(torch.cat((self.e_t[kept], coming.e_t)), m, m_learns)
+    def only(self, rows: list[int]) -> ProtoTokens:
+        """Return the proto-tokens of these problems alone."""
+        return dataclasses.replace(self, points=self.points.detach()[rows].requires_grad_())
 
     def learned_numbers(self, num_tokens: int) -> int:
-        m_is_used = num_tokens > self.e_t.shape[1]
-        return self.e_t.numel() + (self.m.numel() if self.m.requires_grad and m_is_used else 0)
+        m_is_learned_and_used = self.given_m is None and num_tokens > self.num_e_tokens
+        return self.e_t.numel() + (self.m.numel() if m_is_learned_and_used else 0)
+
+
+def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoTokens:
+    """Return the proto-tokens that have these e_t [B, K, D] and m, [1, D] or [B, D]."""
+    if not m_learns:
+        points = e_t.flatten(1)
+    elif len(m) < len(e_t):
+        points = torch.cat((e_t.flatten(), m.flatten()))[None]
+    else:
+        points = torch.cat((e_t.flatten(1), m), dim=1)
+    return ProtoTokens(points.clone().requires_grad_(), e_t.shape[1], e_t.shape[2], None if m_learns else m)
 
 
 def initial_proto_tokens(
     models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> ProtoTokens:
-    """Normal values from a random stream of their own: each target starts as it would alone, on any device.
+    """Return normal values from a random stream of their own: each target starts as it would alone, on any device.
 
     `given_m` [1, D], where there is one, stays as it is.
     """
     rng = torch.Generator().manual_seed(args.seed)
     m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
     e_t = torch.randn(1, args.num_e_tokens, models.hidden_size, generator=rng) * args.initial_scale
-    e_t = e_t.repeat(batch, 1, 1)
+    e_t = e_t.repeat(batch, 1, 1).to(models.device)
     if given_m is not None:
-        return ProtoTokens(e_t, given_m.clone(), m_learns=False).to(models.device)
-    return ProtoTokens(e_t, m.repeat(batch if args.m == "own" else 1, 1)).to(models.device)
+        return proto_tokens_of(e_t, given_m.to(models.device), m_learns=False)
+    return proto_tokens_of(e_t, m.repeat(batch if args.m == "own" else 1, 1).to(models.device))
 
 
-def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, some: slice) -> Tensor:
-    """One forward pass over [e_1 .. e_K, m, ..., m] -> hidden states [B, N, D]; position i speaks for token i."""
-    inputs_embeds = proto_tokens(num_tokens, some).to(models.generator.dtype)
+def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: slice) -> Tensor:
+    """Return the hidden states [B, N, D] of one forward pass over [e_1 .. e_K, m, ..., m].
+
+    Position i predicts token i.
+    """
+    inputs_embeds = proto_tokens.inputs(num_tokens, part).to(models.generator.dtype)
     mask = {"full_attention": None}  # causal; making its own, the library asks the device a question in every pass
-    return models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    output = models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state
 
 
 class Predictions(NamedTuple):
@@ -1513,10 +1512,10 @@ class Predictions(NamedTuple):
 
 
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
-    """What hidden_states [P, D] predict, against the targets `codes` [P]."""
+    """Return what hidden_states [P, D] predict, against the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
     target_rows = codes + models.first_code
-    losses = F.cross_entropy(logits, target_rows, reduction="none")  # the loss's terms: see losses_and_gradient
+    losses = F.cross_entropy(logits, target_rows, reduction="none")
     predicted_rows = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
     # A tie is right where argmax decides it so.
@@ -1526,57 +1525,65 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
     return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
-def predict(models: Models, hidden_states: Tensor, codes: Tensor, backward: bool = False) -> Predictions:
-    """The same of hidden_states [B, N, D] and codes [B, N], never holding [B, N, V] logits.
+def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
+    """Return slices of positions that have LOGITS_AT_ONCE logits at most: [B, N, V] of them never exist."""
+    num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
+    return slices(num_positions, math.ceil(num_positions / num_chunks))  # of one size: products of few rows are slow
 
-    With `backward` the gradient of the summed losses is added up in `hidden_states.grad`.
-    """
+
+def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
+    """Return what hidden_states [B, N, D] predict, against the targets codes [B, N]."""
     all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
-    num_chunks = math.ceil(len(all_codes) * len(models.head) / LOGITS_AT_ONCE)
-    positions_at_once = math.ceil(len(all_codes) / num_chunks)  # of one size, since products of few rows are slow
-    chunks = []
-    for positions in slices(len(all_codes), positions_at_once):
-        chunk = predict_positions(models, all_states[positions], all_codes[positions])
-        if backward:
-            chunk.losses.sum().backward()  # now, so that its logits can go before the next chunk's come
-        chunks.append(chunk._replace(losses=chunk.losses.detach()))
-    return Predictions(*(values.view_as(codes) for values in joined(chunks)))
+    chunks = chunks_of_positions(models, len(all_codes))
+    return joined([predict_positions(models, all_states[chunk], all_codes[chunk]) for chunk in chunks], codes.shape)
 
 
-def joined(parts: list[Predictions]) -> Predictions:
-    return Predictions(*map(torch.cat, zip(*parts, strict=True)))
+def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
+    """Return the predictions of all parts of the positions, each [B, N]."""
+    return Predictions(*(torch.cat(values).view(shape) for values in zip(*parts, strict=True)))
 
 
+@torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """One pass for the targets codes [B, N], as many of them at a time as fit, and what it predicts."""
+    """Return what one pass predicts for the targets codes [B, N], by the same passes as the learning's."""
 
-    def predict_part(some: slice) -> Predictions:
-        return predict(models, one_pass(models, proto_tokens, codes.shape[1], some), codes[some])
+    def predict_part(part: slice) -> Predictions:
+        return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
 
-    return joined(in_parts_that_fit(predict_part, len(codes), BATCH_WITHOUT_GRADIENTS, "the pass"))
+    at_once = targets_at_once(models, codes.shape[1])
+    return joined(in_parts_that_fit(predict_part, len(codes), at_once, "the pass"), codes.shape)
 
 
-def losses_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """One pass for the targets codes [B, N], and the way back: leaves the loss's gradient in `.grad`.
+def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
+    """Run one pass for the targets codes [B, N] and the way back: leave the loss's gradient in `points.grad`.
 
-    The loss is the cross-entropy, averaged over each target's N positions and summed over the targets, so that a target
-    with an m of its own learns as it would alone: sum_b 1/N sum_i -log p(code_bi | e_t, m).
+    loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
+    its mean over each target's N positions, its sum over targets, so that one with an m of its own learns as it would
+    alone.
     """
-    proto_tokens.zero_grad()
+    proto_tokens.points.grad = None
     parts = []
-    for some in slices(len(codes), targets_per_pass):
-        hidden_states = one_pass(models, proto_tokens, codes.shape[1], some)
-        # Back through the head by chunks of positions, as far as the hidden states; then once through the layers.
+    for part in slices(len(codes), targets_per_pass):
+        hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
+        # Back through the head a chunk of positions at a time, so that its logits can go before the next chunk's come;
+        # then once through the layers.
         at_head = hidden_states.detach().requires_grad_()
-        parts.append(predict(models, at_head, codes[some], backward=True))
+        all_states, all_codes = at_head.flatten(0, 1), codes[part].flatten()
+        for chunk in chunks_of_positions(models, len(all_codes)):
+            predictions = predict_positions(models, all_states[chunk], all_codes[chunk])
+            predictions.losses.sum().backward()
+            parts.append(predictions._replace(losses=predictions.losses.detach()))
         hidden_states.backward(at_head.grad)
-    for parameter in proto_tokens.trainable:
-        parameter.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
-    return joined(parts)
+    proto_tokens.points.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
+    return joined(parts, codes.shape)
+
+
+# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G]. A new one is a class
+# ---- with these members, and its name in `make_optimizer` and in --optimizer's choices.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine from `peak` to FINAL_RATE over the remaining steps; `step` counts from 1."""
+    """Return the rate of a step, counted from 1: linear warm-up, then a cosine from `peak` down to FINAL_RATE."""
     warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
@@ -1586,144 +1593,194 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """AdamW without decay for G problems at once, each of L numbers and as it would go alone.
+    """torch's AdamW without decay; it works number by number, so that each of G problems learns as it would alone.
 
-    The rate rises and falls by `rate_at`, the gradient is clipped before where that is asked for.
-    Kingma and Ba, "Adam" (2015), algorithm 1.
+    The rate follows `rate_at`, and the gradient of each problem is clipped before, where that is asked for.
     """
 
-    EPSILON = 1e-8
-
     def __init__(self, points: Tensor, args: argparse.Namespace):
-        self.args = args
-        self.taken = torch.zeros(len(points), dtype=torch.float64)  # steps; on the host
-        self.mean = torch.zeros_like(points)  # [G, L]
-        self.mean_square = torch.zeros_like(points)
+        self.points, self.args = points, args
+        self.adamw = torch.optim.AdamW([points], betas=args.betas, weight_decay=0.0)
+        self.num_steps = 0
+        self.change = points.new_zeros(len(points))  # [G], of the last step: root mean square, per number
+        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # from a loss that is not finite
 
-    @property
-    def rates(self) -> list[float]:
-        """Of the coming step, one for each problem."""
-        args = self.args
-        return [
-            rate_at(taken + 1, args.num_steps, args.warmup_steps, args.learning_rate) for taken in self.taken.tolist()
-        ]
+    @torch.no_grad()
+    def step(self, losses: Tensor) -> None:
+        args, gradient = self.args, self.points.grad
+        if args.grad_clip > 0:
+            gradient *= (args.grad_clip / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        self.num_steps += 1
+        rate = rate_at(self.num_steps, args.num_steps, args.warmup_steps, args.learning_rate)
+        self.adamw.param_groups[0]["lr"] = rate
+        before = self.points.clone()
+        self.adamw.step()
+        self.change = (self.points - before).square().mean(1).sqrt()
 
-    def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
-        """Where to go from points [G, L] with gradients [G, L]."""
-        first, second = self.args.betas
-        if self.args.grad_clip > 0:
-            norms = gradients.norm(dim=1, keepdim=True)
-            gradients = gradients * (self.args.grad_clip / (norms + 1e-6)).clamp(max=1)
-        rates = torch.tensor(self.rates, dtype=torch.float64)
-        self.taken = self.taken + 1
-        self.mean = self.mean.lerp(gradients, 1 - first)
-        self.mean_square = second * self.mean_square + (1 - second) * gradients.square()
-        lengths = (rates / (1 - first**self.taken)).to(points)[:, None]  # [G, 1]
-        corrections = (1 - second**self.taken).sqrt().to(points)[:, None]
-        return points - lengths * self.mean / (self.mean_square.sqrt() / corrections + self.EPSILON)
+    def state_dict(self) -> dict:
+        moments = self.adamw.state[self.points]
+        zeros = torch.zeros_like(self.points)
+        return {
+            "num_steps": self.num_steps,
+            "change": self.change,
+            "exp_avg": moments.get("exp_avg", zeros),
+            "exp_avg_sq": moments.get("exp_avg_sq", zeros),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_steps, self.change = state["num_steps"], state["change"]
+        self.adamw.state[self.points] = {
+            "step": torch.tensor(float(self.num_steps)),
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+        }
 
 
 class LBFGS:
     """Limited-memory BFGS for G problems at once, each of L numbers and as it would go alone; a step, one evaluation.
 
-    From the last point accepted it goes along -H g, H from the newest pairs of steps and changes of the gradient, by at
-    most `rate` a number (root mean square). Where the loss falls too little there (Armijo's condition), the next step
-    tries a shorter way along the same direction; after TRIES of them the pairs are forgotten. Each embedding has a
-    scale of its own, since m stands at nearly all positions and an e_t at one.
-    Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    From the last point accepted, x, it goes along the direction -H g, H from the newest pairs s and y of steps and
+    changes of the gradient, by at most `rate` a number (root mean square). Where the loss falls too little there
+    (Armijo's condition) or is not finite, the next step tries a smaller alpha along the same direction; after TRIES of
+    them the pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all positions and an
+    e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
     PAIRS = 60
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
-    LEAST_CURVATURE = 1e-6  # cosine of a step and its change, below which the pair is left out
+    LEAST_CURVATURE = 1e-6  # cosine of s and y below which the pair is left out
     SCALES_APART = 30  # times, at most, that an embedding's is larger or smaller than that of all
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
-        self.embedding_size, self.rate, self.rounding = embedding_size, rate, rounding
-        self.point = points  # [G, L], the last one accepted
-        self.loss = points.new_full((len(points),), math.inf)  # [G], there
-        self.gradient = torch.zeros_like(points)
-        self.direction = torch.zeros_like(points)
-        self.length = torch.zeros_like(self.loss)  # of the way tried, in directions
+        self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
+        self.evaluated = False  # at x
+        self.x = points.detach().clone()  # [G, L], the last point accepted
+        self.loss = points.new_zeros(len(points))  # [G], there
+        self.gradient = torch.zeros_like(self.x)
+        self.direction = torch.zeros_like(self.x)
+        self.alpha = torch.zeros_like(self.loss)  # how much of the direction is being tried
         self.failures = torch.zeros_like(self.loss)  # along the direction
-        self.steps = points.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
-        self.changes = torch.zeros_like(self.steps)
+        self.num_pairs = torch.zeros_like(self.loss)
+        self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
+        self.y = torch.zeros_like(self.s)
+        self.change = torch.zeros_like(self.loss)  # [G], of the last step: root mean square, per number
+        self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # from a loss that is not finite
 
-    @property
-    def rates(self) -> list[float]:
-        """Of the coming step, which is the same for each problem."""
-        return [self.rate]
+    @torch.no_grad()
+    def step(self, losses: Tensor) -> None:
+        tried = self.points.detach().clone()
+        if self.evaluated:
+            self.judge(tried, self.points.grad, losses)
+        else:
+            self.evaluated = True
+            self.loss, self.gradient = losses, self.points.grad.clone()
+            self.direction, self.alpha = self.next_direction()
+            self.can_go_back = torch.ones_like(self.can_go_back)
+        self.points.copy_(self.x + self.alpha[:, None] * self.direction)
+        self.change = (self.points - tried).square().mean(1).sqrt()
 
-    def step(self, points: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
-        """Where to go from points [G, L], which were the ones to try, with their gradients and losses [G]."""
+    def judge(self, tried: Tensor, gradient: Tensor, losses: Tensor) -> None:
+        """Accept the points tried, [G, L], or choose a smaller alpha, or a new direction from x without pairs."""
+        finite = losses.isfinite() & gradient.isfinite().all(1)
         slope = (self.gradient * self.direction).sum(1)
-        enough = self.loss + self.SUFFICIENT_DECREASE * self.length * slope + self.rounding * losses.abs()
-        accepted = losses <= enough
+        enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
+        accepted = finite & (losses <= enough)
         self.failures = torch.where(accepted, 0, self.failures + 1)
-        lost = self.failures >= self.TRIES
-        # Of the parabola through the loss and slope at the point and the loss tried.
-        minimum = -slope * self.length**2 / (2 * (losses - self.loss - self.length * slope))
-        shorter = minimum.clamp(0.1 * self.length, 0.5 * self.length)
+        given_up = self.failures >= self.TRIES
+        # Where even the way straight downhill leads to nothing finite, there is none.
+        self.can_go_back = ~(given_up & ~finite & (self.num_pairs == 0))
+        # Of the parabola through the loss and slope at x and the loss tried.
+        minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
+        smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
 
-        self.remember(points - self.point, gradients - self.gradient, accepted, lost)
-        self.point = torch.where(accepted[:, None], points, self.point)
-        self.gradient = torch.where(accepted[:, None], gradients, self.gradient)
+        self.remember(tried - self.x, gradient - self.gradient, accepted, given_up)
+        self.x = torch.where(accepted[:, None], tried, self.x)
+        self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        direction, length = self.next_way()
-        ends = accepted | lost
-        self.direction = torch.where(ends[:, None], direction, self.direction)
-        self.length = torch.where(ends, length, shorter)
-        self.failures = torch.where(lost, 0, self.failures)
-        return self.point + self.length[:, None] * self.direction
+        direction, alpha = self.next_direction()
+        turns = accepted | given_up
+        self.direction = torch.where(turns[:, None], direction, self.direction)
+        self.alpha = torch.where(turns, alpha, smaller)
+        self.failures = torch.where(given_up, 0, self.failures)
 
-    def remember(self, step: Tensor, change: Tensor, accepted: Tensor, lost: Tensor) -> None:
-        curvature = (step * change).sum(1)
-        curved = curvature > self.LEAST_CURVATURE * step.norm(dim=1) * change.norm(dim=1)
-        newest = (accepted & curved)[:, None, None]
-        self.steps = torch.where(newest, torch.cat((self.steps[:, 1:], step[:, None]), dim=1), self.steps)
-        self.changes = torch.where(newest, torch.cat((self.changes[:, 1:], change[:, None]), dim=1), self.changes)
-        self.steps = torch.where(lost[:, None, None], 0, self.steps)
-        self.changes = torch.where(lost[:, None, None], 0, self.changes)
+    def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
+        """Take the pair in where its point was accepted and the loss curves upwards; forget all where given up."""
+        new = accepted & ((s * y).sum(1) > self.LEAST_CURVATURE * s.norm(dim=1) * y.norm(dim=1))
+        self.s = torch.where(new[:, None, None], torch.cat((self.s[:, 1:], s[:, None]), dim=1), self.s)
+        self.y = torch.where(new[:, None, None], torch.cat((self.y[:, 1:], y[:, None]), dim=1), self.y)
+        self.s = torch.where(given_up[:, None, None], 0, self.s)
+        self.y = torch.where(given_up[:, None, None], 0, self.y)
+        self.num_pairs = torch.where(given_up, 0, self.num_pairs + new)
 
-    def next_way(self) -> tuple[Tensor, Tensor]:
-        """The direction from the point, [G, L], and how much of it to try, [G]."""
-        scales = scales_of_embeddings(self.steps[:, -1], self.changes[:, -1], self.embedding_size, self.SCALES_APART)
-        direction = -inverse_hessian_times(self.gradient, self.steps, self.changes, scales)
+    def next_direction(self) -> tuple[Tensor, Tensor]:
+        """Return the direction from x, [G, L], and the alpha to try first, [G]."""
+        scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
+        direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
         # Without a pair it is 0, and rounding can spoil it; downhill is always one.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
+    def state_dict(self) -> dict:
+        return {
+            "evaluated": self.evaluated,
+            "x": self.x,
+            "loss": self.loss,
+            "gradient": self.gradient,
+            "direction": self.direction,
+            "alpha": self.alpha,
+            "failures": self.failures,
+            "num_pairs": self.num_pairs,
+            "s": self.s,
+            "y": self.y,
+            "change": self.change,
+            "can_go_back": self.can_go_back,
+        }
 
-def scales_of_embeddings(step: Tensor, change: Tensor, embedding_size: int, apart: float) -> Tensor:
-    """s'y / y'y of a pair [G, L], each embedding's own where it is positive, and not far from that of all; [G, L]."""
-    of_all = (step * change).sum(1)[:, None] / change.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
-    own_step, own_change = (values.unflatten(1, (-1, embedding_size)) for values in (step, change))  # [G, L / D, D]
-    own = (own_step * own_change).sum(2) / own_change.square().sum(2).clamp(min=1e-30)  # [G, L / D]
+    def load_state_dict(self, state: dict) -> None:
+        self.evaluated = state["evaluated"]
+        self.x = state["x"]
+        self.loss = state["loss"]
+        self.gradient = state["gradient"]
+        self.direction = state["direction"]
+        self.alpha = state["alpha"]
+        self.failures = state["failures"]
+        self.num_pairs = state["num_pairs"]
+        self.s = state["s"]
+        self.y = state["y"]
+        self.change = state["change"]
+        self.can_go_back = state["can_go_back"]
+
+
+def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
+    """Return s'y / y'y of a pair [G, L], each embedding's own where it is positive, and not far from that of all."""
+    of_all = (s * y).sum(1)[:, None] / y.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
+    own_s, own_y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
+    own = (own_s * own_y).sum(2) / own_y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
     own = torch.where(own > 0, own, of_all).clamp(of_all / apart, of_all * apart)
     return own.repeat_interleave(embedding_size, dim=1)
 
 
-def inverse_hessian_times(gradient: Tensor, steps: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-    """The BFGS matrix of pairs steps and changes [G, M, L], zero where there is none, times gradient [G, L]; [G, L].
+def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor) -> Tensor:
+    """Return the BFGS matrix of pairs s and y [G, M, L], zero where there is none, times gradient [G, L].
 
     Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with S and Y of the
     pairs as columns, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
     H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'.
     """
-    scaled = scales[:, None] * changes  # [G, M, L]
-    of_pairs, among_changes = steps @ changes.mT, changes @ scaled.mT  # [G, M, M]
-    curvature = of_pairs.diagonal(dim1=1, dim2=2)  # [G, M]
+    scaled = scales[:, None] * y  # [G, M, L]
+    s_y, y_y = s @ y.mT, y @ scaled.mT  # [G, M, M]
+    curvature = s_y.diagonal(dim1=1, dim2=2)  # [G, M]
     # A pair that is none gets 1 in place of its curvature, and so takes no part.
-    triangle = of_pairs.triu() + torch.diag_embed((curvature == 0).to(steps.dtype))
+    triangle = s_y.triu() + torch.diag_embed((curvature == 0).to(s.dtype))
     column = gradient[:, :, None]  # [G, L, 1]
-    along_steps = torch.linalg.solve_triangular(triangle, steps @ column, upper=True)  # [G, M, 1]
-    middle = curvature[:, :, None] * along_steps + among_changes @ along_steps - scaled @ column
+    along_s = torch.linalg.solve_triangular(triangle, s @ column, upper=True)  # [G, M, 1]
+    middle = curvature[:, :, None] * along_s + y_y @ along_s - scaled @ column
     weights = torch.linalg.solve_triangular(triangle.mT, middle, upper=False)
-    product = scales[:, :, None] * column + steps.mT @ weights - scaled.mT @ along_steps
+    product = scales[:, :, None] * column + s.mT @ weights - scaled.mT @ along_s
     return product[:, :, 0]
 
 
@@ -1734,107 +1791,212 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
     return LBFGS(points, generator.config.hidden_size, args.learning_rate, rounding)
 
 
-def tensors_of(owner: object) -> dict[str, Tensor]:
-    """The state of an optimizer or of outcomes: a row of each tensor belongs to a problem or a target."""
-    return {name: value for name, value in vars(owner).items() if isinstance(value, Tensor)}
+# ---- what targets come to
 
 
-def exchange_problems(optimizer: AdamW | LBFGS, kept: list[int], coming: AdamW | LBFGS) -> None:
-    """Has the optimizer go on with some of its problems, and behind them with another's."""
-    values = tensors_of(optimizer)
-    vars(optimizer).update({name: torch.cat((values[name][kept], getattr(coming, name))) for name in values})
+class Targets:
+    """What each of B targets has come to: a table of columns [B], on the host.
+
+    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
+    learn one m, else for each on its own. A target `reached` the accuracy asked for; it has `ended` when it learns no
+    more, for that or another reason.
+    """
+
+    def __init__(self, count: int, together: bool, args: argparse.Namespace):
+        self.together, self.num_steps = together, args.num_steps
+        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
+        zeros = torch.zeros(count, dtype=torch.float64)
+        self.table = {
+            "steps": torch.zeros(count, dtype=torch.long),
+            "loss": zeros.clone(),  # nats, at the last step, as the next three
+            "num_correct": zeros.clone(),
+            "accuracy": zeros.clone(),  # percent
+            "top5_accuracy": zeros.clone(),
+            "best_step": torch.zeros(count, dtype=torch.long),
+            "best_accuracy": zeros.clone(),
+            "best_loss": zeros + math.inf,
+            "reached": torch.zeros(count, dtype=torch.bool),
+            "ended": torch.zeros(count, dtype=torch.bool),
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[name]
+
+    @property
+    def begun(self) -> Tensor:
+        return self["steps"] > 0
+
+    @property
+    def num_ended(self) -> int:
+        return sum(self["ended"].tolist())
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which ended because their loss or gradient was not finite and no way led back."""
+        return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
+
+    def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
+        """Take in the numbers [F] of a step of the targets `rows`; return whose embeddings are the best yet, [F]."""
+        finite = numbers["loss"].isfinite() & numbers["grad_norm"].isfinite()
+        if self.together:
+            finite = finite.all().expand(len(finite))
+        lost = ~finite & (numbers["can_go_back"] == 0)
+        self["steps"][rows] += ~lost
+        for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
+            self.put(name, rows, finite, numbers[name])
+        better = finite & self.is_better(rows, numbers)
+        for name in ("accuracy", "loss"):
+            self.put(f"best_{name}", rows, better, numbers[name])
+        self.put("best_step", rows, better, self["steps"][rows])
+        met = finite & self.met(numbers["accuracy"])
+        self["reached"][rows] |= met
+        self["ended"][rows] = met | lost | (self["steps"][rows] >= self.num_steps)
+        return better
+
+    def put(self, name: str, rows: list[int], where: Tensor, values: Tensor) -> None:
+        self[name][rows] = torch.where(where, values, self[name][rows])
+
+    def is_better(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
+        """Return whose numbers [F] are the best yet.
+
+        Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher.
+        """
+        new = numbers["accuracy"], numbers["loss"]
+        best = self["best_accuracy"][rows], self["best_loss"][rows]
+        if self.together:
+            new, best = ([values.mean().expand(len(rows)) for values in pair] for pair in (new, best))
+        higher, equal, lower_loss = new[0] > best[0], new[0] == best[0], new[1] < best[1]
+        return self.met(numbers["accuracy"]) | higher | (equal & lower_loss)
+
+    def met(self, accuracy: Tensor) -> Tensor:
+        """Return which targets have the accuracy asked for, [F]: those that learn together, only when all of them."""
+        reached = accuracy >= self.goal
+        return reached.all().expand(len(reached)) if self.together else reached
+
+    def means(self) -> dict[str, float]:
+        """Return means over the targets that have begun; the best accuracy is over all, so that it never falls."""
+        begun = self.begun
+        return {
+            "train/loss": mean(self["loss"][begun]),
+            "train/accuracy": mean(self["accuracy"][begun]),
+            "train/top5_accuracy": mean(self["top5_accuracy"][begun]),
+            "train/correct_tokens": int(sum(self["num_correct"].tolist())),
+            "train/best_accuracy": mean(self["best_accuracy"]),
+        }
+
+    def columns_of_each(self) -> dict[str, float | None]:
+        """Return each target's own numbers by their W&B names; None before it has begun."""
+        begun, columns = self.begun.tolist(), {}
+        for name in ("loss", "accuracy", "best_accuracy"):
+            for k, value in enumerate(self[name].tolist()):
+                columns[f"targets/{k}/{name}"] = value if begun[k] else None
+        return columns
+
+    def quantiles(self) -> dict[str, float]:
+        """Return how the best accuracies of the targets that have begun are spread."""
+        shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+        spread = self["best_accuracy"][self.begun].quantile(shares).tolist()
+        return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
+
+    def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
+        """Return rows of targets.csv for some of the targets."""
+        names = ("best_accuracy", "best_step", "steps")
+        columns = {name: self[name].tolist() for name in names} | {"diverged": self.diverged.tolist()}
+        return [{"target": k, "prompt": prompts[k]} | {name: columns[name][k] for name in columns} for k in some]
+
+
+def mean(values: Tensor) -> float:
+    """Return the mean of numbers on the host; not a number where there are none."""
+    return statistics.fmean(values.tolist() or [math.nan])
+
+
+@torch.no_grad()
+def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
+    """Return what a step says of each of F targets, [F] each, in the one copy from the device that a step needs."""
+    batch, num_tokens = predictions.losses.shape
+    columns = {
+        "loss": predictions.losses.mean(1),
+        "num_correct": predictions.num_correct,
+        "num_in_top5": predictions.num_in_top5,
+        "grad_norm": proto_tokens.points.grad.norm(dim=1),
+        "e_t_norm": proto_tokens.e_t.norm(dim=-1).mean(1),
+        "m_norm": proto_tokens.m.norm(dim=-1),
+        "change": optimizer.change,
+        "can_go_back": optimizer.can_go_back,
+    }
+    values = torch.stack([column.float().expand(batch) for column in columns.values()]).cpu().double()
+    numbers = dict(zip(columns, values, strict=True))
+    numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
+    numbers["top5_accuracy"] = 100 * numbers["num_in_top5"] / num_tokens
+    return numbers
+
+
+# ---- the optimisation
 
 
 class Optimisation:
-    """Learns the proto-tokens of codes [B, N], and keeps the best of each target.
+    """The optimisation of codes [B, N]: what all targets have come to, and the batch of them that learns at present.
 
-    Targets that learn one m do so together, from the first step to the last. With a given m or their own, each learns
-    as it would alone: some are in flight, and one that has ended leaves its place to the next.
+    Targets that learn one m are one batch. With a given m or their own, each learns as it would alone, a batch after
+    another, and those that have ended drop out of their batch.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         count, num_tokens = codes.shape
         self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
-        self.together = args.m == "shared" and given_m is None
         self.recomputes = args.gradient_checkpointing == "on" or (
             args.gradient_checkpointing == "auto" and a_cpu_could_be_too_small(models, num_tokens)
         )
-        self.targets_per_pass = max(1, tokens_at_once(models.device) // num_tokens)
-        self.step = 0  # steps behind it
-        self.seconds = 0.0
+        self.targets_per_pass = targets_at_once(models, num_tokens)
+        self.together = args.m == "shared" and given_m is None
+        self.batch_size = count if self.together else min(count, self.targets_per_pass)
+        self.targets = Targets(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
-        self.outcomes = Outcomes(count, self.together, args)
-        self.at_once = count  # in flight, at most
-        if not self.together:
-            self.at_once = min(count, args.targets_at_once or self.targets_per_pass)
-        self.num_begun, self.turns = self.at_once, math.ceil(count / self.at_once)
-        proto_tokens, optimizer = self.newcomers(self.at_once)
-        self.have_in_flight(list(range(self.at_once)), proto_tokens, optimizer)
+        self.step = 0  # steps behind it, of all batches
+        self.seconds = 0.0
+        self.begin_batch(0)
 
-    def newcomers(self, count: int) -> tuple[ProtoTokens, AdamW | LBFGS]:
-        """What so many targets begin with."""
-        proto_tokens = initial_proto_tokens(self.models, count, self.args, self.given_m)
-        return proto_tokens, make_optimizer(proto_tokens.points, self.args, self.models.generator)
+    def begin_batch(self, first: int) -> None:
+        """Have the batch of targets from the `first` one on be the one that learns."""
+        self.first, self.batch_step = first, 0
+        self.active = list(range(first, min(first + self.batch_size, len(self.codes))))  # those that have not ended
+        self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
+        self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
 
-    def have_in_flight(self, targets: list[int], proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> None:
-        """Has these targets be the ones that learn."""
-        self.in_flight, self.proto_tokens, self.optimizer = targets, proto_tokens, optimizer
-        self.in_flight_on_device = torch.tensor(targets, dtype=torch.long, device=self.models.device)
-        self.codes_in_flight = self.codes[self.in_flight_on_device]
+    @property
+    def batch(self) -> range:
+        """The targets of the present batch, ended or not."""
+        return range(self.first, min(self.first + self.batch_size, len(self.codes)))
+
+    @property
+    def batch_has_ended(self) -> bool:
+        return all(self.targets["ended"][self.first : self.batch.stop].tolist())
 
     @property
     def finished(self) -> bool:
-        return self.outcomes.num_ended == len(self.codes)
+        return self.targets.num_ended == len(self.codes)
 
     @property
-    def progress(self) -> tuple[int, int, str]:
-        """Done, of how many, of what: steps, or where targets take turns those that have ended."""
-        if self.turns > 1:
-            return self.outcomes.num_ended, len(self.codes), "targets"
-        return self.step, self.args.num_steps, "steps"
-
-    def steps(self) -> Iterator[dict[str, float]]:
-        """The optimisation loop: yields each step's numbers by their W&B names, when this object stands after it.
-
-        The numbers belong to the embeddings before the step's update. A target ends at --num-steps, at
-        --target-accuracy, or where its loss or gradient is no longer finite, which is no step of its own.
-        """
-        while not self.finished:
-            started = time.perf_counter()
-            proto_tokens, rates = self.proto_tokens, self.optimizer.rates
-            predictions = self.evaluate()
-            points, gradients = proto_tokens.points, proto_tokens.gradients
-            numbers = numbers_of_step(proto_tokens, predictions, gradients.norm(dim=1))
-            took_a_step = any((numbers.finite & ~self.outcomes.ended[self.in_flight]).tolist())
-            if took_a_step:
-                self.step += 1  # before all else: what follows, left halfway, is no state to go on from
-            better = self.outcomes.take(self.in_flight, numbers)
-            self.keep_the_best(better)  # before the update, since the numbers are those of these embeddings
-            losses = predictions.losses.mean(1).view(proto_tokens.groups, -1).sum(1)  # [G]
-            proto_tokens.move_to(self.optimizer.step(points, gradients, losses))
-            self.replace_the_ended()
-            self.seconds += time.perf_counter() - started
-            if took_a_step:
-                yield self.row(numbers, rates)
+    def num_batches(self) -> int:
+        return math.ceil(len(self.codes) / self.batch_size)
 
     def evaluate(self) -> Predictions:
-        """Loss and gradient of the targets in flight, computed in a way that needs less memory where it runs out.
+        """Compute loss and gradient of the targets that learn, in a way that needs less memory where it runs out.
 
         First the layers are recomputed, unless the user said otherwise, then half as many targets go into a pass.
         """
+        codes = self.codes[self.active]
         while True:
             try:
                 with gradient_checkpointing(self.models.generator, self.recomputes):
-                    return losses_and_gradient(
-                        self.models, self.proto_tokens, self.codes_in_flight, self.targets_per_pass
-                    )
+                    return loss_and_gradient(self.models, self.proto_tokens, codes, self.targets_per_pass)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self.need_less_memory():
                     raise
 
     def need_less_memory(self) -> bool:
         """Choose the next way to take a step that needs less memory, and say so; False where there is none."""
-        at_once = min(self.targets_per_pass, len(self.in_flight))
+        at_once = min(self.targets_per_pass, len(self.active))
         if not self.recomputes and self.args.gradient_checkpointing == "auto":
             self.recomputes = True
             print("note: out of memory for a step: going on with --gradient-checkpointing on")
@@ -1846,257 +2008,152 @@ class Optimisation:
         return True
 
     @torch.no_grad()
-    def keep_the_best(self, better: Tensor) -> None:
-        """Keeps the present embeddings of those in flight that are the best yet, [F]."""
-        places = better.nonzero().flatten().to(self.models.device)  # counted on the host: nothing waits
-        if len(places) == 0:
-            return
-        targets = self.in_flight_on_device[places]
-        self.best.e_t[targets] = self.proto_tokens.e_t[places]
-        if len(self.best.m) == 1:  # of all targets: they are all better or none is, or it was given
-            self.best.m.copy_(self.proto_tokens.m)
-        else:
-            self.best.m[targets] = self.proto_tokens.m[places]
-
-    def replace_the_ended(self) -> None:
-        """Takes the targets that ended out of the flight, and lets as many begin as there is room for."""
+    def keep_best(self, better: Tensor) -> None:
+        """Keep the present embeddings of the targets that learn where they are the best yet, [F]."""
+        places = better.nonzero().flatten().tolist()  # on the host: nothing waits
         if self.together:
-            return
-        ended = [place for place, has_ended in enumerate(self.outcomes.ended[self.in_flight].tolist()) if has_ended]
-        room = max(0, self.at_once - len(self.in_flight) + len(ended))  # --targets-at-once may be another on resuming
-        coming = list(range(self.num_begun, min(len(self.codes), self.num_begun + room)))
-        if not ended:
-            return
-        kept = [place for place in range(len(self.in_flight)) if place not in ended]
-        proto_tokens, optimizer = self.newcomers(len(coming))
-        exchange_problems(self.optimizer, kept, optimizer)
-        targets = [self.in_flight[place] for place in kept] + coming
-        self.have_in_flight(targets, self.proto_tokens.exchanged(kept, proto_tokens), self.optimizer)
-        self.num_begun += len(coming)
+            places = places[:1]  # one problem; its targets are all better, or none is
+        rows = [0 if self.together else self.active[place] for place in places]
+        if places:
+            self.best.points[rows] = self.proto_tokens.points[places]
 
-    def row(self, numbers: StepNumbers, rates: list[float]) -> dict[str, float]:
-        """A step's numbers by their W&B names.
+    def drop_ended(self) -> None:
+        """Have only the targets go on that have not ended."""
+        ended = self.targets["ended"][self.active].tolist()
+        if self.together or not any(ended):
+            return
+        kept = [place for place, has_ended in enumerate(ended) if not has_ended]
+        self.active = [self.active[place] for place in kept]
+        state = self.optimizer.state_dict()
+        state = {name: value[kept] if isinstance(value, Tensor) else value for name, value in state.items()}
+        self.go_on_with(self.proto_tokens.only(kept), state)
 
-        The targets' are their last ones, also of those that have ended; the rate, the norms and the gradient are of
-        those in flight.
-        """
-        row = {
-            "step": self.step,
-            **self.outcomes.means(),
-            "train/learning_rate": statistics.median(rates),
-            "embeddings/e_t_norm": numbers.e_t_norm,
-            "embeddings/m_norm": numbers.m_norm,
-            "gradients/grad_norm": numbers.grad_norm,
-        }
-        if len(self.codes) > SHOWN_TARGETS:
-            row["targets/ended"] = self.outcomes.num_ended
-            row["targets/in_flight"] = self.num_begun - self.outcomes.num_ended
-            row |= self.outcomes.quantiles()
-        elif len(self.codes) > 1:
-            row |= self.outcomes.each()
-        return row
+    def go_on_with(self, proto_tokens: ProtoTokens, optimizer_state: dict) -> None:
+        self.proto_tokens = proto_tokens
+        self.optimizer = make_optimizer(proto_tokens.points, self.args, self.models.generator)
+        self.optimizer.load_state_dict(optimizer_state)
 
     @torch.no_grad()
     def draw_best(self) -> Tensor:
-        """What the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
-        codes = self.codes[:SHOWN_TARGETS]
-        predictions = predict_in_one_pass(self.models, self.best, codes)
+        """Return what the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
+        predictions = predict_in_one_pass(self.models, self.best, self.codes[:SHOWN_TARGETS])
         return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
 
     def summary(self) -> dict:
-        """What belongs to the last step, and to the whole."""
-        last = self.outcomes.means()
+        """Return what belongs to the last step, and to the whole."""
+        last = self.targets.means()
         return {
             "final_accuracy": last["train/accuracy"],
             "final_top5_accuracy": last["train/top5_accuracy"],
             "final_loss": last["train/loss"],
-            "best_step": self.outcomes.best_step.max().item(),
+            "best_step": self.targets["best_step"].max().item(),
             "steps": self.step,
             "optimisation_seconds": self.seconds,
         }
 
+    def results_of_batch(self) -> dict[str, Tensor]:
+        """Return what the targets of the present batch have come to, and their best embeddings."""
+        rows = slice(0, 1) if self.together else slice(self.first, self.batch.stop)
+        columns = {name: column[self.first : self.batch.stop] for name, column in self.targets.table.items()}
+        return {"best": self.best.points.detach()[rows], **columns}
+
+    @torch.no_grad()
+    def put_results_of_batch(self, results: dict[str, Tensor]) -> None:
+        rows = slice(0, 1) if self.together else slice(self.first, self.batch.stop)
+        self.best.points[rows] = results["best"].to(self.models.device)
+        for name, column in self.targets.table.items():
+            column[self.first : self.batch.stop] = results[name]
+
     def state_dict(self) -> dict:
-        """All that the next step depends on, and what was found so far."""
+        """Return all that the next step of this batch depends on, and what the batch has come to."""
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "in_flight": self.in_flight,
-            "num_begun": self.num_begun,
-            "turns": self.turns,
-            "proto_tokens": self.proto_tokens.state_dict(),
-            "best": self.best.state_dict(),
-            "optimizer": tensors_of(self.optimizer),
-            "outcomes": tensors_of(self.outcomes),
+            "batch_size": self.batch_size,
+            "first": self.first,
+            "batch_step": self.batch_step,
+            "active": self.active,
+            "points": self.proto_tokens.points.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "results": self.results_of_batch(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.num_begun, self.turns = state["num_begun"], state["turns"]
-        vars(self.outcomes).update(state["outcomes"])
-        self.best.load_state_dict(state["best"])
-        proto_tokens, optimizer = self.newcomers(len(state["in_flight"]))
-        proto_tokens.load_state_dict(state["proto_tokens"])
-        for name, value in tensors_of(optimizer).items():
-            setattr(optimizer, name, state["optimizer"][name].to(value.device))
-        self.have_in_flight(state["in_flight"], proto_tokens, optimizer)
+    def load_state_dict(self, state: dict, finished: list[dict[str, Tensor]]) -> None:
+        """Go on from a state, and the results of the batches before it."""
+        device = self.models.device
+        self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
+        for index, results in enumerate(finished):
+            self.begin_batch(index * self.batch_size)
+            self.put_results_of_batch(results)
+        self.begin_batch(state["first"])
+        self.put_results_of_batch(state["results"])
+        self.batch_step, self.active = state["batch_step"], state["active"]
+        points = state["points"].to(device).requires_grad_()
+        optimizer_state = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in state["optimizer"].items()
+        }
+        self.go_on_with(dataclasses.replace(self.proto_tokens, points=points), optimizer_state)
 
 
-class Outcomes:
-    """What each target has come to, [B], on the host.
+def learn_batch(learning: Optimisation, record: Recorder) -> None:
+    """Learn the proto-tokens of the present batch: the optimisation loop.
 
-    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
-    learn one m, else for each on its own.
+    A target ends after --num-steps, at --target-accuracy, or where its loss or gradient is not finite and its optimiser
+    knows no way back. The numbers of a step belong to the embeddings before its update. Raises Stopped.
     """
-
-    def __init__(self, count: int, together: bool, args: argparse.Namespace):
-        self.together, self.num_steps = together, args.num_steps
-        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
-        self.steps = torch.zeros(count, dtype=torch.long)  # taken
-        self.loss, self.num_correct, self.accuracy, self.top5_accuracy = torch.zeros(4, count, dtype=torch.float64)
-        self.best_step = torch.zeros(count, dtype=torch.long)
-        self.best_accuracy = torch.zeros(count, dtype=torch.float64)  # percent
-        self.best_loss = torch.full((count,), math.inf, dtype=torch.float64)  # nats, at the best step
-        self.ended, self.diverged = torch.zeros(2, count, dtype=torch.bool)
-
-    @property
-    def begun(self) -> Tensor:
-        return self.steps > 0
-
-    @property
-    def num_ended(self) -> int:
-        return sum(self.ended.tolist())
-
-    @property
-    def reached(self) -> bool:
-        """Whether the best of every target has the accuracy asked for."""
-        return min(self.best_accuracy.tolist()) >= self.goal
-
-    def take(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
-        """Takes in a step of the targets in flight; says whose present embeddings are the best yet, [F]."""
-        still_learns = ~self.ended[in_flight]
-        counts = still_learns & numbers.finite  # what is not finite is no step
-        self.steps[in_flight] += counts.long()
-        self.put(
-            in_flight,
-            counts,
-            loss=numbers.loss,
-            num_correct=numbers.num_correct,
-            accuracy=numbers.accuracy,
-            top5_accuracy=numbers.top5_accuracy,
-        )
-        better = counts & self.is_better(in_flight, numbers)
-        self.put(
-            in_flight, better, best_accuracy=numbers.accuracy, best_loss=numbers.loss, best_step=self.steps[in_flight]
-        )
-        done = self.met(numbers.accuracy) | (self.steps[in_flight] >= self.num_steps)
-        self.diverged[in_flight] |= still_learns & ~numbers.finite
-        self.ended[in_flight] |= still_learns & (done | ~numbers.finite)
-        return better
-
-    def put(self, in_flight: list[int], where: Tensor, **values: Tensor) -> None:
-        for name, new in values.items():
-            of_all = getattr(self, name)
-            of_all[in_flight] = torch.where(where, new, of_all[in_flight])
-
-    def is_better(self, in_flight: list[int], numbers: StepNumbers) -> Tensor:
-        """Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher."""
-
-        def judged(values: Tensor) -> Tensor:
-            return values.mean().expand(len(values)) if self.together else values
-
-        accuracy, best_accuracy = judged(numbers.accuracy), judged(self.best_accuracy[in_flight])
-        closer = judged(numbers.loss) < judged(self.best_loss[in_flight])
-        return self.met(numbers.accuracy) | (accuracy > best_accuracy) | ((accuracy == best_accuracy) & closer)
-
-    def met(self, accuracy: Tensor) -> Tensor:
-        """Which targets have the accuracy asked for: those that learn together, only when each of them has. [F]"""
-        reached = accuracy >= self.goal
-        return reached.all().expand(len(reached)) if self.together else reached
-
-    def means(self) -> dict[str, float]:
-        """Over the targets that have begun; of the best accuracy over all, so that it never falls."""
-        begun = self.begun
-        return {
-            "train/loss": mean(self.loss[begun]),
-            "train/accuracy": mean(self.accuracy[begun]),
-            "train/top5_accuracy": mean(self.top5_accuracy[begun]),
-            "train/correct_tokens": int(sum(self.num_correct.tolist())),
-            "train/best_accuracy": mean(self.best_accuracy),
-        }
-
-    def each(self) -> dict[str, float | None]:
-        """Each target's own; None before it has begun."""
-        begun, columns = self.begun.tolist(), {}
-        for name in ("loss", "accuracy", "best_accuracy"):
-            for k, value in enumerate(getattr(self, name).tolist()):
-                columns[f"targets/{k}/{name}"] = value if begun[k] else None
-        return columns
-
-    def quantiles(self) -> dict[str, float]:
-        """How the best accuracies of the targets that have begun are spread."""
-        shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-        spread = self.best_accuracy[self.begun].quantile(shares).tolist()
-        return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
-
-    def table(self, prompts: Sequence[str]) -> list[dict]:
-        """A row for each target that has ended."""
-        names = ("best_accuracy", "best_step", "steps", "diverged")
-        columns = {name: getattr(self, name).tolist() for name in names}
-        ended = self.ended.nonzero().flatten().tolist()
-        return [{"target": k, "prompt": prompts[k]} | {name: columns[name][k] for name in names} for k in ended]
+    for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
+        started = time.perf_counter()
+        predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and back
+        numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
+        learning.step, learning.batch_step = learning.step + 1, batch_step
+        better = learning.targets.take(learning.active, numbers)  # and which targets have ended
+        learning.keep_best(better)
+        all_have_ended = learning.batch_has_ended
+        if not all_have_ended:
+            learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
+            learning.drop_ended()
+        learning.seconds += time.perf_counter() - started
+        record.step(row_of_step(learning, numbers), learning)
+        if all_have_ended:
+            break
+        if record.stop_signals:
+            raise Stopped(record.stop_signals[0])
 
 
-class StepNumbers(NamedTuple):
-    """What a step says, on the host: of each target in flight [F], and the norms' means over those that are finite."""
-
-    loss: Tensor  # nats
-    num_correct: Tensor
-    accuracy: Tensor  # percent
-    top5_accuracy: Tensor  # percent
-    finite: Tensor  # whether all its numbers are
-    grad_norm: float
-    e_t_norm: float
-    m_norm: float
+def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> Tensor:
+    """Return the loss of each problem, [G]: the sum of its targets' means over their positions."""
+    return predictions.losses.mean(1).view(len(proto_tokens.points), -1).sum(1)
 
 
-def mean(values: Tensor) -> float:
-    """Of numbers on the host; not a number where there are none."""
-    return statistics.fmean(values.tolist() or [math.nan])
+def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Return a step's numbers by their W&B names.
+
+    Those of the targets are their last ones, also where they have ended; the rate (what the step before changed, root
+    mean square), the norms and the gradient are means over those that learn.
+    """
+    targets, grad_norm = learning.targets, numbers["grad_norm"]
+    finite = grad_norm.isfinite()
+    row = {
+        "step": learning.step,
+        **targets.means(),
+        "train/learning_rate": mean(numbers["change"]),
+        "embeddings/e_t_norm": mean(numbers["e_t_norm"]),
+        "embeddings/m_norm": mean(numbers["m_norm"]),
+        "gradients/grad_norm": mean(grad_norm[finite]) if any(finite.tolist()) else None,
+    }
+    if len(learning.codes) > SHOWN_TARGETS:
+        row["targets/ended"] = targets.num_ended
+        row["targets/in_flight"] = sum(targets.begun.tolist()) - targets.num_ended
+        row |= targets.quantiles()
+    elif len(learning.codes) > 1:
+        row |= targets.columns_of_each()
+    return row
 
 
-@torch.no_grad()
-def numbers_of_step(proto_tokens: ProtoTokens, predictions: Predictions, grad_norms: Tensor) -> StepNumbers:
-    """In one read of the device; the norms of the gradients are [G]."""
-    batch, num_tokens = predictions.losses.shape
-    columns = [
-        predictions.losses.mean(1),
-        predictions.num_correct,
-        predictions.num_in_top5,
-        grad_norms.expand(batch),
-        proto_tokens.e_t.norm(dim=-1).mean(1),
-        proto_tokens.m.norm(dim=-1).expand(batch),
-    ]
-    numbers = torch.stack(columns).cpu().double()
-    loss, num_correct, num_in_top5, grad_norm, e_t_norm, m_norm = numbers
-    finite = numbers.isfinite().all(0)
-    if proto_tokens.groups == 1:
-        finite = finite.all().expand(batch)
-    return StepNumbers(
-        loss=loss,
-        num_correct=num_correct,
-        accuracy=100 * num_correct / num_tokens,
-        top5_accuracy=100 * num_in_top5 / num_tokens,
-        finite=finite,
-        # Of those that are finite: the others end here.
-        grad_norm=mean(grad_norm[finite]),
-        e_t_norm=mean(e_t_norm[finite]),
-        m_norm=mean(m_norm[finite]),
-    )
-
-
-def tokens_at_once(device: torch.device) -> int:
-    """How many tokens go into a pass with gradients at most: more gain little speed."""
-    return 1024 if device.type == "cpu" else 8192
+def targets_at_once(models: Models, num_tokens: int) -> int:
+    """Return how many targets of so many tokens learn at once, and go into a pass: more gain little speed."""
+    tokens = 1024 if models.device.type == "cpu" else 8192
+    return max(1, tokens // num_tokens)
 
 
 def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
@@ -2577,7 +2634,8 @@ VERSIONED = (
     "matplotlib",
     "tqdm",
 )
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 8
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 9
+UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs beside its state: codes, and batches that are done
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
 RESULTS = [
@@ -2688,14 +2746,26 @@ def remove_leftovers(save_dir: Path, folder: Path) -> None:
 
 
 def remove_results(folder: Path) -> None:
-    """What an earlier run of this name left: never a mixture of two runs. Raises UserError."""
-    for file in [*(folder / name for name in RESULTS), *frames_in(folder).values()]:
+    """Remove what an earlier run of this name left: never a mixture of two runs. Raises UserError."""
+    remove([*(folder / name for name in RESULTS), *frames_in(folder).values()])
+    remove_unfinished(folder)
+    with contextlib.suppress(OSError):
+        (folder / "progress").rmdir()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what only an interrupted run needs. Raises UserError."""
+    remove([folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*")])
+    with contextlib.suppress(OSError):
+        (folder / UNFINISHED_FOLDER).rmdir()
+
+
+def remove(files: list[Path]) -> None:
+    for file in files:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot remove {file}, of an earlier run: {error.strerror}") from None
-    with contextlib.suppress(OSError):
-        (folder / "progress").rmdir()
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
@@ -2775,9 +2845,13 @@ def write_proto_tokens(
     """
     tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
     tensors |= {"target_ids": codes + settings["visual_offset"], **of_targets}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(file, tensors, {"settings": json.dumps(settings)})
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    content = to_safetensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     with written_whole(file) as partial:
-        partial.write_bytes(to_safetensors(tensors, {"settings": json.dumps(settings)}))
+        partial.write_bytes(content)
 
 
 def write_table(file: Path, rows: list[dict]) -> None:
@@ -2788,6 +2862,18 @@ def write_table(file: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_to_table(file: Path, rows: list[dict]) -> None:
+    """Add rows to a table, which is begun where there is none. Raises UserError."""
+    if not file.exists():
+        write_table(file, rows)
+        return
+    try:
+        with file.open("a", newline="", encoding="utf-8", errors="backslashreplace") as table:
+            csv.DictWriter(table, list(rows[0]), lineterminator="\n").writerows(rows)
+    except OSError as error:
+        raise cannot_write(file, error) from None
 
 
 class HistoryFile:
@@ -2869,9 +2955,7 @@ class ReferenceCache:
 
     def write(self, prompt: str, codes: Tensor, seconds: float) -> None:
         file, key = self.entry(prompt)
-        with written_whole(file) as partial:
-            content = to_safetensors({"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
-            partial.write_bytes(content)
+        write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
 
 
 # ---- what a run takes from files
@@ -2901,7 +2985,7 @@ class EarlierRun:
     prompts: list[str]
 
     def proto_tokens(self, device: torch.device) -> ProtoTokens:
-        return ProtoTokens(self.e_t, self.m, m_learns=not self.settings["m_from"]).to(device)
+        return proto_tokens_of(self.e_t.to(device), self.m.to(device), m_learns=not self.settings["m_from"])
 
 
 @enough_memory_for("the pictures")
@@ -3008,8 +3092,9 @@ def shortened(value: object) -> str:
     return textwrap.shorten(str(value), 80, placeholder="...")
 
 
-def read_state(file: Path) -> dict | None:
-    """What `Recorder.save_state` left, on the CPU; None where there is nothing. Raises UserError."""
+def read_state(folder: Path) -> dict | None:
+    """Return what `Recorder` left of an interrupted run, on the CPU; None where there is nothing. Raises UserError."""
+    file, unfinished = folder / STATE_FILE, folder / UNFINISHED_FOLDER
     if not file.exists():
         return None
     try:
@@ -3017,10 +3102,18 @@ def read_state(file: Path) -> dict | None:
             raise ValueError(damaged)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["format"] == STATE_FORMAT:
+            learning = saved["learning"]
+            done = range(learning["first"] // learning["batch_size"])
+            saved["codes"] = load_file(unfinished / "codes.safetensors")["codes"]
+            saved["batches"] = [load_file(unfinished / batch_file(index)) for index in done]
             return saved
     except Exception:  # whatever the bytes of a damaged file suggest
         pass
-    raise UserError(f"{file} is damaged or of another version: leave out --resume to run anew")
+    raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to run anew")
+
+
+def batch_file(index: int) -> str:
+    return f"batch_{index:05}.safetensors"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3273,13 +3366,14 @@ class Recorder:
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict):
         self.args, self.folder, self.settings = args, folder, settings
-        self.saved = read_state(folder / STATE_FILE) if args.resume else None  # what the interrupted run left
+        self.saved = read_state(folder) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
         self.tracker = Tracker(self.saved["run_id"] if self.saved else None)
         self.newest_row: dict[str, float] | None = None  # until it is in the history
-        self.recorded_step = self.recorded_ended = 0
+        self.recorded_step = 0
+        self.stop_signals: list[int] = []  # that have come while learning
 
     def __enter__(self) -> Recorder:
         if wants_wandb(self.args):
@@ -3308,6 +3402,8 @@ class Recorder:
             elif is_finished(self.folder):
                 print(f"note: this replaces the finished run in {self.folder}; another --wandb-run-name keeps both")
             remove_results(self.folder)
+            if not self.args.from_proto_tokens:
+                write_tensors(self.folder / UNFINISHED_FOLDER / "codes.safetensors", {"codes": reference.codes})
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
 
@@ -3318,7 +3414,7 @@ class Recorder:
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
-            learning.load_state_dict(self.saved["learning"])
+            learning.load_state_dict(self.saved["learning"], self.saved["batches"])
             self.newest_row = self.saved["newest_row"]
             print(f"resumed after step {learning.step}")
             for step, file in frames_in(self.folder).items():
@@ -3326,8 +3422,10 @@ class Recorder:
                     file.unlink()  # it will be drawn again
             if self.history and self.tracker.run:
                 self.send_missing()
+            (self.folder / TARGETS_FILE).unlink(missing_ok=True)
+            self.keep_rows(learning, range(learning.first))
             self.saved = None  # the next trial of a search for the capacity starts anew
-        self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
+        self.recorded_step = learning.step
 
     def send_missing(self) -> None:
         """After a resumption, what the interrupted run had not sent."""
@@ -3340,30 +3438,48 @@ class Recorder:
                 self.tracker.frame(step, Image.open(frames[step]))
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Keeps a step's row, picture and state, as often as these are asked for, and what targets came to that ended.
+        """Keep a step's row, picture and state, as often as these are asked for.
 
-        Where targets take turns, rows are as rare: a thousand targets do not have a thousand times one's history.
+        Where there are several batches, rows are as rare: many targets do not have many times one's history.
         """
+        if not any(learning.targets.begun.tolist()):
+            return  # its numbers are none
         self.newest_row = row
-        if learning.step == 1 or learning.step % (self.args.log_every * learning.turns) == 0:
+        if learning.step == 1 or learning.step % (self.args.log_every * learning.num_batches) == 0:
             self.keep_newest_row()
         if self.args.image_every and learning.step % self.args.image_every == 0:
             self.keep_frame(learning)
-        if learning.finished:
-            return  # `end` keeps the rest
-        some_ended = learning.outcomes.num_ended > self.recorded_ended
-        if some_ended:
-            self.keep_table(learning)
-        self.recorded_step, self.recorded_ended = learning.step, learning.outcomes.num_ended
-        if some_ended or learning.step % self.args.save_every == 0:
+        self.show_step(row, learning)
+        if learning.batch_has_ended:
+            return  # `batch` or `end` keeps the rest
+        self.recorded_step = learning.step
+        if learning.step % self.args.save_every == 0:
             self.save_state(learning)
 
+    def show_step(self, row: dict[str, float], learning: Optimisation) -> None:
+        """Show a step on the progress bar, where there is one."""
+        count = sum(learning.targets.begun.tolist()) * learning.codes.shape[1]
+        correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
+        best = f"best {row['train/best_accuracy']:.1f} %"
+        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
+        done = learning.targets.num_ended if learning.num_batches > 1 else learning.step
+        self.bar.update(done - self.bar.n)
+
+    def batch(self, learning: Optimisation) -> None:
+        """Keep what a batch has come to, once and for all, and have the next one begin."""
+        file = self.folder / UNFINISHED_FOLDER / batch_file(learning.first // learning.batch_size)
+        write_tensors(file, learning.results_of_batch())
+        self.keep_rows(learning, learning.batch)
+        learning.begin_batch(learning.batch.stop)
+        self.recorded_step = learning.step
+        self.save_state(learning)
+
     def end(self, learning: Optimisation) -> None:
-        """Keeps the last step, however rarely others are kept; the last targets may have diverged after it."""
+        """Keep the last step, however rarely others are kept, and what the last batch has come to."""
         self.keep_newest_row()
         if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
             self.keep_frame(learning)
-        self.keep_table(learning)
+        self.keep_rows(learning, learning.batch)
         self.recorded_step = learning.step
         self.save_state(learning)
 
@@ -3373,14 +3489,14 @@ class Recorder:
             self.tracker.row(self.newest_row)
         self.newest_row = None
 
-    def keep_table(self, learning: Optimisation) -> None:
-        """Of the targets that have ended."""
-        if self.history and len(learning.codes) > 1:
-            write_table(self.folder / TARGETS_FILE, learning.outcomes.table(self.reference.prompts))
+    def keep_rows(self, learning: Optimisation, targets: range) -> None:
+        """Add what these targets have come to to targets.csv; a search for the capacity has none."""
+        if self.history and len(learning.codes) > 1 and targets:
+            append_to_table(self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts, targets))
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
-        accuracy = mean(learning.outcomes.best_accuracy)
+        accuracy = mean(learning.targets["best_accuracy"])
         frame = draw_progress(learning.draw_best(), learning.step, accuracy)
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
@@ -3393,7 +3509,6 @@ class Recorder:
         state = {
             "format": STATE_FORMAT,
             "learning": learning.state_dict(),
-            "codes": self.reference.codes.cpu(),
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history_size": self.history.size if self.history else 0,
@@ -3409,11 +3524,9 @@ class Recorder:
             partial.write_bytes(buffer.getbuffer())
 
     def give_up(self, learning: Optimisation) -> NoReturn:
-        """Keeps the best of an optimisation that diverged, but in a search for the capacity. Raises UserError."""
-        why = f"the loss or its gradient is no longer finite at step {learning.step + 1}"
+        """Keep the best of an optimisation that diverged. Raises UserError."""
+        why = f"the loss or its gradient is no longer finite at step {learning.step}, and no shorter step is"
         remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
-        if self.args.capacity:
-            raise UserError(f"with {learning.codes.shape[1]} tokens {why}: {remedy}")
         file = self.folder / PROTO_TOKENS_FILE
         write_proto_tokens(file, learning.best, self.settings, learning.codes)
         raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
@@ -3476,7 +3589,7 @@ class Recorder:
                 write_image(self.folder / f"{name}.png", image)
         self.tracker.tell(log_results, images, summary, tables)
         write_json(self.folder / "summary.json", summary)
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        remove_unfinished(self.folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3484,33 +3597,33 @@ class Recorder:
 
 
 def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
-    """Learns e_t and m for codes [B, N], from the start or from where an interrupted run stood, recording each step."""
+    """Learn e_t and m for codes [B, N], from the start or from where an interrupted run stood, and record each step."""
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
     record.start(learning)
-    done, total, unit = learning.progress
-    bar = progress_bar(None, "proto-tokens", unit, total=total, initial=done)
-    try:
-        with stop_requests() as received, bar, enough_memory_for("a step of the optimisation"):
-            for row in learning.steps():
-                record.step(row, learning)
-                show_step(bar, row, learning)
-                if received and not learning.finished:
-                    break
-            if learning.finished:
-                record.end(learning)
-            if received:
-                raise Stopped(received[0])
-    except (UserError, Stopped):
-        record.save_state(learning)
-        raise
-    diverged = learning.outcomes.diverged
-    if diverged.all() or (record.args.capacity and diverged.any()):
-        record.give_up(learning)
-    if diverged.any():
-        lost = int(diverged.sum())
-        print(f"note: {lost} of {len(codes)} targets ended where their loss or its gradient was no longer finite")
+    with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals:
+        try:
+            with enough_memory_for("a step of the optimisation"):
+                learn_batch(learning, record)
+                while not learning.finished:
+                    record.batch(learning)
+                    learn_batch(learning, record)
+        except (UserError, Stopped):
+            record.save_state(learning)
+            raise
+        record.end(learning)
+        if record.stop_signals:  # in the last step
+            raise Stopped(record.stop_signals[0])
     return learning
+
+
+def progress_bar_of(learning: Optimisation) -> tqdm:
+    """Return a bar that counts steps, or targets where there are several batches."""
+    if learning.num_batches > 1:
+        done, total, unit = learning.targets.num_ended, len(learning.codes), "targets"
+    else:
+        done, total, unit = learning.step, learning.args.num_steps, "steps"
+    return progress_bar(None, "proto-tokens", unit, total=total, initial=done)
 
 
 @contextlib.contextmanager
@@ -3527,27 +3640,19 @@ def stop_requests() -> Iterator[list[int]]:
         yield received
 
 
-def show_step(bar: tqdm, row: dict[str, float], learning: Optimisation) -> None:
-    count = sum(learning.outcomes.begun.tolist()) * learning.codes.shape[1]
-    correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
-    best = f"best {row['train/best_accuracy']:.1f} %"
-    bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
-    done, _, _ = learning.progress
-    bar.update(done - bar.n)
-
-
 def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
     """Tries longer and shorter beginnings of codes [B, N] until the capacity is known. Returns the summary."""
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
         learning = learn(models, codes[:, :num_tokens], given_m, record)
+        num_correct = predict_in_one_pass(models, learning.best, learning.codes).num_correct.min().item()
         record.trial(
             {
                 "num_tokens": num_tokens,
-                "best_accuracy": learning.outcomes.best_accuracy.min().item(),
+                "best_accuracy": 100 * num_correct / num_tokens,
                 "steps": learning.step,
-                "reached": learning.outcomes.reached,
+                "reached": 100 * num_correct / num_tokens >= record.args.target_accuracy,
                 "seconds": learning.seconds,
             }
         )
@@ -3619,8 +3724,15 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
+        diverged = learning.targets.diverged
+        if diverged.all():
+            record.give_up(learning)
+        if diverged.any():
+            lost = f"{int(diverged.sum())} of {len(diverged)} targets"
+            print(f"note: {lost} ended where their loss or its gradient was no longer finite")
         proto_tokens = learning.best
-        learned, rows = learning.summary(), learning.outcomes.table(reference.prompts)
+        learned = learning.summary()
+        rows = learning.targets.rows(reference.prompts, range(len(diverged)))
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes)

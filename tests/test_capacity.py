@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from support import wandb_file
-from support.results import config_in, refused, rows_of, summary_in
+from support.results import config_in, rows_of, summary_in
 from support.tiny_model import spoil_text_head
 
 import verify_proto_tokens as vpt
@@ -60,16 +60,15 @@ def test_a_search_leaves_its_trials_a_picture_and_a_summary(call_tiny, tmp_path)
 def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_path, monkeypatch, cut_at):
     assert call_tiny(*SEARCH).code == 0
     whole = trials_in(tmp_path / "out" / "run")
-    really_step, steps = vpt.Optimisation.steps, iter(range(1, 10**6))
+    really_step, steps = vpt.Recorder.step, iter(range(1, 10**6))
 
-    def cut(learning):
-        for row in really_step(learning):
-            yield row
-            if next(steps) == cut_at:
-                raise vpt.UserError("cut on purpose")
+    def cut(recorder, row, learning):
+        really_step(recorder, row, learning)
+        if next(steps) == cut_at:
+            raise vpt.UserError("cut on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vpt.Optimisation, "steps", cut)
+        patch.setattr(vpt.Recorder, "step", cut)
         assert call_tiny(*SEARCH).code == 2
     assert call_tiny(*SEARCH, "--resume").code == 0
     assert trials_in(tmp_path / "out" / "run") == whole
@@ -83,15 +82,15 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
     class Killed(BaseException):
         pass
 
-    def killed(learning):
+    def killed(learning, record):
         trials.append(learning.codes.shape[1])
         if len(trials) == 4:
             raise Killed
-        yield from really_step(learning)
+        really_learn(learning, record)
 
-    really_step = vpt.Optimisation.steps
+    really_learn = vpt.learn_batch
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vpt.Optimisation, "steps", killed)
+        patch.setattr(vpt, "learn_batch", killed)
         call_tiny(*SEARCH)
     assert not (tmp_path / "out" / "run" / "summary.json").exists()
     result = call_tiny(*SEARCH, "--resume")
@@ -99,9 +98,26 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
     assert trials_in(tmp_path / "out" / "run") == whole
 
 
-def test_a_search_that_diverges_says_with_how_many_tokens(call_tiny, model_folders):
+def test_a_trial_that_diverges_has_not_reached_the_accuracy(call_tiny, model_folders, tmp_path):
     spoil_text_head(model_folders[0])
-    refused(call_tiny(*SEARCH), "with 1 tokens", "--learning-rate")
+    assert call_tiny(*SEARCH).code == 0
+    assert trials_in(tmp_path / "out" / "run") == [("1", "0.0", "1", "False")]
+    assert summary_in(tmp_path / "out" / "run")["capacity_tokens"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_accuracy_of_a_trial_is_that_of_its_reconstruction(call_tiny, tmp_path, monkeypatch, dtype):
+    really_learn, found = vpt.learn, []
+
+    def learn(models, codes, given_m, record):
+        learning = really_learn(models, codes, given_m, record)
+        predictions = vpt.predict_in_one_pass(models, learning.best, learning.codes)
+        found.append((str(codes.shape[1]), str(100 * predictions.num_correct.min().item() / codes.shape[1])))
+        return learning
+
+    monkeypatch.setattr(vpt, "learn", learn)
+    assert call_tiny(*SEARCH, "--dtype", dtype).code == 0
+    assert [trial[:2] for trial in trials_in(tmp_path / "out" / "run")] == found
 
 
 def test_wandb_gets_a_row_for_each_trial_and_a_table(call_tiny, tmp_path):

@@ -13,7 +13,7 @@ from support.results import tensors_in
 from support.tiny_model import tiny_arguments
 
 ELSEWHERE = ("--save-dir", "elsewhere")
-SEVERAL = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--m", "own", "--targets-at-once", 2)
+SEVERAL = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--m", "own")
 PLAIN = ("--num-steps", 6, "--wandb-run-name", "plain")
 
 
@@ -49,7 +49,7 @@ def test_a_run_learns_on_another_device_what_it_learns_on_the_cpu(elsewhere, nam
 
 def test_a_run_on_another_device_is_stopped_and_resumed(elsewhere):
     steps = [len(run["waits_by_step"]) for run in (elsewhere.stopped, elsewhere.resumed)]
-    assert elsewhere.stopped["exit_code"] == 143 and steps == [2, 10]  # of two targets 6 steps, then the third's
+    assert elsewhere.stopped["exit_code"] == 143 and steps == [2, 10]  # the first two targets' 6, then the third's 6
 
 
 def test_the_host_waits_for_the_device_once_a_step(elsewhere):

@@ -9,7 +9,7 @@ import sys
 import matplotlib
 import pytest
 from PIL import Image
-from support.contract import FILES, STATE
+from support.contract import FILES
 from support.processes import run_script_in, start_script
 from support.results import results_of, summary_in
 from support.tiny_model import tiny_arguments
@@ -147,7 +147,7 @@ def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_p
         patch.setattr(vpt.Recorder, "step", stopping(number, at_step=4))
         result = call_tiny(*RUN)
     assert result.code == 128 + number and name in result.err.splitlines()[-1]
-    assert vpt.read_state(folder / STATE)["learning"]["step"] == 4
+    assert vpt.read_state(folder)["learning"]["step"] == 4
     assert call_tiny(*RUN, "--resume").code == 0
     assert results_of(folder) == whole
     assert signal.getsignal(number) == signal.SIG_DFL  # given back

@@ -42,7 +42,7 @@ def test_codes_decode_in_raster_order(tiny_models):
 def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
-    logits = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits
+    logits = tiny_models.generator(inputs_embeds=proto_tokens.inputs(16)).logits
     assert torch.equal(reconstruction.predictions.ids, logits.argmax(-1))
     assert torch.equal(reconstruction.predictions.rank > 0, logits.argmax(-1) != codes + 1401)
     assert reconstruction.one_pass_seconds > 0
@@ -51,7 +51,7 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens)
 def test_the_picture_is_decoded_from_what_the_pass_emits_and_compared_with_the_targets_own(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
-    emitted = tiny_models.generator(inputs_embeds=proto_tokens(16)).logits[..., 1401:].argmax(-1)
+    emitted = tiny_models.generator(inputs_embeds=proto_tokens.inputs(16)).logits[..., 1401:].argmax(-1)
     original, pixels = (vpt.decode_codes(tiny_models.vq_decoder, each)[0] for each in (codes, emitted))
     assert torch.equal(reconstruction.pictures[0], torch.stack((original, pixels)))
     assert reconstruction.errors[0].item() == pytest.approx((pixels - original).square().mean().item()) != 0
@@ -59,7 +59,7 @@ def test_the_picture_is_decoded_from_what_the_pass_emits_and_compared_with_the_t
 
 def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, make_args, capsys):
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 5, make_args("--num-e-tokens", 4))
-    proto_tokens.e_t.data.normal_(generator=torch.Generator().manual_seed(3))
+    proto_tokens.points.data.normal_(generator=torch.Generator().manual_seed(3))
     codes = random_codes(tiny_models, batch=5)
     whole = vpt.reconstruct(tiny_models, proto_tokens, codes).predictions
     with memory_for(tiny_models, targets=2) as sizes:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import wandb_file
-from support.builders import optimise, random_codes
-from support.contract import FILES, STATE
+from support.builders import memory_for, optimise, random_codes
+from support.contract import FILES
 from support.results import config_in, refused, results_of, rows_of, steps_in, summary_in
 from support.results import tensors_in as stored
 from support.tiny_model import save_tiny_generator
@@ -228,7 +227,12 @@ def test_wandb_gets_each_targets_own_figures_and_a_table(call_tiny, tmp_path):
 
 
 ALONE = ("--m", "own", "--control", "random", "--num-steps", 30, "--target-accuracy", 25)
-MANY = (*ALONE, "--targets-at-once", 4)
+
+
+@pytest.fixture
+def four_at_once(monkeypatch):
+    """Batches of four targets, where the tiny model would take all in one."""
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 4)
 
 
 @pytest.fixture
@@ -246,8 +250,9 @@ def test_prompts_come_from_several_files_a_line_each_whatever_letters_are_in_it(
     assert args.prompts == ["a red\u2028apple", "b\x85c", "the last"]
 
 
-def test_many_targets_learn_a_few_at_a_time_and_each_gets_a_row_of_the_table(run_into, prompts_file):
-    folder = run_into("many", "--prompts-file", prompts_file, *MANY)
+@pytest.mark.usefixtures("four_at_once")
+def test_many_targets_learn_a_batch_at_a_time_and_each_gets_a_row_of_the_table(run_into, prompts_file):
+    folder = run_into("many", "--prompts-file", prompts_file, *ALONE)
     rows, history = rows_of(folder / "targets.csv"), rows_of(folder / "history.csv")
     assert [row["prompt"] for row in rows] == prompts_file.read_text().splitlines()
     for row in rows:
@@ -269,20 +274,23 @@ def test_many_targets_learn_a_few_at_a_time_and_each_gets_a_row_of_the_table(run
     assert summary_in(folder)["lowest_accuracy"] == min(float(row["best_accuracy"]) for row in rows)
 
 
-def test_a_target_that_takes_its_turn_ends_as_it_would_alone(tiny_models, make_args):
+def test_a_target_in_a_batch_ends_as_it_would_alone(tiny_models, make_args, monkeypatch):
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 3)
     codes = torch.randint(12, (7, 16), generator=torch.Generator().manual_seed(2))
     for options in ((), ("--optimizer", "adamw")):
-        args = make_args("--m", "own", "--num-steps", 25, "--target-accuracy", 40, "--targets-at-once", 2, *options)
-        in_turns, _ = optimise(tiny_models, args, codes)
+        args = make_args("--m", "own", "--num-steps", 25, "--target-accuracy", 40, *options)
+        in_batches, _ = optimise(tiny_models, args, codes)
         for k in range(7):
             alone, _ = optimise(tiny_models, args, codes[k : k + 1])
-            assert in_turns.outcomes.best_accuracy[k] == pytest.approx(alone.outcomes.best_accuracy[0], abs=100 / 16)
-            assert in_turns.outcomes.steps[k] == pytest.approx(alone.step, abs=1)
-            assert torch.allclose(in_turns.best.e_t[k], alone.best.e_t[0], atol=0.05)
+            best = in_batches.targets["best_accuracy"][k], alone.targets["best_accuracy"][0]
+            assert best[0] == pytest.approx(best[1], abs=100 / 16)
+            assert in_batches.targets["steps"][k] == pytest.approx(alone.step, abs=1)
+            assert torch.allclose(in_batches.best.e_t[k], alone.best.e_t[0], atol=0.05)
 
 
-def test_a_target_that_has_not_begun_has_no_numbers(tiny_models, make_args):
-    args = make_args("--m", "own", "--num-steps", 4, "--target-accuracy", 0, "--targets-at-once", 1)
+def test_a_target_that_has_not_begun_has_no_numbers(tiny_models, make_args, monkeypatch):
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
+    args = make_args("--m", "own", "--num-steps", 4, "--target-accuracy", 0)
     _, rows = optimise(tiny_models, args, random_codes(tiny_models, batch=2))
     assert [row["targets/1/loss"] is None for row in rows] == [True] * 4 + [False] * 4
     assert rows[3]["train/loss"] == rows[3]["targets/0/loss"]
@@ -290,118 +298,105 @@ def test_a_target_that_has_not_begun_has_no_numbers(tiny_models, make_args):
 
 
 def test_only_what_still_learns_is_computed(tiny_models, make_args, monkeypatch):
-    passes, really_step = [], vpt.losses_and_gradient
-
-    def step(models, proto_tokens, codes, at_once):
-        passes.append(len(codes))
-        return really_step(models, proto_tokens, codes, at_once)
-
-    monkeypatch.setattr(vpt, "losses_and_gradient", step)
-    args = make_args("--m", "own", "--num-steps", 30, "--target-accuracy", 40, "--targets-at-once", 3)
-    learning, _ = optimise(tiny_models, args, torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(2)))
-    assert sum(passes) == learning.outcomes.steps.sum() and max(passes) == 3 and passes[-1] < 3
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 3)
+    args = make_args("--m", "own", "--num-steps", 30, "--target-accuracy", 40)
+    with memory_for(tiny_models) as passes:
+        learning, _ = optimise(
+            tiny_models, args, torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(2))
+        )
+    assert sum(passes) == learning.targets["steps"].sum() and max(passes) == 3 and min(passes) < 3
 
 
 def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
     def spoil_the_second(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state.clone()
-        if len(output.last_hidden_state) > 1:
+        if len(output.last_hidden_state) > 2:
             output.last_hidden_state[1] *= torch.nan
         return output
 
     hook = tiny_models.generator.model.register_forward_hook(spoil_the_second)
-    args = make_args("--m", "own", "--num-steps", 5, "--target-accuracy", 0, "--targets-at-once", 2)
+    args = make_args("--m", "own", "--num-steps", 5, "--target-accuracy", 0)
     learning, rows = optimise(tiny_models, args, torch.zeros(3, 16, dtype=torch.long))
     hook.remove()
-    assert learning.outcomes.diverged.tolist() == [False, True, True] and learning.outcomes.steps.tolist() == [5, 0, 0]
+    assert learning.targets.diverged.tolist() == [False, True, False]
+    assert learning.targets["steps"].tolist() == [5, 0, 5]
     assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_the_last_step_is_kept_also_where_a_target_diverged_after_it(call_tiny, tmp_path, monkeypatch, stopped):
-    passes, really_learn, really_step = [], vpt.losses_and_gradient, vpt.Recorder.step
+def test_the_last_step_is_kept_also_where_a_target_diverged_in_it(call_tiny, tmp_path, monkeypatch):
+    passes, really_learn = [], vpt.loss_and_gradient
 
     def diverge_at_last(*arguments):
         passes.append(arguments)
         predictions = really_learn(*arguments)
         return predictions._replace(losses=predictions.losses * math.nan) if len(passes) == 9 else predictions
 
-    def step(recorder, row, learning):
-        really_step(recorder, row, learning)
-        if stopped and learning.step == 8:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(vpt, "losses_and_gradient", diverge_at_last)
-    monkeypatch.setattr(vpt.Recorder, "step", step)
+    monkeypatch.setattr(vpt, "loss_and_gradient", diverge_at_last)
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
     options = ("--target-accuracy", 0, "--log-every", 10, "--image-every", 10, "--wandb-run-name", "lost")
-    options += ("--m", "own", "--targets-at-once", 1, "--num-steps", 6, "--save-dir", "out", "--resume")
+    options += ("--m", "own", "--optimizer", "adamw", "--num-steps", 6, "--save-dir", "out")
     result = call_tiny(*TWO, *options)
-    if stopped:
-        assert result.code == 143
-        result = call_tiny(*TWO, *options)
     folder = tmp_path / "out" / "lost"
     assert result.code == 0 and "1 of 2 targets ended" in result.out
-    assert steps_in(folder) == [1, 8] and summary_in(folder)["steps"] == 8
-    assert (folder / "progress" / "step_000008.png").exists()
+    assert steps_in(folder) == [1, 9] and summary_in(folder)["steps"] == 9
+    assert (folder / "progress" / "step_000009.png").exists()
 
 
-@pytest.fixture
-def resume_with(tiny_models, make_args):
-    """Goes on with --targets-at-once of another number, after a step of eight targets of which two were in flight."""
-    codes = random_codes(tiny_models, batch=8)
-    options = ("--m", "own", "--num-steps", 3, "--target-accuracy", 0, "--targets-at-once")
-    interrupted = vpt.Optimisation(tiny_models, codes, make_args(*options, 2))
-    next(interrupted.steps())
-
-    def resume(at_once: int) -> vpt.Optimisation:
-        resumed = vpt.Optimisation(tiny_models, codes, make_args(*options, at_once))
-        resumed.load_state_dict(interrupted.state_dict())
-        return resumed
-
-    return resume
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_a_resumed_run_has_as_many_targets_in_flight_as_it_is_told(resume_with, at_once):
-    resumed = resume_with(at_once)
-    in_flight = [len(resumed.in_flight) for _ in resumed.steps()]
-    assert in_flight[:2] == [2, at_once] and resumed.outcomes.steps.tolist() == [3] * 8
-
-
-def test_an_interrupted_run_of_many_learns_no_target_twice(run_into, call_tiny, prompts_file, tmp_path):
-    arguments = ("--prompts-file", prompts_file, *MANY)
+@pytest.mark.usefixtures("four_at_once")
+@pytest.mark.parametrize("at_step", [7, 37, 100])
+def test_an_interrupted_run_of_many_goes_on_with_the_batch_it_was_in(
+    run_into, call_tiny, prompts_file, tmp_path, monkeypatch, at_step
+):
+    arguments = ("--prompts-file", prompts_file, *ALONE, "--save-every", 5)
     whole = run_into("whole", *arguments)
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
 
-        def fail(recorder, row, learning):
+        def kill(recorder, row, learning):
             really_step(recorder, row, learning)
-            if sum(learning.outcomes.ended.tolist()) >= 9:
+            if learning.step == at_step:
                 raise KeyboardInterrupt  # no state is saved for it
 
         really_step = vpt.Recorder.step
-        patch.setattr(vpt.Recorder, "step", fail)
+        patch.setattr(vpt.Recorder, "step", kill)
         with pytest.raises(KeyboardInterrupt):
             call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
     folder = tmp_path / "out" / "cut"
-    ended = rows_of(folder / "targets.csv")
-    assert len(ended) >= 9 and torch.load(folder / STATE)["learning"]["outcomes"]["ended"].sum() == len(ended)
-    step = torch.load(folder / STATE)["learning"]["step"]
+    saved = vpt.read_state(folder)["learning"]
+    done = rows_of(folder / "targets.csv") if saved["first"] else []
+    assert len(done) == saved["first"] and at_step - 5 < saved["step"] <= at_step
+    before = {file.name: file.stat().st_mtime_ns for file in (folder / "unfinished").iterdir()}
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 7)  # as another machine has it
     result = call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments, "--resume")
-    assert result.code == 0 and f"resumed after step {step}" in result.out
-    assert results_of(folder) == results_of(whole)
+    assert result.code == 0 and f"resumed after step {saved['step']}" in result.out
+    assert results_of(folder) == results_of(whole) and len(before) == 1 + saved["first"] // 4
+    assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
 
 
-def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path):
+@pytest.mark.usefixtures("four_at_once")
+def test_what_a_batch_has_come_to_is_written_once(run_into, prompts_file, monkeypatch):
+    written, really_write = [], vpt.write_tensors
+
+    def write(file, *rest):
+        written.append(file.name)
+        really_write(file, *rest)
+
+    monkeypatch.setattr(vpt, "write_tensors", write)
+    run_into("many", "--prompts-file", prompts_file, *ALONE)
+    batches = [f"batch_{k:05}.safetensors" for k in range(6)]  # the seventh is the last
+    assert written == ["codes.safetensors", *batches, "proto_tokens.safetensors"]
+
+
+def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path, monkeypatch):
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
     (tmp_path / "five.txt").write_text("a\nb\nc\nd\ne")
-    arguments = ("--prompts-file", tmp_path / "five.txt", *ALONE, "--targets-at-once", 1)
+    arguments = ("--prompts-file", tmp_path / "five.txt", *ALONE)
     whole = stored(run_into("whole", *arguments))
     for k in (1, 2):
         shard = stored(run_into(f"shard{k}", *arguments, "--shard", f"{k}/2"))
         assert all(torch.equal(shard[name], whole[name][k - 1 :: 2]) for name in whole)
 
 
-def test_targets_that_learn_one_m_together_are_refused_to_take_turns(call_tiny):
-    refused(call_tiny(*TWO, "--targets-at-once", 1), "--targets-at-once", "add --m own")
+def test_targets_that_learn_one_m_together_are_refused_to_be_shared_out(call_tiny):
     refused(call_tiny(*TWO, "--shard", "1/2"), "--shard", "add --m own")
 
 

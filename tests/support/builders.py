@@ -22,12 +22,52 @@ def random_codes(models: vpt.Models, batch: int = 1, num_tokens: int = 16) -> Te
     return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng)
 
 
+class Rows(list):
+    """Stands for a recorder: keeps the row of every step."""
+
+    stop_signals = ()
+
+    def step(self, row: dict, learning: vpt.Optimisation) -> None:
+        self.append(row)
+
+
 def optimise(
-    models: vpt.Models, args: argparse.Namespace, codes: Tensor | None = None, given_m: Tensor | None = None
+    models: vpt.Models,
+    args: argparse.Namespace,
+    codes: Tensor | None = None,
+    given_m: Tensor | None = None,
+    record: Rows | None = None,
 ) -> tuple[vpt.Optimisation, list[dict]]:
     """Runs the whole optimisation; gives it as it ended, and the row of every step."""
     learning = vpt.Optimisation(models, random_codes(models) if codes is None else codes, args, given_m)
-    return learning, list(learning.steps())
+    rows = Rows() if record is None else record
+    learn_all(learning, rows)
+    return learning, rows
+
+
+def learn_all(learning: vpt.Optimisation, rows: Rows) -> None:
+    """Goes on with an optimisation to its end."""
+    vpt.learn_batch(learning, rows)
+    while not learning.finished:
+        learning.begin_batch(learning.batch.stop)
+        vpt.learn_batch(learning, rows)
+
+
+class OneStep:
+    """Stands for a recorder that interrupts the learning after each step."""
+
+    stop_signals = (2,)
+
+    def step(self, row: dict, learning: vpt.Optimisation) -> None:
+        self.row = row
+
+
+def take_step(learning: vpt.Optimisation) -> dict:
+    """Takes one step of an optimisation; gives its row."""
+    record = OneStep()
+    with contextlib.suppress(vpt.Stopped):
+        vpt.learn_batch(learning, record)
+    return record.row
 
 
 @contextlib.contextmanager

@@ -171,6 +171,7 @@ def main() -> None:
     vpt.load_torchscript = load_torchscript
     vpt.Recorder.step, vpt.generate_visual_codes = step, generate
     torch.Generator, torch.save = lambda device="cpu": really_make(), save
+    vpt.targets_at_once = lambda models, num_tokens: 2  # so that there are several batches
     for words in json.load(sys.stdin):
         done, stopping = {"waits_by_step": []}, "stopping" in words
         command = [word for word in words if word not in ("stopping", "on the CPU")]

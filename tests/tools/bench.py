@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -43,7 +43,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from support.builders import reference_of  # noqa: E402
+from support.builders import optimise, reference_of, take_step  # noqa: E402
 from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS, USUAL_RECIPE  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
@@ -300,9 +300,8 @@ def bench_step(args: argparse.Namespace) -> dict:
     agreement = compare_gradients(args, dataclasses.replace(models, vocabulary="full"), codes)
     parameters = [torch.randn(1, models.hidden_size, device=args.device).requires_grad_() for _ in range(2)]  # e_t, m
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    steps = endless_steps(args, models, codes)
     candidates = {
-        "ours": lambda: next(steps),
+        "ours": endless_steps(args, models, codes),
         "ours but the evaluation": rest_of_step(args, models, codes),
         "usual": lambda: reference_step(models.generator, parameters, optimizer, target_ids),
         "floor": matrix_products(models, num_tokens),
@@ -321,15 +320,16 @@ def random_codes(models: vpt.Models, num_tokens: int, batch: int = 1) -> Tensor:
     return torch.randint(models.codebook_size, (batch, num_tokens), generator=rng).to(models.device)
 
 
-def endless_steps(args: argparse.Namespace, models: vpt.Models, codes: Tensor, *options: object) -> Iterator[dict]:
-    """The script's own optimisation, a step at each `next`."""
+def endless_steps(args: argparse.Namespace, models: vpt.Models, codes: Tensor, *options: object) -> Callable:
+    """The script's own optimisation, a step at each call."""
     endless = script_arguments(args, "--num-steps", 10**6, "--target-accuracy", 0, *options)
-    return vpt.Optimisation(models, codes, endless).steps()
+    learning = vpt.Optimisation(models, codes, endless)
+    return lambda: take_step(learning)
 
 
 def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> Callable:
     """A step of the script's own optimisation that is given its evaluation, always the same."""
-    steps, evaluate, evaluations = endless_steps(args, models, codes), vpt.losses_and_gradient, []
+    own_step, evaluate, evaluations = endless_steps(args, models, codes), vpt.loss_and_gradient, []
 
     def evaluate_once(*arguments) -> vpt.Predictions:
         if not evaluations:
@@ -337,8 +337,8 @@ def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) ->
         return evaluations[0]
 
     def step() -> None:
-        with mock.patch.object(vpt, "losses_and_gradient", evaluate_once):
-            next(steps)
+        with mock.patch.object(vpt, "loss_and_gradient", evaluate_once):
+            own_step()
 
     return step
 
@@ -347,11 +347,11 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
     ours = vpt.initial_proto_tokens(models, 1, script_arguments(args, "--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
-    predictions = vpt.losses_and_gradient(models, ours, codes, targets_per_pass=1)
+    predictions = vpt.loss_and_gradient(models, ours, codes, targets_per_pass=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
     of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
-    a, b = (torch.cat([p.grad.flatten() for p in each]) for each in (ours.trainable, plain))
-    of_gradient = ((a - b).norm() / b.norm()).item()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in plain])
+    of_gradient = ((ours.points.grad[0] - gradient).norm() / gradient.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
     return {"loss_difference": of_loss, "gradient_difference": of_gradient}
 
@@ -463,10 +463,11 @@ def measure_memory(args: argparse.Namespace) -> dict:
     elif args.variant == "usual loss":
         F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
-        vpt.predict(models, hidden_states, codes, backward=True)
+        with mock.patch.object(vpt, "one_pass", lambda _, each, *__: hidden_states + 0 * each.points.sum()):
+            vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
     else:
         with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
-            vpt.losses_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
+            vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
     return {"bytes": peak_bytes(args.device) - before}
 
 
@@ -522,15 +523,14 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
             curves = []
             for seed in SEEDS:
                 settings = ["--seed", str(seed), "--save-dir", folder, "--m", "own", *recipe.split()]
-                settings += ["--targets-at-once", str(len(CAPTIONS))]
                 settings += [word for caption in CAPTIONS for word in ("--prompt", caption)]
                 options = vpt.parse_args([*chosen, *settings])
-                learning = vpt.Optimisation(models, reference_of(models, options).codes, options)
-                rows_of_steps = list(learning.steps())
-                curves += [
-                    [row[f"targets/{k}/best_accuracy"] or 0.0 for row in rows_of_steps] for k in range(len(CAPTIONS))
-                ]
-                for row in learning.outcomes.table(CAPTIONS):
+                learning, rows_of_steps = optimise(models, options, reference_of(models, options).codes)
+                for k in range(len(CAPTIONS)):
+                    # Of the steps that its batch took: before them it has none.
+                    own = [row[f"targets/{k}/best_accuracy"] for row in rows_of_steps]
+                    curves.append([best for best in own if best is not None])
+                for row in learning.targets.rows(CAPTIONS, range(len(CAPTIONS))):
                     found = f"{row['best_accuracy']:.1f} % after {row['steps']}"
                     print(f"{name}; {row['prompt']}, seed {seed}: {found}", flush=True)
             # A target that never got there, also one that diverged, counts as if it had at the very end.
@@ -557,9 +557,9 @@ def bench_targets(args: argparse.Namespace) -> dict:
     models, num_tokens = build_models(args), args.num_tokens or 64
     seconds = {}
     for batch in (1, 2, 4, 8, 16, 32):
-        own = ("--m", "own", "--targets-at-once", batch)
-        steps = endless_steps(args, models, random_codes(models, num_tokens, batch), *own)
-        found = interleaved({"step": lambda s=steps: next(s)}, args.repeats, args.device)
+        with mock.patch.object(vpt, "targets_at_once", lambda models, num_tokens, batch=batch: batch):
+            step = endless_steps(args, models, random_codes(models, num_tokens, batch), "--m", "own")
+        found = interleaved({"step": step}, args.repeats, args.device)
         seconds[batch] = statistics.median(found["step"])
     rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]
     title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, {args.dtype}"
@@ -586,11 +586,8 @@ def bench_many(args: argparse.Namespace) -> dict:
         models = vpt.load_models(options)
         codes = reference_of(models, options).codes
 
-        def optimise(codes: Tensor) -> vpt.Optimisation:
-            learning = vpt.Optimisation(models, codes, options)
-            for _ in learning.steps():
-                pass
-            return learning
+        def learn(codes: Tensor) -> vpt.Optimisation:
+            return optimise(models, options, codes)[0]
 
         def run(words: list[str]) -> None:
             command = [sys.executable, str(ROOT / "verify_proto_tokens.py"), *words]
@@ -600,21 +597,21 @@ def bench_many(args: argparse.Namespace) -> dict:
             started = time.perf_counter()
             return work(), time.perf_counter() - started
 
-        optimise(codes[:1])  # warms up
-        together, seconds = seconds_of(lambda: optimise(codes))
-        alone, seconds_alone = seconds_of(lambda: [optimise(row) for row in codes.split(1)])
+        learn(codes[:1])  # warms up
+        together, seconds = seconds_of(lambda: learn(codes))
+        alone, seconds_alone = seconds_of(lambda: [learn(row) for row in codes.split(1)])
         _, seconds_run = seconds_of(lambda: run(whole))
         singles = captions[:: max(1, len(captions) // args.singles)][: args.singles]
         _, seconds_singles = seconds_of(lambda: [run([*shared, "--prompt", caption]) for caption in singles])
         seconds_singles *= len(captions) / len(singles)
     needed = sum(learning.step for learning in alone)
-    evaluations = int(together.outcomes.steps.sum())
+    evaluations = int(together.targets["steps"].sum())
     rows = [
         ("evaluations, against those of each alone", evaluations, needed, evaluations / needed),
         ("optimisation (s), against one after another", seconds, seconds_alone, seconds / seconds_alone),
         (f"run (s), against {len(captions)} runs", seconds_run, seconds_singles, seconds_run / seconds_singles),
     ]
-    complete = sum(accuracy == 100 for accuracy in together.outcomes.best_accuracy.tolist())
+    complete = sum(accuracy == 100 for accuracy in together.targets["best_accuracy"].tolist())
     title = f"{len(captions)} targets with an m of their own {args.options}; {complete} complete"
     table(title, rows, ("", "together", "alone", "ratio"))
     return {"rows": rows, "complete": complete}

@@ -104,7 +104,7 @@ def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens:
 def plain_loss_and_gradient(models: vpt.Models, proto_tokens: vpt.ProtoTokens, codes: torch.Tensor) -> tuple:
     """The formula as one writes it, in float32."""
     generator = models.generator
-    inputs = proto_tokens(codes.shape[1]).detach().requires_grad_()
+    inputs = proto_tokens.inputs(codes.shape[1]).detach().requires_grad_()
     logits = generator(inputs_embeds=inputs, use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten() + models.visual_offset)
     (gradient,) = torch.autograd.grad(loss, inputs)
@@ -121,8 +121,8 @@ def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
     for name, of_loss, of_gradient in (("float32", 1e-4, 0.9999), ("float16", 0.01, 0.99), ("bfloat16", 0.02, 0.98)):
         generator = models.generator.to(getattr(torch, name))
         generator.model.rotary_emb.float()
-        predictions = vpt.losses_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
-        ours = torch.cat([parameter.grad.flatten() for parameter in proto_tokens.trainable]).cpu()
+        predictions = vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
+        ours = proto_tokens.points.grad[0].cpu()
         difference = abs(predictions.losses.mean().item() / loss - 1)
         likeness = F.cosine_similarity(ours, gradient, dim=0).item()
         close = difference < of_loss and likeness > of_gradient
@@ -171,7 +171,7 @@ def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
     told = end.code == 2 and len(lines) == 1 and "out of memory for a step" in lines[0]
     check.holds("running out of memory is one line", told, lines[-1][:160] if lines else f"exit code {end.code}")
     state = folder / "starved" / STATE
-    check.holds("and leaves the state", state.exists() and vpt.read_state(state)["learning"]["step"] >= 3)
+    check.holds("and leaves the state", state.exists() and vpt.read_state(state.parent)["learning"]["step"] >= 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,12 +181,12 @@ def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
 def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> dict:
     """Steps a second, tokens a second and peak memory, and their shares of the floor."""
     codes, figures = bench.random_codes(models, num_tokens), {}
-    steps = bench.endless_steps(on(args), models, codes)
+    take_step = bench.endless_steps(on(args), models, codes)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-        next(steps)
+        take_step()
         figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9
-    candidates = {"step": lambda: next(steps), "floor": bench.matrix_products(models, num_tokens)}
+    candidates = {"step": take_step, "floor": bench.matrix_products(models, num_tokens)}
     seconds = bench.interleaved(candidates, args.repeats, args.device)
     step, floor = (min(seconds[name]) for name in ("step", "floor"))
     figures |= {"steps/s": 1 / step, "of the products": floor / step}
