@@ -1545,7 +1545,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Return what one pass predicts for the targets codes [B, N], by the same passes as the learning's."""
+    """Return what one pass predicts for the targets codes [B, N], as many at a time as learn at once, and fit."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1662,7 +1662,6 @@ class LBFGS:
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # how much of the direction is being tried
         self.failures = torch.zeros_like(self.loss)  # along the direction
-        self.num_pairs = torch.zeros_like(self.loss)
         self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
         self.y = torch.zeros_like(self.s)
         self.change = torch.zeros_like(self.loss)  # [G], of the last step: root mean square, per number
@@ -1689,8 +1688,8 @@ class LBFGS:
         accepted = finite & (losses <= enough)
         self.failures = torch.where(accepted, 0, self.failures + 1)
         given_up = self.failures >= self.TRIES
-        # Where even the way straight downhill leads to nothing finite, there is none.
-        self.can_go_back = ~(given_up & ~finite & (self.num_pairs == 0))
+        # Where even the way straight downhill, that without pairs, leads to nothing finite, there is none.
+        self.can_go_back = ~given_up | finite | (self.s[:, -1] != 0).any(1)
         # Of the parabola through the loss and slope at x and the loss tried.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
         smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
@@ -1712,7 +1711,6 @@ class LBFGS:
         self.y = torch.where(new[:, None, None], torch.cat((self.y[:, 1:], y[:, None]), dim=1), self.y)
         self.s = torch.where(given_up[:, None, None], 0, self.s)
         self.y = torch.where(given_up[:, None, None], 0, self.y)
-        self.num_pairs = torch.where(given_up, 0, self.num_pairs + new)
 
     def next_direction(self) -> tuple[Tensor, Tensor]:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
@@ -1725,34 +1723,16 @@ class LBFGS:
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
     def state_dict(self) -> dict:
-        return {
-            "evaluated": self.evaluated,
-            "x": self.x,
-            "loss": self.loss,
-            "gradient": self.gradient,
-            "direction": self.direction,
-            "alpha": self.alpha,
-            "failures": self.failures,
-            "num_pairs": self.num_pairs,
-            "s": self.s,
-            "y": self.y,
-            "change": self.change,
-            "can_go_back": self.can_go_back,
-        }
+        accepted = {"evaluated": self.evaluated, "x": self.x, "loss": self.loss, "gradient": self.gradient}
+        trial = {"direction": self.direction, "alpha": self.alpha, "failures": self.failures}
+        return accepted | trial | {"s": self.s, "y": self.y, "change": self.change, "can_go_back": self.can_go_back}
 
     def load_state_dict(self, state: dict) -> None:
-        self.evaluated = state["evaluated"]
-        self.x = state["x"]
-        self.loss = state["loss"]
-        self.gradient = state["gradient"]
-        self.direction = state["direction"]
-        self.alpha = state["alpha"]
-        self.failures = state["failures"]
-        self.num_pairs = state["num_pairs"]
-        self.s = state["s"]
-        self.y = state["y"]
-        self.change = state["change"]
-        self.can_go_back = state["can_go_back"]
+        self.evaluated, self.x = state["evaluated"], state["x"]
+        self.loss, self.gradient = state["loss"], state["gradient"]
+        self.direction, self.alpha, self.failures = state["direction"], state["alpha"], state["failures"]
+        self.s, self.y = state["s"], state["y"]
+        self.change, self.can_go_back = state["change"], state["can_go_back"]
 
 
 def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
@@ -1952,6 +1932,9 @@ class Optimisation:
         self.batch_size = count if self.together else min(count, self.targets_per_pass)
         self.targets = Targets(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
+        nothing = torch.zeros_like(codes)
+        nan = torch.full_like(codes, math.nan, dtype=torch.float32)
+        self.predictions = Predictions(nan, nothing.int() + 1, nothing, nothing.clone())  # of the best, [B, N]
         self.step = 0  # steps behind it, of all batches
         self.seconds = 0.0
         self.begin_batch(0)
@@ -1959,9 +1942,7 @@ class Optimisation:
     def begin_batch(self, first: int) -> None:
         """Have the batch of targets from the `first` one on be the one that learns."""
         self.first, self.batch_step = first, 0
-        self.active = list(range(first, min(first + self.batch_size, len(self.codes))))  # those that have not ended
-        self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
-        self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
+        self.learn_only(list(self.batch), initial_proto_tokens(self.models, len(self.batch), self.args, self.given_m))
 
     @property
     def batch(self) -> range:
@@ -1985,11 +1966,10 @@ class Optimisation:
 
         First the layers are recomputed, unless the user said otherwise, then half as many targets go into a pass.
         """
-        codes = self.codes[self.active]
         while True:
             try:
                 with gradient_checkpointing(self.models.generator, self.recomputes):
-                    return loss_and_gradient(self.models, self.proto_tokens, codes, self.targets_per_pass)
+                    return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self.need_less_memory():
                     raise
@@ -2008,14 +1988,17 @@ class Optimisation:
         return True
 
     @torch.no_grad()
-    def keep_best(self, better: Tensor) -> None:
-        """Keep the present embeddings of the targets that learn where they are the best yet, [F]."""
+    def keep_best(self, better: Tensor, predictions: Predictions) -> None:
+        """Keep the active targets' embeddings, and what they predict, where they are the best yet, [F]."""
         places = better.nonzero().flatten().tolist()  # on the host: nothing waits
-        if self.together:
-            places = places[:1]  # one problem; its targets are all better, or none is
-        rows = [0 if self.together else self.active[place] for place in places]
-        if places:
-            self.best.points[rows] = self.proto_tokens.points[places]
+        if not places:
+            return
+        targets = [self.active[place] for place in places]
+        for best, present in zip(self.predictions, predictions, strict=True):
+            best[targets] = present[places]
+        if self.together:  # one problem, whose targets are all better
+            targets = places = [0]
+        self.best.points[targets] = self.proto_tokens.points[places]
 
     def drop_ended(self) -> None:
         """Have only the targets go on that have not ended."""
@@ -2023,21 +2006,16 @@ class Optimisation:
         if self.together or not any(ended):
             return
         kept = [place for place, has_ended in enumerate(ended) if not has_ended]
-        self.active = [self.active[place] for place in kept]
         state = self.optimizer.state_dict()
         state = {name: value[kept] if isinstance(value, Tensor) else value for name, value in state.items()}
-        self.go_on_with(self.proto_tokens.only(kept), state)
+        self.learn_only([self.active[place] for place in kept], self.proto_tokens.only(kept))
+        self.optimizer.load_state_dict(state)
 
-    def go_on_with(self, proto_tokens: ProtoTokens, optimizer_state: dict) -> None:
-        self.proto_tokens = proto_tokens
+    def learn_only(self, targets: list[int], proto_tokens: ProtoTokens) -> None:
+        """Have these targets, of the present batch, be the active ones, with a new optimiser."""
+        self.active, self.proto_tokens = targets, proto_tokens
+        self.active_codes = self.codes[targets]  # [F, N]
         self.optimizer = make_optimizer(proto_tokens.points, self.args, self.models.generator)
-        self.optimizer.load_state_dict(optimizer_state)
-
-    @torch.no_grad()
-    def draw_best(self) -> Tensor:
-        """Return what the best so far reconstruct: pixels [B, 3, H, W] of the targets that figures show."""
-        predictions = predict_in_one_pass(self.models, self.best, self.codes[:SHOWN_TARGETS])
-        return decode_codes(self.models.vq_decoder, predictions.drawable_codes)
 
     def summary(self) -> dict:
         """Return what belongs to the last step, and to the whole."""
@@ -2053,16 +2031,18 @@ class Optimisation:
 
     def results_of_batch(self) -> dict[str, Tensor]:
         """Return what the targets of the present batch have come to, and their best embeddings."""
-        rows = slice(0, 1) if self.together else slice(self.first, self.batch.stop)
-        columns = {name: column[self.first : self.batch.stop] for name, column in self.targets.table.items()}
-        return {"best": self.best.points.detach()[rows], **columns}
+        batch = slice(self.first, self.batch.stop)
+        problems = slice(0, 1) if self.together else batch
+        columns = self.targets.table | self.predictions._asdict()
+        return {"best": self.best.points.detach()[problems]} | {name: columns[name][batch] for name in columns}
 
     @torch.no_grad()
     def put_results_of_batch(self, results: dict[str, Tensor]) -> None:
-        rows = slice(0, 1) if self.together else slice(self.first, self.batch.stop)
-        self.best.points[rows] = results["best"].to(self.models.device)
-        for name, column in self.targets.table.items():
-            column[self.first : self.batch.stop] = results[name]
+        batch = slice(self.first, self.batch.stop)
+        problems = slice(0, 1) if self.together else batch
+        self.best.points[problems] = results["best"].to(self.models.device)
+        for name, column in (self.targets.table | self.predictions._asdict()).items():
+            column[batch] = results[name].to(column.device)
 
     def state_dict(self) -> dict:
         """Return all that the next step of this batch depends on, and what the batch has come to."""
@@ -2087,12 +2067,13 @@ class Optimisation:
             self.put_results_of_batch(results)
         self.begin_batch(state["first"])
         self.put_results_of_batch(state["results"])
-        self.batch_step, self.active = state["batch_step"], state["active"]
+        self.batch_step = state["batch_step"]
         points = state["points"].to(device).requires_grad_()
-        optimizer_state = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in state["optimizer"].items()
-        }
-        self.go_on_with(dataclasses.replace(self.proto_tokens, points=points), optimizer_state)
+        self.learn_only(state["active"], dataclasses.replace(self.proto_tokens, points=points))
+        of_optimizer = state["optimizer"].items()
+        self.optimizer.load_state_dict(
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in of_optimizer}
+        )
 
 
 def learn_batch(learning: Optimisation, record: Recorder) -> None:
@@ -2107,7 +2088,7 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
         numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
         learning.step, learning.batch_step = learning.step + 1, batch_step
         better = learning.targets.take(learning.active, numbers)  # and which targets have ended
-        learning.keep_best(better)
+        learning.keep_best(better, predictions)
         all_have_ended = learning.batch_has_ended
         if not all_have_ended:
             learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
@@ -2217,13 +2198,18 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Reconstruction:
+def reconstruct(
+    models: Models, proto_tokens: ProtoTokens, codes: Tensor, predictions: Predictions | None = None
+) -> Reconstruction:
     """One forward pass, likeliest codes, VQ decode.
 
-    A position whose argmax is a text id counts as wrong; the picture shows its likeliest visual code.
+    The pass is the one in which learning met these proto-tokens, where its `predictions` are given: in half precision
+    another, of other targets, may round otherwise. A position whose argmax is a text id counts as wrong; the picture
+    shows its likeliest visual code.
     """
     print("reconstruction: one pass over the best proto-tokens")
-    predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
+    new_predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
+    predictions = predictions or new_predictions
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
     errors, drawn = [], {}
     parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # of many the pictures would not fit into memory
@@ -3374,6 +3360,7 @@ class Recorder:
         self.newest_row: dict[str, float] | None = None  # until it is in the history
         self.recorded_step = 0
         self.stop_signals: list[int] = []  # that have come while learning
+        self.bar: tqdm | None = None  # while learning
 
     def __enter__(self) -> Recorder:
         if wants_wandb(self.args):
@@ -3496,8 +3483,8 @@ class Recorder:
 
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
-        accuracy = mean(learning.targets["best_accuracy"])
-        frame = draw_progress(learning.draw_best(), learning.step, accuracy)
+        pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
+        frame = draw_progress(pixels, learning.step, mean(learning.targets["best_accuracy"]))
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
         self.tracker.frame(learning.step, frame)
@@ -3646,13 +3633,12 @@ def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record:
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
         learning = learn(models, codes[:, :num_tokens], given_m, record)
-        num_correct = predict_in_one_pass(models, learning.best, learning.codes).num_correct.min().item()
         record.trial(
             {
                 "num_tokens": num_tokens,
-                "best_accuracy": 100 * num_correct / num_tokens,
+                "best_accuracy": learning.targets["best_accuracy"].min().item(),
                 "steps": learning.step,
-                "reached": 100 * num_correct / num_tokens >= record.args.target_accuracy,
+                "reached": all(learning.targets["reached"].tolist()),
                 "seconds": learning.seconds,
             }
         )
@@ -3720,7 +3706,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         return summary
     # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
     if args.from_proto_tokens:
-        proto_tokens = earlier.proto_tokens(models.device)
+        proto_tokens, predictions = earlier.proto_tokens(models.device), None
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
@@ -3730,12 +3716,12 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         if diverged.any():
             lost = f"{int(diverged.sum())} of {len(diverged)} targets"
             print(f"note: {lost} ended where their loss or its gradient was no longer finite")
-        proto_tokens = learning.best
+        proto_tokens, predictions = learning.best, learning.predictions
         learned = learning.summary()
         rows = learning.targets.rows(reference.prompts, range(len(diverged)))
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
-        reconstruction = reconstruct(models, proto_tokens, reference.codes)
+        reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         bits = information(models, reference, reconstruction.predictions)
     targets = describe_targets(reconstruction, bits, rows)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned

@@ -111,8 +111,9 @@ def test_the_accuracy_of_a_trial_is_that_of_its_reconstruction(call_tiny, tmp_pa
 
     def learn(models, codes, given_m, record):
         learning = really_learn(models, codes, given_m, record)
-        predictions = vpt.predict_in_one_pass(models, learning.best, learning.codes)
-        found.append((str(codes.shape[1]), str(100 * predictions.num_correct.min().item() / codes.shape[1])))
+        reconstruction = vpt.reconstruct(models, learning.best, learning.codes, learning.predictions)
+        num_correct = reconstruction.predictions.num_correct.min().item()
+        found.append((str(codes.shape[1]), str(100 * num_correct / codes.shape[1])))
         return learning
 
     monkeypatch.setattr(vpt, "learn", learn)

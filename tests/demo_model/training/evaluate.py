@@ -24,7 +24,7 @@ from torch import Tensor
 from train import DEMO, SIZES, encode_all, load_pictures
 
 sys.path.insert(0, str(DEMO.parent))
-from support.builders import reference_of
+from support.builders import optimise, reference_of
 
 import verify_proto_tokens as vpt
 
@@ -124,11 +124,9 @@ def evaluate_proto_tokens(chosen: list[str], size: int, model: Path) -> None:
             args = settings_for([caption], size, model, folder)
             reference = reference_of(models, args)
             started = time.perf_counter()
-            learning = vpt.Optimisation(models, reference.codes, args)
-            for _ in learning.steps():
-                pass
+            learning, _ = optimise(models, args, reference.codes)
             seconds.append(time.perf_counter() - started)
-            reconstruction = vpt.reconstruct(models, learning.best, reference.codes)
+            reconstruction = vpt.reconstruct(models, learning.best, reference.codes, learning.predictions)
             accuracies.append(100 * reconstruction.predictions.num_correct.item() / reference.codes.numel())
             distinct = reference.codes.unique().numel()
             print(
