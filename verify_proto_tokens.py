@@ -41,6 +41,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -74,7 +75,6 @@ except ImportError:  # Windows has no such locks
 # Arguments
 
 ADAMW_OPTIONS = {"warmup_steps": 20, "betas": (0.9, 0.9), "grad_clip": 0.0}  # with their defaults
-LFS_POINTER = "version https://git-lfs.github.com/"  # begins what git leaves in place of a large file
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_PROJECT = "simplear-proto-tokens"
@@ -362,9 +362,11 @@ def fill_in(args: argparse.Namespace) -> None:
     """Set what was not given and follows from what was. Raises UserError."""
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
+    args.prompts_files = args.prompts_files or []
     choose_optimizer(args)
-    choose_targets(args)
     choose_models(args)
+    refuse_git_lfs_pointers(args)
+    choose_targets(args)
 
 
 def is_nothing(word: str) -> bool:
@@ -410,7 +412,6 @@ def choose_targets(args: argparse.Namespace) -> None:
     """Puts the prompts and pictures of this run's shard in the place of what was given."""
     args.images = args.images or []
     args.prompts = args.prompts or []
-    args.prompts_files = args.prompts_files or []
     for file in args.prompts_files:
         args.prompts += read_prompts(file)
     if not args.prompts:
@@ -443,8 +444,6 @@ def read_prompts(file: Path) -> list[str]:
         raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"--prompts-file {file} is not in UTF-8 ({error}): save it so") from None
-    if lines[0].startswith(LFS_POINTER):  # looked for here, since a pipe cannot be read twice
-        raise UserError(f"--prompts-file {file} is a git-LFS pointer, not the file itself: run `git lfs pull`")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {file} holds no prompt")
@@ -456,6 +455,21 @@ def choose_models(args: argparse.Namespace) -> None:
         raise UserError(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
+
+
+def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
+    """Raise UserError where a file that the run needs is what git leaves in place of a large one."""
+    files = [*args.prompts_files, *(args.images or [])]
+    files += [file for file in (args.m_from, args.from_proto_tokens) if file]
+    for folder in (args.model_path, args.vq_model_ckpt):
+        for kind in ("*.json", "*.txt", "*.safetensors", "*.jit"):
+            files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), kind))
+    for file in files:
+        if not os.path.isfile(file):  # a pipe can be read but once
+            continue
+        with contextlib.suppress(OSError), open(file, "rb") as stream:
+            if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
+                raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` beside it")
 
 
 def say_what_is_not_used(args: argparse.Namespace) -> None:
@@ -893,9 +907,6 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except OSError as error:  # no right to look, or too long a name
         raise UserError(f"{option} {name} cannot be read: {error.strerror}") from None
     if is_folder:
-        for pattern in patterns:
-            for file in folder.glob(pattern):
-                refuse_pointer(file)
         return folder
     if is_there:
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
@@ -926,13 +937,6 @@ def why_not_fetched(error: Exception) -> str:
             return "what answered is not the hub, but a page: is there a proxy that wants a login first?"
         last, error = error, error.__cause__ or error.__context__
     return textwrap.shorten(line_of(last), 160, placeholder="...")
-
-
-def refuse_pointer(file: Path) -> None:
-    """Raises UserError where the file is what git leaves in place of a large one."""
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(40).startswith(LFS_POINTER.encode()):
-            raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -1281,7 +1285,6 @@ def read_picture(file: Path, size: int) -> Tensor:
     Scaled as in SimpleAR's data preparation: halved by box averages while twice too large, then bicubic.
     Turned as its EXIF orientation says; transparent parts are white.
     """
-    refuse_pointer(file)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings are of damaged EXIF
             if image.width * image.height > LARGEST_PICTURE:
@@ -2994,7 +2997,6 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     """Raises UserError where the file cannot serve, or lies where this run's own will."""
     if file.resolve().parent == folder.resolve():
         raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
-    refuse_pointer(file)
     try:
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))

@@ -136,7 +136,7 @@ def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content, 
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args(["--prompts-file", str(tmp_path / "prompts.txt")])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--prompts-file" in error and why in error
+    assert stop.value.code == 2 and "prompts.txt" in error and why in error
 
 
 def test_the_help_states_the_defaults_of_adamws_options():
