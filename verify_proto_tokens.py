@@ -2539,9 +2539,9 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("C", "embeddings/m_norm", "m", ORANGE)
     panels["C"].set(title="embedding norms (L2)", xlabel="step")
     plot("D", "gradients/grad_norm")
-    panels["D"].set(title="gradient norm before clipping", yscale="log", xlabel="step")
+    panels["D"].set(title="gradient norm", yscale="log", xlabel="step")
     plot("E", "train/learning_rate")
-    panels["E"].set(title="learning rate", xlabel="step")
+    panels["E"].set(title="learning rate: change of a number (rms)", xlabel="step")
     panels["E"].set_ylim(bottom=0)
     for panel in panels.values():
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
