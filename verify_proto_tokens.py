@@ -306,7 +306,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--capacity", "result", **SWITCH,
         help="find the largest beginning of the target that reaches --target-accuracy within --num-steps")
     add("--log-every", "result", type=COUNT, default=1, metavar="STEPS",
-        help="steps between two rows of history.csv and of W&B's history (default: %(default)s)")
+        help="steps between two rows of history.csv and of W&B's history; of targets in several batches, as many times "
+        "more (default: %(default)s)")
     add("--save-every", "nothing", type=COUNT, default=100, metavar="STEPS",
         help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
     add("--resume", "nothing", **SWITCH,
@@ -351,6 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         refuse_contradictions(args)
         for each in (args, defaults):
             fill_in(each)
+        refuse_git_lfs_pointers(args)
         say_what_is_not_used(args)
         name_for_wandb(args, default_run_name(args, defaults, parser.decides))
     except UserError as error:
@@ -365,7 +367,6 @@ def fill_in(args: argparse.Namespace) -> None:
     args.prompts_files = args.prompts_files or []
     choose_optimizer(args)
     choose_models(args)
-    refuse_git_lfs_pointers(args)
     choose_targets(args)
 
 
@@ -518,13 +519,15 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
             continue
         if value is True:
             name += f"_{setting}"
-        elif setting == "from_proto_tokens" or (setting == "prompts" and len(value) == 1):
+        elif setting == "from_proto_tokens":
             name += f"_{in_a_name(value)}"
         elif decided == "model":
             folder = os.path.expanduser(value)
-            name += f"_{in_a_name(Path(folder))}" if os.path.isdir(folder) else f"_{value.replace('/', '-')}"
+            model = in_a_name(Path(folder)) if os.path.isdir(folder) else value.replace("_", "__").replace("/", "_")
+            name += f"_{setting.removesuffix('_path').removesuffix('_model_ckpt')}-{model}"
         else:
-            name += f"_{setting.replace('_', '-')}-{in_a_name(value)}"
+            label = "prompt" if setting == "prompts" and len(value) == 1 else setting.replace("_", "-")
+            name += f"_{label}-{in_a_name(value)}"
     if len(name.encode()) > 128:
         name = f"{name.encode()[:120].decode(errors='ignore')}-{short_digest(name)}"
     if in_sweep() and os.environ.get("WANDB_RUN_ID"):
@@ -535,19 +538,23 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
 def in_a_name(value: object) -> str:
     """Return a value as it stands in a run's name: readable, and with a digest where that loses something of it."""
     if isinstance(value, list) and len(value) > 1:
-        return f"{len(value)}-{short_digest(*map(str, value))}"
+        return f"{len(value)}-{short_digest(*map(whole_of, value))}"
     if isinstance(value, list):
         value = value[0]
     if isinstance(value, tuple):
         return "-".join(map(in_a_name, value))
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
-    whole = text = str(value)
+    text = str(value)
     if isinstance(value, Path):
-        whole = os.path.abspath(value)
         text = value.parent.name if value.name == PROTO_TOKENS_FILE else value.stem
     slug = re.sub(r"[^\w.]|_", "-", text)[:40].strip("-.")
+    whole = whole_of(value)
     return slug if slug.replace("-", " ") == whole else f"{slug}-{short_digest(whole)}"
+
+
+def whole_of(value: object) -> str:
+    return os.path.abspath(value) if isinstance(value, Path) else str(value)
 
 
 def short_digest(*texts: str) -> str:
@@ -1621,13 +1628,12 @@ class AdamW:
         self.change = (self.points - before).square().mean(1).sqrt()
 
     def state_dict(self) -> dict:
-        moments = self.adamw.state[self.points]
-        zeros = torch.zeros_like(self.points)
+        moments = self.adamw.state[self.points]  # empty before the first step
         return {
             "num_steps": self.num_steps,
             "change": self.change,
-            "exp_avg": moments.get("exp_avg", zeros),
-            "exp_avg_sq": moments.get("exp_avg_sq", zeros),
+            "exp_avg": moments.get("exp_avg", torch.zeros_like(self.points)),
+            "exp_avg_sq": moments.get("exp_avg_sq", torch.zeros_like(self.points)),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -1665,6 +1671,7 @@ class LBFGS:
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # how much of the direction is being tried
         self.failures = torch.zeros_like(self.loss)  # along the direction
+        self.not_finite = torch.zeros_like(self.loss, dtype=torch.bool)  # whether one of them was not
         self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
         self.y = torch.zeros_like(self.s)
         self.change = torch.zeros_like(self.loss)  # [G], of the last step: root mean square, per number
@@ -1688,11 +1695,14 @@ class LBFGS:
         finite = losses.isfinite() & gradient.isfinite().all(1)
         slope = (self.gradient * self.direction).sum(1)
         enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
-        accepted = finite & (losses <= enough)
+        # A way cut so short that rounding leaves nothing of it is none.
+        vanished = (self.failures > 0) & (tried == self.x).all(1)
+        accepted = finite & (losses <= enough) & ~vanished
         self.failures = torch.where(accepted, 0, self.failures + 1)
-        given_up = self.failures >= self.TRIES
-        # Where even the way straight downhill, that without pairs, leads to nothing finite, there is none.
-        self.can_go_back = ~given_up | finite | (self.s[:, -1] != 0).any(1)
+        given_up = (self.failures >= self.TRIES) | vanished
+        self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
+        # Where even the way straight downhill, that without pairs, met what is not finite and failed, there is none.
+        self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
         # Of the parabola through the loss and slope at x and the loss tried.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
         smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
@@ -1706,6 +1716,7 @@ class LBFGS:
         self.direction = torch.where(turns[:, None], direction, self.direction)
         self.alpha = torch.where(turns, alpha, smaller)
         self.failures = torch.where(given_up, 0, self.failures)
+        self.not_finite = self.not_finite & ~given_up
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
         """Take the pair in where its point was accepted and the loss curves upwards; forget all where given up."""
@@ -1727,13 +1738,15 @@ class LBFGS:
 
     def state_dict(self) -> dict:
         accepted = {"evaluated": self.evaluated, "x": self.x, "loss": self.loss, "gradient": self.gradient}
-        trial = {"direction": self.direction, "alpha": self.alpha, "failures": self.failures}
+        trial = {"direction": self.direction, "alpha": self.alpha}
+        trial |= {"failures": self.failures, "not_finite": self.not_finite}
         return accepted | trial | {"s": self.s, "y": self.y, "change": self.change, "can_go_back": self.can_go_back}
 
     def load_state_dict(self, state: dict) -> None:
         self.evaluated, self.x = state["evaluated"], state["x"]
         self.loss, self.gradient = state["loss"], state["gradient"]
-        self.direction, self.alpha, self.failures = state["direction"], state["alpha"], state["failures"]
+        self.direction, self.alpha = state["direction"], state["alpha"]
+        self.failures, self.not_finite = state["failures"], state["not_finite"]
         self.s, self.y = state["s"], state["y"]
         self.change, self.can_go_back = state["change"], state["can_go_back"]
 
@@ -1878,7 +1891,8 @@ class Targets:
     def quantiles(self) -> dict[str, float]:
         """Return how the best accuracies of the targets that have begun are spread."""
         shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-        spread = self["best_accuracy"][self.begun].quantile(shares).tolist()
+        best = self["best_accuracy"][self.begun]
+        spread = best.quantile(shares).tolist() if len(best) else [0.0] * 3
         return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
 
     def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
@@ -1891,6 +1905,12 @@ class Targets:
 def mean(values: Tensor) -> float:
     """Return the mean of numbers on the host; not a number where there are none."""
     return statistics.fmean(values.tolist() or [math.nan])
+
+
+def mean_of_finite(values: Tensor) -> float | None:
+    """Return the mean of those numbers that are finite; None where none is."""
+    finite = [value for value in values.tolist() if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else None
 
 
 @torch.no_grad()
@@ -1996,12 +2016,15 @@ class Optimisation:
         places = better.nonzero().flatten().tolist()  # on the host: nothing waits
         if not places:
             return
-        targets = [self.active[place] for place in places]
+        device = self.models.device
+        targets = torch.tensor([self.active[place] for place in places], device=device)
+        places = torch.tensor(places, device=device)
         for best, present in zip(self.predictions, predictions, strict=True):
             best[targets] = present[places]
         if self.together:  # one problem, whose targets are all better
-            targets = places = [0]
-        self.best.points[targets] = self.proto_tokens.points[places]
+            self.best.points.copy_(self.proto_tokens.points)
+        else:
+            self.best.points[targets] = self.proto_tokens.points[places]
 
     def drop_ended(self) -> None:
         """Have only the targets go on that have not ended."""
@@ -2037,7 +2060,9 @@ class Optimisation:
         batch = slice(self.first, self.batch.stop)
         problems = slice(0, 1) if self.together else batch
         columns = self.targets.table | self.predictions._asdict()
-        return {"best": self.best.points.detach()[problems]} | {name: columns[name][batch] for name in columns}
+        # Copies, since torch saves all that a view is of.
+        results = {"best": self.best.points.detach()[problems].clone()}
+        return results | {name: column[batch].clone() for name, column in columns.items()}
 
     @torch.no_grad()
     def put_results_of_batch(self, results: dict[str, Tensor]) -> None:
@@ -2110,20 +2135,19 @@ def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> T
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
-    """Return a step's numbers by their W&B names.
+    """Return a step's numbers by their W&B names; None where nothing is finite.
 
     Those of the targets are their last ones, also where they have ended; the rate (what the step before changed, root
     mean square), the norms and the gradient are means over those that learn.
     """
-    targets, grad_norm = learning.targets, numbers["grad_norm"]
-    finite = grad_norm.isfinite()
+    targets = learning.targets
     row = {
         "step": learning.step,
         **targets.means(),
-        "train/learning_rate": mean(numbers["change"]),
-        "embeddings/e_t_norm": mean(numbers["e_t_norm"]),
-        "embeddings/m_norm": mean(numbers["m_norm"]),
-        "gradients/grad_norm": mean(grad_norm[finite]) if any(finite.tolist()) else None,
+        "train/learning_rate": mean_of_finite(numbers["change"]),
+        "embeddings/e_t_norm": mean_of_finite(numbers["e_t_norm"]),
+        "embeddings/m_norm": mean_of_finite(numbers["m_norm"]),
+        "gradients/grad_norm": mean_of_finite(numbers["grad_norm"]),
     }
     if len(learning.codes) > SHOWN_TARGETS:
         row["targets/ended"] = targets.num_ended
@@ -3080,6 +3104,7 @@ def shortened(value: object) -> str:
     return textwrap.shorten(str(value), 80, placeholder="...")
 
 
+@enough_memory_for("the saved state")
 def read_state(folder: Path) -> dict | None:
     """Return what `Recorder` left of an interrupted run, on the CPU; None where there is nothing. Raises UserError."""
     file, unfinished = folder / STATE_FILE, folder / UNFINISHED_FOLDER
@@ -3095,8 +3120,9 @@ def read_state(folder: Path) -> dict | None:
             saved["codes"] = load_file(unfinished / "codes.safetensors")["codes"]
             saved["batches"] = [load_file(unfinished / batch_file(index)) for index in done]
             return saved
-    except Exception:  # whatever the bytes of a damaged file suggest
-        pass
+    except Exception as error:  # whatever the bytes of a damaged file suggest
+        if is_out_of_memory(error):
+            raise
     raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to run anew")
 
 
@@ -3415,6 +3441,7 @@ class Recorder:
             self.keep_rows(learning, range(learning.first))
             self.saved = None  # the next trial of a search for the capacity starts anew
         self.recorded_step = learning.step
+        self.save_state(learning)
 
     def send_missing(self) -> None:
         """After a resumption, what the interrupted run had not sent."""
@@ -3514,7 +3541,7 @@ class Recorder:
 
     def give_up(self, learning: Optimisation) -> NoReturn:
         """Keep the best of an optimisation that diverged. Raises UserError."""
-        why = f"the loss or its gradient is no longer finite at step {learning.step}, and no shorter step is"
+        why = f"the loss or its gradient is no longer finite at step {learning.step}"
         remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
         file = self.folder / PROTO_TOKENS_FILE
         write_proto_tokens(file, learning.best, self.settings, learning.codes)
@@ -3589,14 +3616,14 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     """Learn e_t and m for codes [B, N], from the start or from where an interrupted run stood, and record each step."""
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
-    record.start(learning)
+        record.start(learning)
     with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals:
         try:
             with enough_memory_for("a step of the optimisation"):
-                learn_batch(learning, record)
                 while not learning.finished:
-                    record.batch(learning)
                     learn_batch(learning, record)
+                    if not learning.finished:
+                        record.batch(learning)
         except (UserError, Stopped):
             record.save_state(learning)
             raise
@@ -3747,6 +3774,7 @@ def run_experiment(args: argparse.Namespace) -> None:
             refuse_other_settings(folder, settings)
             if is_finished(folder):
                 print(f"the run in {folder} is finished: there is nothing to resume")
+                remove_unfinished(folder)  # where it was killed just before
                 return
         with Recorder(args, folder, settings) as record, on_stop_signal(record.tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)

@@ -65,15 +65,41 @@ def test_every_setting_that_is_not_at_its_default_stands_in_the_name():
     plain = "proto_256px_steps1000_lr02_seed42"
     assert name_of("--demo") == f"{plain}_demo"
     assert name_of("--prompt", vpt.DEFAULT_PROMPT, "--optimizer", "lbfgs", "--log-every", 1) == plain
-    assert name_of("--prompt", "a cat", "--num-e-tokens", 4) == f"{plain}_a-cat_num-e-tokens-4"
+    assert name_of("--prompt", "a cat", "--num-e-tokens", 4) == f"{plain}_prompt-a-cat_num-e-tokens-4"
     assert name_of("--betas", "0.9,0.999") == f"{plain}_optimizer-adamw_betas-0.9-0.999"
-    assert name_of("--model-path", "Daniel0724/SimpleAR-0.5B-RL") == f"{plain}_Daniel0724-SimpleAR-0.5B-RL"
+    assert name_of("--model-path", "Daniel0724/SimpleAR-0.5B-RL") == f"{plain}_model-Daniel0724_SimpleAR-0.5B-RL"
     assert name_of("--dtype", "bfloat16", "--capacity") == f"{plain}_dtype-bfloat16_target-accuracy-99_capacity"
     assert re.fullmatch(rf"{plain}_prompts-2-\w+_m-own", name_of("--prompt", "a", "--prompt", "b", "--m", "own"))
-    assert re.fullmatch(
-        r"reconstructed_my-run-\w+", name_of("--from-proto-tokens", "out/my-run/" + vpt.PROTO_TOKENS_FILE)
-    )
+    earlier = f"out/my-run/{vpt.PROTO_TOKENS_FILE}"
+    assert re.fullmatch(r"reconstructed_my-run-\w+", name_of("--from-proto-tokens", earlier))
     assert name_of("--use-wandb", "--resume", "--save-every", 7, "--device", "cpu") == plain
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--demo"], ["--prompt", "demo"]),
+        (["--m", "own"], ["--prompt", "m own"]),
+        (["--prompt", "a"], ["--prompt", "a", "--prompt", "a"]),
+        (["--model-path", "a/b-c"], ["--model-path", "a-b/c"]),
+        (["--model-path", "x/y_dtype-bfloat16"], ["--model-path", "x/y", "--dtype", "bfloat16"]),
+        (["--model-path", "a/b"], ["--vq-model-ckpt", "a/b"]),
+        (["--vocabulary", "visual"], ["--vocabulary", "full"]),
+        (["--dtype", "float32"], ["--dtype", "float16"]),
+        (["--image", "a/x.png"], ["--image", "b/x.png"]),
+    ],
+)
+def test_other_settings_never_share_a_name(one, other):
+    assert name_of(*one) != name_of(*other)
+
+
+def test_pictures_are_named_by_where_they_are(tmp_path, monkeypatch):
+    names = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        names |= {name_of("--image", "x.png"), name_of("--image", "x.png", "--image", "y.png")}
+    assert len(names) == 4
 
 
 @given(st.text(min_size=1, max_size=200), st.text(min_size=1, max_size=200))

@@ -98,6 +98,28 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
     assert trials_in(tmp_path / "out" / "run") == whole
 
 
+def test_a_search_over_several_batches_that_is_killed_in_a_trial_goes_on(call_tiny, tmp_path, monkeypatch):
+    arguments = (*SEARCH, "--prompt", "a", "--prompt", "b", "--prompt", "c", "--m", "own")
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
+    assert call_tiny(*arguments).code == 0
+    whole = trials_in(tmp_path / "out" / "run")
+
+    class Killed(BaseException):
+        pass
+
+    def write(file, *rest):
+        really_write(file, *rest)
+        if file.name.startswith("batch") and next(written) == 4:  # of the second trial or a later one
+            raise Killed
+
+    really_write, written = vpt.write_tensors, iter(range(10**6))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(vpt, "write_tensors", write)
+        call_tiny(*arguments)
+    assert call_tiny(*arguments, "--resume").code == 0
+    assert trials_in(tmp_path / "out" / "run") == whole
+
+
 def test_a_trial_that_diverges_has_not_reached_the_accuracy(call_tiny, model_folders, tmp_path):
     spoil_text_head(model_folders[0])
     assert call_tiny(*SEARCH).code == 0

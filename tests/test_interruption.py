@@ -95,6 +95,28 @@ def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_
     assert names == {file.name for file in (tmp_path / "whole" / "run").iterdir()}
 
 
+@pytest.mark.parametrize("options", [(), ("--prompt", "a", "--prompt", "b", "--m", "own")])
+def test_a_run_killed_while_its_results_are_made_takes_no_further_step(call_tiny, tmp_path, monkeypatch, options):
+    """Also where it reached the accuracy asked for before its last step."""
+    arguments = ("--num-steps", 40, "--target-accuracy", 20, *options, "--wandb-run-name", "run")
+    assert call_tiny(*arguments, "--save-dir", "whole").code == 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(vpt, "reconstruct", lambda *_: 1 / 0)
+        call_tiny(*arguments, "--save-dir", "cut")
+    assert call_tiny(*arguments, "--save-dir", "cut", "--resume").code == 0
+    assert results_of(tmp_path / "cut" / "run") == results_of(tmp_path / "whole" / "run")
+    assert summary_in(tmp_path / "cut" / "run")["steps"] < 40
+
+
+def test_what_a_run_left_that_was_killed_as_it_ended_goes_with_the_next(call_tiny, tmp_path, monkeypatch):
+    arguments = ("--save-dir", "out", "--wandb-run-name", "run")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(vpt, "remove_unfinished", lambda folder: (folder / "summary.json").exists() and 1 / 0)
+        call_tiny(*arguments)
+    assert "finished" in call_tiny(*arguments, "--resume").out
+    assert not (tmp_path / "out" / "run" / STATE).exists() and not (tmp_path / "out" / "run" / "unfinished").exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other line ends", "semicolons"])
 def test_a_history_that_others_have_changed_is_one_line_before_anything_is_learned(interrupted, call_script, damage):
     arguments, _, folder = interrupted
@@ -282,7 +304,7 @@ def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_
     arguments = ("--num-steps", 5, "--save-every", 4, "--target-accuracy", 0, "--wandb-run-name", "run")
     with full_disk_at(0) as opened:
         assert call_tiny(*arguments, "--save-dir", "whole").code == 0
-    assert len(opened) == 13, opened  # each of them fails in turn
+    assert len(opened) == 14, opened  # each of them fails in turn
     for write in range(1, len(opened) + 1):
         folder = tmp_path / f"failed{write}"
         with full_disk_at(write):

@@ -38,7 +38,7 @@ def test_the_shell_command_takes_settings_from_the_environment(run_shell, tmp_pa
     settings = {"NUM_STEPS": "3", "SEED": "7", "PROMPT": "a cat on green grass", "LEARNING_RATE": "0.05"}
     result = run_shell(**settings, USE_WANDB="True", WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
-    config = config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7_demo_a-cat-on-green-grass")
+    config = config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7_demo_prompt-a-cat-on-green-grass")
     assert config["prompt"] == "a cat on green grass"
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 

@@ -236,6 +236,24 @@ def test_lbfgs_says_when_no_way_leads_back_to_what_is_finite():
     assert points.isfinite().all()
 
 
+def test_lbfgs_forgets_a_direction_that_is_finite_only_where_it_begins():
+    """Cut ever shorter, the way is lost in rounding: the loss there is that of x, and no success."""
+    points, x = torch.tensor([[3.0, -2.0]], requires_grad=True), None
+    optimizer = vpt.LBFGS(points, 2, 0.1, 1e-7)
+    for _ in range(60):
+        points.grad = 4 * points.detach() ** 3
+        losses = (points.detach() ** 4).sum(1)
+        if x is not None and not torch.equal(points.detach(), x):
+            losses = losses * math.nan
+        elif optimizer.s[0, -5:].any(1).all():
+            x = points.detach().clone()  # from here on, nothing else is finite
+        optimizer.step(losses)
+        if not optimizer.can_go_back:
+            break
+    assert x is not None and not optimizer.can_go_back and not optimizer.s.any()
+    assert torch.equal(optimizer.x, x)
+
+
 @pytest.mark.parametrize("name", ["lbfgs", "adamw"])
 def test_an_optimizer_goes_on_with_some_of_its_problems_as_if_these_had_been_alone(tiny_models, name):
     args = vpt.parse_args(["--optimizer", name])
@@ -393,13 +411,13 @@ def test_a_loss_that_is_not_finite_for_once_costs_two_steps_and_nothing_else(tin
     assert rows[-1]["train/loss"] < rows[8]["train/loss"]
 
 
-@pytest.mark.parametrize(("options", "evaluations"), [(("--optimizer", "adamw"), 10), ((), 30)])
-def test_a_loss_that_stays_not_finite_ends_the_run_with_the_best_so_far(tiny_models, make_args, options, evaluations):
-    """With L-BFGS after ten shorter steps along its direction, and ten straight downhill."""
+@pytest.mark.parametrize(("options", "most"), [(("--optimizer", "adamw"), 10), ((), 30)])
+def test_a_loss_that_stays_not_finite_ends_the_run_with_the_best_so_far(tiny_models, make_args, options, most):
+    """With L-BFGS after ten shorter steps along its direction, and ten straight downhill, at most."""
     hook = spoil_passes(tiny_models, range(10, 1000))
     result, rows = optimise(tiny_models, make_args("--num-steps", 200, *options))
     hook.remove()
-    assert result.targets.diverged and result.step == len(rows) == evaluations
+    assert result.targets.diverged and 10 <= result.step == len(rows) <= most
     assert all(math.isfinite(row["train/loss"]) for row in rows)
     best = min(rows, key=lambda row: (-row["train/accuracy"], row["train/loss"]))
     assert result.targets["best_step"].tolist() == [best["step"]]

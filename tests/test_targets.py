@@ -1,5 +1,6 @@
 """Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
 
+import io
 import json
 import math
 
@@ -13,7 +14,7 @@ from support.builders import memory_for, optimise, random_codes
 from support.contract import FILES
 from support.results import config_in, refused, results_of, rows_of, steps_in, summary_in
 from support.results import tensors_in as stored
-from support.tiny_model import save_tiny_generator
+from support.tiny_model import save_tiny_generator, spoil_text_head
 
 import verify_proto_tokens as vpt
 
@@ -384,6 +385,42 @@ def test_what_a_batch_has_come_to_is_written_once(run_into, prompts_file, monkey
     run_into("many", "--prompts-file", prompts_file, *ALONE)
     batches = [f"batch_{k:05}.safetensors" for k in range(6)]  # the seventh is the last
     assert written == ["codes.safetensors", *batches, "proto_tokens.safetensors"]
+
+
+@pytest.mark.usefixtures("four_at_once")
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
+def test_a_run_killed_as_a_batch_begins_goes_on_as_if_nothing_had_happened(
+    run_into, call_tiny, prompts_file, tmp_path, monkeypatch, optimizer
+):
+    arguments = ("--prompts-file", prompts_file, *ALONE, "--optimizer", optimizer)
+    whole = run_into("whole", *arguments)
+    with monkeypatch.context() as patch:
+
+        def kill(recorder, learning):
+            really_begin(recorder, learning)
+            raise KeyboardInterrupt
+
+        really_begin = vpt.Recorder.batch
+        patch.setattr(vpt.Recorder, "batch", kill)
+        with pytest.raises(KeyboardInterrupt):
+            call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
+    assert results_of(run_into("cut", *arguments, "--resume")) == results_of(whole)
+
+
+def test_the_size_of_a_state_does_not_grow_with_the_number_of_targets(tiny_models, make_args, monkeypatch):
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 2)
+    sizes = []
+    for count in (4, 40):
+        learning = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=count), make_args("--m", "own"))
+        buffer = io.BytesIO()
+        torch.save(learning.state_dict(), buffer)
+        sizes.append(len(buffer.getvalue()))
+    assert sizes[0] == sizes[1]
+
+
+def test_many_targets_of_which_none_ever_has_a_number_end_in_one_line(call_tiny, model_folders, prompts_file):
+    spoil_text_head(model_folders[0])
+    refused(call_tiny("--prompts-file", prompts_file, "--m", "own", "--control", "random"), "finite at step 1")
 
 
 def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path, monkeypatch):
