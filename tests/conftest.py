@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ SHARED_RUNS = ("demo_run", "online", "troubled", "interrupted_once", "elsewhere"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Glyph .* missing from font")  # as the script has it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and what it starts
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
