@@ -6,7 +6,8 @@
     prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
     accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our optimiser against AdamW and the usual
-              recipe, or against --candidates
+              recipe, or the first of --candidates against the others; seconds a step; the steps in which the first
+              reaches what the last does in all of its own
     many      --count captions of the demo, each with an m of its own: evaluations and time of one run, against as many
               optimisations in one process and as many runs of the script, of which --singles are timed
     limit     this machine's matrix products and memory reads alone
@@ -517,15 +518,17 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
     chosen += ["--num-steps", str(args.num_steps), *args.options.split()]
     models = vpt.load_models(vpt.parse_args(chosen))
     goals, marks = (90, 95, 99), [step for step in (50, 100, 200, 400, 1000) if step <= args.num_steps]
-    rows, result = [], {}
+    rows, result, means_of_steps = [], {}, []
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes.items():
-            curves = []
+            curves, seconds, evaluations = [], 0.0, 0
             for seed in SEEDS:
                 settings = ["--seed", str(seed), "--save-dir", folder, "--m", "own", *recipe.split()]
                 settings += [word for caption in CAPTIONS for word in ("--prompt", caption)]
                 options = vpt.parse_args([*chosen, *settings])
                 learning, rows_of_steps = optimise(models, options, reference_of(models, options).codes)
+                seconds += learning.seconds
+                evaluations += sum(learning.targets["steps"].tolist())
                 for k in range(len(CAPTIONS)):
                     # Of the steps that its batch took: before them it has none.
                     own = [row[f"targets/{k}/best_accuracy"] for row in rows_of_steps]
@@ -539,13 +542,23 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
             at_marks = [spread([curve[min(step, len(curve)) - 1] for curve in curves]) for step in marks]
             means = [statistics.fmean(curve[min(step, len(curve)) - 1] for curve in curves) for step in marks]
             bands = (f"{mean:.1f} ({at['min']:.0f}-{at['max']:.0f})" for mean, at in zip(means, at_marks, strict=True))
-            rows.append((name, *(f"{median:.0f}" for median in medians), *bands))
-            result[name] = {"curves": curves, "steps": dict(zip(goals, medians, strict=True))}
+            a_step = seconds / evaluations
+            rows.append((name, *(f"{median:.0f}" for median in medians), *bands, f"{a_step:.3f}"))
+            result[name] = {"curves": curves, "steps": dict(zip(goals, medians, strict=True)), "seconds a step": a_step}
+            every_step = range(1, args.num_steps + 1)
+            means_of_steps.append(
+                [statistics.fmean(curve[min(step, len(curve)) - 1] for curve in curves) for step in every_step]
+            )
     which = (
         f"{args.model_path or 'demo model'}, {args.image_size} px, {len(CAPTIONS) * len(SEEDS)} targets {args.options}"
     )
-    head = ("", *(f"steps to {goal} %" for goal in goals), *(f"best at {step} (%)" for step in marks))
+    steps_to_goals = (f"steps to {goal} %" for goal in goals)
+    head = ("", *steps_to_goals, *(f"best at {step} (%)" for step in marks), "s a step")
     table(f"{which}: median steps; mean best accuracy, lowest to highest", rows, head, args.device)
+    first, last = next(iter(recipes)), list(recipes)[-1]
+    goal = means_of_steps[-1][-1]
+    of_last, of_first = steps_to(goal, means_of_steps[-1]), steps_to(goal, means_of_steps[0])
+    print(f"a mean of {goal:.1f} % takes {of_last} steps by {last}, {of_first} by {first}")
     return result
 
 
