@@ -3138,9 +3138,15 @@ WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 
 
 def wandb_settings(args: argparse.Namespace) -> object:
-    """The settings of a W&B run that options decide; one that is left out here is the environment's."""
-    import wandb
-
+    """Return W&B's settings: those of options, then the environment's. Raises UserError where W&B refuses one."""
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
+    if not os.path.isdir(os.environ.get("HOME", os.path.expanduser("~"))):  # a container's user without a name
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would end without one
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     names = {
         "project": None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
         "entity": args.wandb_entity,
@@ -3148,141 +3154,20 @@ def wandb_settings(args: argparse.Namespace) -> object:
         "run_group": args.wandb_group,
         "run_tags": args.wandb_tags,
     }
-    return wandb.Settings(
-        **{name: value for name, value in names.items() if value is not None},
-        init_timeout=WANDB_START_SECONDS,
-        finish_timeout=WANDB_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
-
-
-def prepare_wandb(args: argparse.Namespace) -> None:
-    """Raises UserError where an option or a WANDB_ variable has a value that W&B does not take."""
-    os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
-    provide_home()
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     try:
         wandb.setup()  # reads the environment, and what `wandb offline` and the like left in a folder
-        wandb_settings(args)
+        return wandb.Settings(
+            **{name: value for name, value in names.items() if value is not None},
+            init_timeout=WANDB_START_SECONDS,
+            finish_timeout=WANDB_FINISH_SECONDS,
+            finish_timeout_raises=True,
+        )
     except Exception as error:  # of W&B, its settings files or the disk: no common class
-        raise cannot_start(error) from None
-
-
-def provide_home() -> None:
-    """Where there is none (a container's user without a name), as the W&B client would end without."""
-    if os.environ.get("HOME") == "":
-        del os.environ["HOME"]
-    try:
-        Path.home()
-    except RuntimeError:
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")
-
-
-def refused_setting(error: Exception) -> str:
-    """What an error of W&B's, or of its checks of types, is about: the variable of the environment where it is one."""
-    if not hasattr(error, "errors"):
-        return line_of(error)
-    details = error.errors()[0]
-    value = ",".join(details["input"]) if isinstance(details["input"], list) else str(details["input"])
-    variables = [name for name, text in os.environ.items() if name.startswith("WANDB_") and text == value]
-    return f"{variables[0] if variables else details['loc'][0]} is {value!r}: {details['msg']}"
-
-
-def cannot_start(error: Exception) -> UserError:
-    if isinstance(error, OSError):
-        return UserError(f"W&B cannot start ({line_of(error)}): set WANDB_DIR to a folder that can be written")
-    return UserError(f"W&B does not take these settings: {refused_setting(error)}")
-
-
-def start_wandb(args: argparse.Namespace, settings: dict, run_id: str | None) -> object:
-    """A new W&B run, or the one called `run_id` continued; offline where the server gives trouble, which is said once.
-
-    Raises UserError where W&B refuses a name, or has a run of an id that the environment gives to this one.
-    """
-    import wandb
-
-    if args.resume:
-        resume = "allow"
-    elif in_sweep():
-        resume = None  # the server may know of an agent's run before it begins
-    else:
-        resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
-    start = functools.partial(wandb.init, config=settings, id=run_id, resume=resume, settings=wandb_settings(args))
-    mode = mode_after_login(args.wandb_mode)
-    try:
-        try:
-            run = start(mode=mode)
-        except wandb.errors.CommError as error:
-            wandb.teardown()  # a service that failed once would fail an offline run too
-            run = start(mode=keep_offline(error))
-    except Exception as error:  # of W&B, its settings files or the disk: no common class
-        if "already exists" in str(error):
-            there = (
-                f"W&B has a run {os.environ.get('WANDB_RUN_ID')} already, the id that WANDB_RUN_ID gives to this one"
-            )
-            raise UserError(f"{there}: unset it, or go on with that run by --resume") from None
-        raise cannot_start(error) from None
-    define_metrics(run)
-    return run
-
-
-def mode_after_login(chosen: str | None) -> str:
-    """W&B's mode, by option or environment; offline where the server gives trouble, or its question gets a no."""
-    import wandb
-
-    of_environment = wandb.setup().settings.mode
-    mode = chosen or of_environment
-    if mode not in ("online", "run", "shared"):
-        return mode
-    try:
-        logged_in = wandb.login(verify=True)
-    except wandb.Error as error:
-        return keep_offline(error)
-    # It asks for a login on a terminal only, and not where `wandb offline` was said before.
-    asked = of_environment == mode
-    return "offline" if asked and not logged_in else mode
-
-
-def define_metrics(run: object) -> None:
-    run.define_metric("optimisation_step", hidden=True)
-    run.define_metric("capacity/*", step_metric="capacity/num_tokens")
-    for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
-        run.define_metric(metrics, step_metric="optimisation_step")
-    run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
-
-
-def keep_offline(error: Exception) -> str:
-    print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
-    return "offline"
-
-
-def finish_wandb(run: object, exit_code: int) -> None:
-    # Not `with run`: that prints a traceback of what is only a clear line to the user.
-    try:
-        run.finish(exit_code=exit_code)
-    except TimeoutError:
-        rest = f"send the rest with: {sync_command(run)}"
-        print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
-
-
-def abandon_wandb(run: object, error: Exception) -> None:
-    import wandb
-
-    kept = f"send what it has with: {sync_command(run)}"
-    print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
-    logging.raiseExceptions = False  # else its log would say with each line, at length, that it cannot be written
-    with contextlib.suppress(Exception):
-        wandb.teardown()  # which would at the end of the process print a traceback
-
-
-def sync_command(run: object) -> str:
-    """The command that sends what is only here; without the option wandb passes over runs that began online."""
-    option = "" if run.offline else "--no-skip-online "
-    return f"wandb sync {option}{shlex.quote(str(Path(run.settings.sync_dir)))}"
+        why = line_of(error)
+        if hasattr(error, "errors"):  # pydantic's
+            details = error.errors()[0]
+            why = f"{details['loc'][0]} is {details['input']!r}: {details['msg']}"
+        raise UserError(f"W&B refuses a setting ({why}): mend the option or the WANDB_ variable") from None
 
 
 def as_media(value: object) -> object:
@@ -3293,79 +3178,131 @@ def as_media(value: object) -> object:
     return None if value == math.inf else value  # JSON has no word for it
 
 
-def as_table(rows: list[dict]) -> object:
-    import wandb
-
-    return wandb.Table(columns=list(rows[0]), data=[[as_media(value) for value in row.values()] for row in rows])
-
-
-def log_values(run: object, values: dict, step: int) -> None:
-    """A row of W&B's history, unless a resumed run had sent it before it was interrupted."""
-    if step >= run.starting_step:
-        run.log({name: as_media(value) for name, value in values.items()}, step=step)
-
-
-def log_results(run: object, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
-    media = {name: as_media(image) for name, image in images.items()}
-    media |= {name: as_table(rows) for name, rows in tables.items()}
-    # A run that was stopped after its last step goes on with the next.
-    step = max(summary["steps"], run.starting_step) if "steps" in summary else None
-    run.log(media, step=step)
-    run.summary.update({name: value for name, value in summary.items() if value != math.inf})
-
-
-def log_proto_tokens(run: object, file: Path, status: str) -> None:
-    """The file as an artifact; as a file of the run where an artifact lacks the server or the home that it needs."""
-    import wandb
-
-    try:
-        name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{run.id}", flags=re.ASCII)[:128]  # an id may be more than that
-        artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
-        artifact.add_file(str(file))
-        run.log_artifact(artifact)
-    except (wandb.Error, OSError):  # no server, or no home for a copy of the file
-        run.save(str(file), base_path=str(file.parent), policy="now")
-
-
 class Tracker:
-    """What tells W&B of a run, if it was started; where W&B's client fails, the run goes on without it."""
+    """Tells Weights & Biases of a run, where that is wanted. A failure of W&B is said once, and never ends the run."""
 
-    def __init__(self, run_id: str | None):
-        self.run_id = run_id  # of an interrupted run, which is continued
+    def __init__(self, args: argparse.Namespace):
+        """Raises UserError where W&B refuses a setting."""
+        self.args = args
+        self.settings = wandb_settings(args) if wants_wandb(args) else None
         self.run: object | None = None
+        self.run_id: str | None = None
 
-    def start(self, args: argparse.Namespace, settings: dict) -> None:
-        self.run = start_wandb(args, settings, self.run_id)
+    def start(self, config: dict, run_id: str | None) -> None:
+        """Start a W&B run, or go on with the one called `run_id`; offline where the server gives trouble.
+
+        Raises UserError where W&B has a run of the id that the environment gives to this one.
+        """
+        self.run_id = run_id
+        if self.settings is None:
+            return
+        import wandb
+
+        resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
+        if self.args.resume:
+            resume = "allow"
+        elif in_sweep():
+            resume = None  # the server may know of an agent's run before it begins
+        start = functools.partial(wandb.init, config=config, id=run_id, resume=resume, settings=self.settings)
+        try:
+            self.run = start(mode=self.args.wandb_mode)
+        except wandb.Error as error:
+            if "already exists" in str(error):
+                raise UserError(
+                    f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id that WANDB_RUN_ID gives to this "
+                    "one: unset it, or go on with that run by --resume"
+                ) from None
+            print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
+            wandb.teardown()  # a service that failed once would fail an offline run too
+            self.run = start(mode="offline")
+        except Exception as error:  # of the disk, mostly
+            raise UserError(f"W&B cannot start ({line_of(error)}): set WANDB_DIR to a writable folder") from None
         self.run_id = self.run.id
+        self.run.define_metric("optimisation_step", hidden=True)
+        self.run.define_metric("capacity/*", step_metric="capacity/num_tokens")
+        for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
+            self.run.define_metric(metrics, step_metric="optimisation_step")
+        self.run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
 
-    def tell(self, log: Callable, *values: object) -> None:
+    def finish(self, exit_code: int) -> None:
         if self.run is None:
             return
-        try:
-            log(self.run, *values)
-        except Exception as error:  # of the client, of its service process or of the disk: no common class
-            abandon_wandb(self.run, error)
-            self.run = None
+        with self.going_on_without():
+            try:
+                self.run.finish(exit_code=exit_code)
+            except TimeoutError:
+                rest = f"send the rest with: {self.sync_command()}"
+                print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
 
     def end_by_signal(self, number: int) -> None:
         """End the process by the signal, after closing W&B's run, which would else be taken for a live one."""
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # a second signal does not wait
-        self.tell(finish_wandb, 128 + number)
+        self.finish(128 + number)
         signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def going_on_without(self) -> Iterator[None]:
+        """Go on without W&B, and say so, if what is done here fails."""
+        try:
+            yield
+        except Exception as error:  # of the client, of its service process or of the disk: no common class
+            import wandb
+
+            kept = f"send what it has with: {self.sync_command()}"
+            print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
+            self.run = None
+            logging.raiseExceptions = False  # else its log would say with each line that it cannot be written
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # which would at the end of the process print a traceback
+
+    def sync_command(self) -> str:
+        """Return the command that sends what is only here; it passes over runs that began online unless told not to."""
+        option = "" if self.run.offline else "--no-skip-online "
+        return f"wandb sync {option}{shlex.quote(str(Path(self.run.settings.sync_dir)))}"
+
+    def log(self, values: dict, step: int) -> None:
+        """Log a row of the history, unless a resumed run had sent it before it was interrupted."""
+        if self.run and step >= self.run.starting_step:
+            with self.going_on_without():
+                self.run.log({name: as_media(value) for name, value in values.items()}, step=step)
 
     def row(self, row: dict[str, float]) -> None:
         """`best_accuracy` too, so that a sweep can stop a run early."""
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         values["best_accuracy"] = row["train/best_accuracy"]
         values["optimisation_step"] = row["step"]
-        self.tell(log_values, values, row["step"])
+        self.log(values, row["step"])
 
-    def frame(self, step: int, frame: Image.Image) -> None:
-        self.tell(log_values, {"progress/reconstruction": frame, "optimisation_step": step}, step)
+    def results(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
+        if self.run is None:
+            return
+        import wandb
 
-    def trial(self, trial: dict, count: int) -> None:
-        self.tell(log_values, {f"capacity/{name}": value for name, value in trial.items()}, count)
+        with self.going_on_without():
+            media = {name: as_media(image) for name, image in images.items()}
+            for name, rows in tables.items():
+                data = [[as_media(value) for value in row.values()] for row in rows]
+                media[name] = wandb.Table(columns=list(rows[0]), data=data)
+            # A run that was stopped after its last step goes on with the next.
+            step = max(summary["steps"], self.run.starting_step) if "steps" in summary else None
+            self.run.log(media, step=step)
+            self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
+
+    def proto_tokens(self, file: Path, status: str) -> None:
+        """Log the file as an artifact; as a file of the run where an artifact lacks the server that it needs."""
+        if self.run is None:
+            return
+        import wandb
+
+        with self.going_on_without():
+            try:
+                name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # an id may be more
+                artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
+                artifact.add_file(str(file))
+                self.run.log_artifact(artifact)
+            except (wandb.Error, OSError):
+                self.run.save(str(file), base_path=str(file.parent), policy="now")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3378,23 +3315,21 @@ class Recorder:
     A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict):
-        self.args, self.folder, self.settings = args, folder, settings
+    def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
+        self.args, self.folder, self.settings, self.tracker = args, folder, settings, tracker
         self.saved = read_state(folder) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
-        self.tracker = Tracker(self.saved["run_id"] if self.saved else None)
         self.newest_row: dict[str, float] | None = None  # until it is in the history
         self.recorded_step = 0
         self.stop_signals: list[int] = []  # that have come while learning
         self.bar: tqdm | None = None  # while learning
 
     def __enter__(self) -> Recorder:
-        if wants_wandb(self.args):
-            self.tracker.start(self.args, self.settings)
+        self.tracker.start(self.settings, self.saved["run_id"] if self.saved else None)
         for count, trial in enumerate(self.trials, 1):
-            self.tracker.trial(trial, count)
+            self.track_trial(trial, count)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -3406,7 +3341,7 @@ class Recorder:
             exit_code = error.exit_code
         else:
             exit_code = 1
-        self.tracker.tell(finish_wandb, exit_code)
+        self.tracker.finish(exit_code)
 
     def begin(self, reference: Reference) -> None:
         """Writes what is known before the first step, in place of an earlier run's results unless this one goes on."""
@@ -3451,7 +3386,7 @@ class Recorder:
             if step in rows:
                 self.tracker.row(rows[step])
             if step in frames:
-                self.tracker.frame(step, Image.open(frames[step]))
+                self.track_frame(step, Image.open(frames[step]))
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keep a step's row, picture and state, as often as these are asked for.
@@ -3516,7 +3451,10 @@ class Recorder:
         frame = draw_progress(pixels, learning.step, mean(learning.targets["best_accuracy"]))
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
-        self.tracker.frame(learning.step, frame)
+        self.track_frame(learning.step, frame)
+
+    def track_frame(self, step: int, frame: Image.Image) -> None:
+        self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
         """All that --resume goes on from; unless a step is not in the history yet, which must be done again."""
@@ -3550,7 +3488,10 @@ class Recorder:
     def trial(self, trial: dict) -> None:
         """Keeps what a search for the capacity has tried."""
         self.trials = [*self.trials, trial]
-        self.tracker.trial(trial, len(self.trials))
+        self.track_trial(trial, len(self.trials))
+
+    def track_trial(self, trial: dict, count: int) -> None:
+        self.tracker.log({f"capacity/{name}": value for name, value in trial.items()}, count)
 
     # ---- at the end
 
@@ -3561,7 +3502,7 @@ class Recorder:
         """Writes and logs what proto-tokens reconstruct, learned here or by an earlier run."""
         print("writing the results")
         file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
-        self.tracker.tell(log_proto_tokens, file, summary["status"])
+        self.tracker.proto_tokens(file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
         rows = draw_targets(targets, reconstruction)
@@ -3603,7 +3544,7 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
-        self.tracker.tell(log_results, images, summary, tables)
+        self.tracker.results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         remove_unfinished(self.folder)
 
@@ -3693,7 +3634,7 @@ def print_results(summary: dict, record: Recorder) -> None:
         lines = lines_of_results(summary)
     lines["files"] = f"{record.folder}/"
     if record.tracker.run and record.tracker.run.offline:
-        lines["to W&B later"] = sync_command(record.tracker.run)
+        lines["to W&B later"] = record.tracker.sync_command()
     print()
     for label, text in lines.items():
         print(f"  {label:<14} {text}")
@@ -3761,8 +3702,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
 def run_experiment(args: argparse.Namespace) -> None:
     """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
     with run_folder(args) as folder:
-        if wants_wandb(args):
-            prepare_wandb(args)
+        tracker = Tracker(args)
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
             args = with_settings_of(earlier, args)
@@ -3776,7 +3716,7 @@ def run_experiment(args: argparse.Namespace) -> None:
                 print(f"the run in {folder} is finished: there is nothing to resume")
                 remove_unfinished(folder)  # where it was killed just before
                 return
-        with Recorder(args, folder, settings) as record, on_stop_signal(record.tracker.end_by_signal):
+        with Recorder(args, folder, settings, tracker) as record, on_stop_signal(tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)
         print_results(summary, record)
 
