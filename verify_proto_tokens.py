@@ -231,9 +231,6 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
         "is code, so take it only from someone you trust")
     add("--demo", "model", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add("--codebook-size", "reference", type=COUNT, metavar="CODES",
-        help="number of visual codes (default: the product of the decoder's FSQ levels where it carries them, else the "
-        "embedding rows beyond the text vocabulary)")
     add("--device", "nothing", type=TEXT, help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
     add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of the generator; the proto-tokens are always float32. Where two embeddings hardly hold the "
@@ -353,7 +350,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for each in (args, defaults):
             fill_in(each)
         refuse_git_lfs_pointers(args)
-        say_what_is_not_used(args)
         name_for_wandb(args, default_run_name(args, defaults, parser.decides))
     except UserError as error:
         exit_with_error(error)
@@ -473,92 +469,62 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
                 raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` beside it")
 
 
-def say_what_is_not_used(args: argparse.Namespace) -> None:
-    """Of W&B's options, before an hour of learning rather than when its curves are looked for."""
-    options = {
-        "--wandb-project": args.wandb_project,
-        "--wandb-entity": args.wandb_entity,
-        "--wandb-tags": args.wandb_tags,
-        "--wandb-group": args.wandb_group,
-        "--wandb-mode": args.wandb_mode in ("online", "offline"),
-    }
-    given = [name for name, value in options.items() if value]
-    if given and not wants_wandb(args):
-        print(f"note: {given[0]} has no effect without --use-wandb")
-
-
 def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
-    """Fill in the run's name, and W&B's own name, project, tags and mode as the environment has them."""
+    """Fill in the run's name, and W&B's own name, project, tags and mode where the environment does not give them."""
     args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
+    for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group"):
+        if getattr(args, setting) and not wants_wandb(args):
+            print(f"note: --{setting.replace('_', '-')} has no effect without --use-wandb")
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    if args.wandb_tags is None:
-        try:
-            args.wandb_tags = TAGS(os.environ.get("WANDB_TAGS") or "proto-tokens")
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"WANDB_TAGS of the environment {error}") from None
+    if args.wandb_tags is None and not os.environ.get("WANDB_TAGS"):
+        args.wandb_tags = ["proto-tokens"]
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         args.wandb_mode = args.wandb_mode or "disabled"
 
 
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, decides: dict[str, str]) -> str:
-    """Return a name such as proto_256px_steps1000_lr02_seed42, then all else that decides the results.
+    """Return a name such as proto_256px_steps1000_lr02_seed42, then each other setting that is not at its default.
 
-    Each setting that is not at its default is named, so that runs of different settings never share a folder.
+    Settings that decide nothing are left out. Where the name shows a part of a text only, a digest ends it, so that
+    runs of different settings never share a folder.
     """
     rate = re.sub(r"^0\.", "0", in_a_name(args.learning_rate))
-    name, named = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}", set()
+    name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
+    shown, texts = {"image_size", "num_steps", "learning_rate", "seed"}, []
     if args.from_proto_tokens:
-        name = "reconstructed"
-    else:
-        named = {"image_size", "num_steps", "learning_rate", "seed"}
+        name, shown = "reconstructed", set()
+    if args.demo:
+        shown |= {"model_path", "vq_model_ckpt"}
     for setting, decided in decides.items():
         value = getattr(args, setting)
-        of_demo = args.demo and setting in ("model_path", "vq_model_ckpt")
-        if decided == "nothing" or setting in named or of_demo or value == getattr(defaults, setting):
+        if decided == "nothing" or setting in shown or value == getattr(defaults, setting):
             continue
-        if value is True:
-            name += f"_{setting}"
-        elif setting == "from_proto_tokens":
-            name += f"_{in_a_name(value)}"
-        elif decided == "model":
-            folder = os.path.expanduser(value)
-            model = in_a_name(Path(folder)) if os.path.isdir(folder) else value.replace("_", "__").replace("/", "_")
-            name += f"_{setting.removesuffix('_path').removesuffix('_model_ckpt')}-{model}"
-        else:
-            label = "prompt" if setting == "prompts" and len(value) == 1 else setting.replace("_", "-")
-            name += f"_{label}-{in_a_name(value)}"
-    if len(name.encode()) > 128:
-        name = f"{name.encode()[:120].decode(errors='ignore')}-{short_digest(name)}"
+        name += f"_{setting.replace('_', '-')}"
+        if value is not True:
+            name += f"-{in_a_name(value)}"
+        if isinstance(value, (str, list, Path)) and in_a_name(value) != value:
+            items = value if isinstance(value, list) else [value]
+            texts += [os.path.abspath(item) if isinstance(item, Path) else item for item in items]
+    if texts or len(name.encode()) > 128:
+        digest = hashlib.sha256("\0".join([name, *texts]).encode(errors="surrogateescape")).hexdigest()
+        name = f"{name.encode()[:120].decode(errors='ignore')}-{digest[:6]}"
     if in_sweep() and os.environ.get("WANDB_RUN_ID"):
         name += f"_{os.environ['WANDB_RUN_ID']}"  # an agent's runs may differ in nothing
     return name
 
 
 def in_a_name(value: object) -> str:
-    """Return a value as it stands in a run's name: readable, and with a digest where that loses something of it."""
-    if isinstance(value, list) and len(value) > 1:
-        return f"{len(value)}-{short_digest(*map(whole_of, value))}"
-    if isinstance(value, list):
-        value = value[0]
+    """Return a value as it reads in a run's name: of several their number, of a path its last part."""
     if isinstance(value, tuple):
         return "-".join(map(in_a_name, value))
+    if isinstance(value, list):
+        return in_a_name(value[0]) if len(value) == 1 else str(len(value))
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
-    text = str(value)
     if isinstance(value, Path):
-        text = value.parent.name if value.name == PROTO_TOKENS_FILE else value.stem
-    slug = re.sub(r"[^\w.]|_", "-", text)[:40].strip("-.")
-    whole = whole_of(value)
-    return slug if slug.replace("-", " ") == whole else f"{slug}-{short_digest(whole)}"
-
-
-def whole_of(value: object) -> str:
-    return os.path.abspath(value) if isinstance(value, Path) else str(value)
-
-
-def short_digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:6]
+        value = value.parent.name if value.name == PROTO_TOKENS_FILE else value.stem
+    return re.sub(r"[^\w.]|_", "-", str(value).rstrip("/").split("/")[-1])[:40].strip("-.")
 
 
 class LastingOutput(io.FileIO):
@@ -594,6 +560,7 @@ def in_sweep() -> bool:
 DECIDES = build_parser().decides | {
     "prompt": "reference",
     "num_tokens": "reference",
+    "codebook_size": "reference",
     "prompt_templates": "reference",
     "visual_offset": "reference",
     "generator_fingerprint": "reference",
@@ -844,12 +811,11 @@ def load_models(args: argparse.Namespace) -> Models:
         encode_pixels(vq_encoder, small, factor)  # else what is wrong with it comes to light after the generator loaded
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     refuse_too_few_positions(config, text_tokenizer, args, factor)
-    codebook_size = args.codebook_size or fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
+    codebook_size = fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
     if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
-        given = "leave out --codebook-size; else " if args.codebook_size else ""
         raise UserError(
             f"--model-path {args.model_path} has {vocabulary_rows} embedding rows, too few for {visual_offset} text "
-            f"tokens and a codebook of {codebook_size}: {given}it is no SimpleAR checkpoint for this VQ tokenizer"
+            f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)

@@ -99,8 +99,9 @@ def test_a_codebook_unknown_to_the_decoder_is_read_off_the_embedding_rows(call_t
     assert "1401 text ids + 12 visual codes" in call_tiny().out
 
 
-def test_a_given_codebook_size_overrides_what_the_models_say(call_tiny):
-    assert "1401 text ids + 8 visual codes" in call_tiny("--codebook-size", "8").out
+def test_a_checkpoint_with_fewer_rows_than_the_tokenizer_has_codes_is_refused(call_tiny):
+    result = call_tiny("--vq-model-ckpt", vpt.DEMO_FOLDER / "vq", "--image-size", 32)  # 625 codes, the rows are 12
+    refused(result, "embedding rows, too few for 1401 text tokens and a codebook of 625")
 
 
 def test_an_unreachable_hub_points_at_the_other_ways(call_script):
@@ -259,10 +260,6 @@ def test_a_prompt_too_long_for_the_model_is_named(call_tiny, model_folders, tmp_
     (model_folders[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
     (tmp_path / "prompts.txt").write_text("a cat\na dog " + "and another " * 300)
     refused(call_tiny("--prompts-file", tmp_path / "prompts.txt"), "(a dog and another", "...)", "shorten the prompt")
-
-
-def test_a_codebook_size_beyond_the_models_is_to_be_left_out(call_tiny):
-    refused(call_tiny("--codebook-size", 13), "leave out --codebook-size")
 
 
 def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_tiny, model_folders, tmp_path):
