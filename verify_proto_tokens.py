@@ -871,45 +871,29 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
-    """The folder itself, or the local snapshot of a hub repository, downloaded where needed. Raises UserError."""
-    try:
-        folder = Path(name).expanduser()
-        is_folder, is_there = folder.is_dir(), folder.exists()
-    except RuntimeError:
-        raise UserError(f"{option} {name}: there is no such user, or no home") from None
-    except OSError as error:  # no right to look, or too long a name
-        raise UserError(f"{option} {name} cannot be read: {error.strerror}") from None
-    if is_folder:
+    """Return the folder itself, or the local snapshot of a hub repository, downloaded where needed.
+
+    Raises UserError.
+    """
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         return folder
-    if is_there:
+    if os.path.exists(folder):
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
-    no_folder = f"{option} {name}: there is no such folder"
-    elsewhere = "name a local folder, or try --demo"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"{no_folder} (and this is no hub id such as {DEFAULT_MODEL}); {elsewhere}")
+        no_id = f"this is no hub id such as {DEFAULT_MODEL}"
+        raise UserError(f"{option} {name}: there is no such folder, and {no_id}; name a local folder, or try --demo")
     print(f"{option}: fetching {', '.join(patterns)} of {name} from the Hugging Face hub, unless they are cached")
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError:
-        accept = f"accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
-        raise UserError(f"{option} {name}: it is gated: {accept}; {elsewhere}") from None
+        why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
     except RepositoryNotFoundError:
-        nor_there = "no such repository on the Hugging Face hub that you may read (a private one needs `hf auth login`)"
-        raise UserError(f"{no_folder}, and {nor_there}; {elsewhere}") from None
+        why = "the Hugging Face hub has no such repository that you may read (a private one needs `hf auth login`)"
     except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
-        raise UserError(
-            f"{no_folder}, and it cannot be fetched from the Hugging Face hub ({why_not_fetched(error)}); {elsewhere}"
-        ) from None
-
-
-def why_not_fetched(error: Exception) -> str:
-    while error is not None:
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            return "your token is not valid: run `hf auth login`, or unset HF_TOKEN"
-        if isinstance(error, json.JSONDecodeError):
-            return "what answered is not the hub, but a page: is there a proxy that wants a login first?"
-        last, error = error, error.__cause__ or error.__context__
-    return textwrap.shorten(line_of(last), 160, placeholder="...")
+        why = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(line_of(error), 160)}): check the "
+        why += "network, and HF_TOKEN if it is set"
+    raise UserError(f"{option} {name}: there is no such folder, and {why}; name a local folder, or try --demo")
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -917,11 +901,9 @@ def read_config(folder: Path) -> Qwen2Config:
     file = folder / "config.json"
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind, rows = fields["model_type"], fields["vocab_size"]
+        kind, _ = fields["model_type"], fields["vocab_size"]  # the library has defaults for both
     except OSError as error:
-        if os.path.lexists(file):
-            raise UserError(f"{file} cannot be read ({error.strerror}), or is a broken link") from None
-        raise UserError(f"--model-path {folder} holds no config.json: it is no model folder") from None
+        raise UserError(f"{file} cannot be read ({error.strerror}): is --model-path a model's folder?") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged or no model configuration: download it again") from None
     if kind != "qwen2":
@@ -932,8 +914,6 @@ def read_config(folder: Path) -> Qwen2Config:
             "through the weights, so take the checkpoint before its quantisation"
         )
     try:
-        if rows < 1:
-            raise ValueError(f"vocab_size is {rows}")
         config = Qwen2Config.from_dict(fields)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = " ".join(str(error).split())
@@ -1032,10 +1012,9 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
     """A part of the VQ tokenizer in its own precision (casts are traced in as constants). Raises UserError."""
-    if not file.is_file() and is_hub_snapshot(file.parent):
-        raise UserError(f"{file.name} is not in the hub's cache ({file.parent}): fetch it while there is a network")
     if not file.is_file():
-        raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}: it is no Cosmos-style VQ tokenizer")
+        offline = "without a network, the hub's cache may lack it"
+        raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, as a Cosmos tokenizer does; {offline}")
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             return torch.jit.load(file, map_location=device).eval()
@@ -1125,13 +1104,9 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
     return codes
 
 
-def is_hub_snapshot(folder: Path) -> bool:
-    return folder.parent.name == "snapshots" and bool(re.fullmatch(r"[0-9a-f]{40}", folder.name))
-
-
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
     """Identifies a model by its commit where it is a hub snapshot, else by the content of its files."""
-    if is_hub_snapshot(folder):
+    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
     return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
 
@@ -1157,8 +1132,7 @@ NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
 )
-LARGEST_PICTURE = 500e6  # pixels: more than a telephone takes; of these some 6 GB of memory are needed
-Image.MAX_IMAGE_PIXELS = None  # read_picture has the limit above
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses twice as many; these need some 6 GB of memory
 
 
 @dataclass(frozen=True)
@@ -1260,22 +1234,17 @@ def read_picture(file: Path, size: int) -> Tensor:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings are of damaged EXIF
-            if image.width * image.height > LARGEST_PICTURE:
-                raise ValueError(f"it has {image.width * image.height / 1e6:.0f} million pixels: make it smaller")
-            if image.mode == "F":
-                raise ValueError("its pixels are of floating point; convert it to 8 or 16 bits")
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them
+                raise ValueError("its pixels have more than 8 bits a channel: convert it")
             image.load()  # a damaged picture is an error here; below, damaged EXIF is none
             with contextlib.suppress(Exception):  # whatever its bytes suggest; the picture turns before it is rewritten
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # of 16 bits a pixel; Pillow would clip them
-                values = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((values / 257).round().astype(np.uint8))
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side)).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"--image {file}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
@@ -2634,7 +2603,6 @@ RESULTS = [
     "training_curves.png",
     "capacity.png",
 ]
-ABANDONED_SECONDS = 3600  # no file takes so long to write
 
 
 def cannot_write(file: Path, error: OSError) -> UserError:
@@ -2674,7 +2642,6 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         raise UserError(f"--save-dir {args.save_dir} cannot be written: {error.strerror} ({error.filename})") from None
     try:
         refuse_foreign(folder)
-        remove_leftovers(args.save_dir, folder)
         yield folder
     finally:
         os.close(lock)
@@ -2707,21 +2674,9 @@ def lock_folder(folder: Path) -> int:
             os.close(lock)
             at_work = f"another run is at work in {folder}"
             raise UserError(f"{at_work}: name this one with --wandb-run-name, or wait") from None
-        except OSError as error:
-            print(
-                f"note: {folder} cannot be locked here ({line_of(error)}): start no second run of this name meanwhile"
-            )
+        except OSError:
+            pass  # a file system without locks
     return lock
-
-
-def remove_leftovers(save_dir: Path, folder: Path) -> None:
-    """Temporary files of killed runs: all in a run's own folder, elsewhere those that nobody writes any more."""
-    ours = rf"({'|'.join(map(re.escape, RESULTS))}|[0-9a-f]{{32}}\.safetensors|step_\d+\.png)\.\d+\.partial"
-    for file in (*save_dir.glob("*/*.partial"), *save_dir.glob("*/progress/*.partial")):
-        with contextlib.suppress(OSError):
-            abandoned = folder in file.parents or time.time() - file.stat().st_mtime > ABANDONED_SECONDS
-            if abandoned and re.fullmatch(ours, file.name):
-                file.unlink()
 
 
 def remove_results(folder: Path) -> None:
@@ -2733,8 +2688,9 @@ def remove_results(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what only an interrupted run needs. Raises UserError."""
-    remove([folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*")])
+    """Remove what only an interrupted run needs, and what a killed one was writing. Raises UserError."""
+    half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
+    remove([folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*"), *half_written])
     with contextlib.suppress(OSError):
         (folder / UNFINISHED_FOLDER).rmdir()
 
@@ -2859,13 +2815,9 @@ class HistoryFile:
     """history.csv, which grows by a row at a time while the run goes on."""
 
     def __init__(self, file: Path, size: int):
-        """Opens the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
+        """Open the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
         self.file, self.size = file, size
-        if size:
-            try:
-                self.rows()
-            except UserError as error:
-                raise UserError(f"{error}: leave out --resume to run anew") from None
+        self.rows = read_history(file, size) if size else []
         try:
             self.stream = file.open("ab" if size else "wb", buffering=0)
             if size:
@@ -2886,17 +2838,19 @@ class HistoryFile:
                 self.stream.truncate(self.size)  # no half a row
             raise cannot_write(self.file, error) from None
         self.size += written
+        self.rows.append(row)
 
-    def rows(self) -> list[dict[str, float]]:
-        """All that was appended. Raises UserError where others have changed or removed the file."""
-        try:
-            content = self.file.read_bytes()[: self.size].decode()
-            if len(content) < self.size or (content and not content.endswith("\n")):
-                raise ValueError
-            rows = list(csv.DictReader(content.splitlines()))
-            return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"{self.file} is missing or damaged") from None
+
+def read_history(file: Path, size: int) -> list[dict[str, float]]:
+    """Return the rows of the file's first `size` bytes. Raises UserError where they are not whole."""
+    try:
+        content = file.read_bytes()[:size].decode()
+        if len(content) < size or not content.endswith("\n"):
+            raise ValueError
+        rows = list(csv.DictReader(content.splitlines()))
+        return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{file} is missing or damaged: leave out --resume to run anew") from None
 
 
 class ReferenceCache:
@@ -3346,7 +3300,7 @@ class Recorder:
 
     def send_missing(self) -> None:
         """After a resumption, what the interrupted run had not sent."""
-        rows = {row["step"]: row for row in self.history.rows()}
+        rows = {row["step"]: row for row in self.history.rows}
         frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
             if step in rows:
@@ -3477,7 +3431,8 @@ class Recorder:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.pictures]
-        images = draw_results(shown, reconstruction.predictions.rank, summary, self.rows_of_curves())
+        history = self.history.rows if self.history else []  # none where nothing was learned here
+        images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
@@ -3489,14 +3444,6 @@ class Recorder:
         file = self.folder / PROTO_TOKENS_FILE
         write_proto_tokens(file, proto_tokens, self.settings, self.reference.codes, **of_targets)
         return file
-
-    def rows_of_curves(self) -> list[dict[str, float]]:
-        """The history; none where nothing was learned here, or others have damaged it, which is said."""
-        try:
-            return self.history.rows() if self.history else []
-        except UserError as error:
-            print(f"note: {error}: there are no curves", file=sys.stderr)
-            return []
 
     @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:

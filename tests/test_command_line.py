@@ -118,7 +118,7 @@ def test_a_model_path_that_is_a_file(call_tiny, model_folders):
 
 def test_a_folder_that_is_no_model(call_tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(call_tiny("--model-path", tmp_path / "empty"), "config.json", "no model folder")
+    refused(call_tiny("--model-path", tmp_path / "empty"), "config.json", "No such file", "a model's folder?")
 
 
 def break_config_json(generator, vq):
@@ -214,7 +214,7 @@ def break_decoder_kind(generator, vq):
     ("damage", "words"),
     [
         (break_config_json, ["config.json", "damaged"]),
-        (break_config_link, ["config.json", "broken link"]),
+        (break_config_link, ["config.json", "cannot be read"]),
         (break_model_type, ["llama", "qwen2"]),
         (break_weights_missing, ["weights"]),
         (break_weights_cut, ["weights"]),

@@ -94,13 +94,12 @@ def test_an_output_that_takes_nothing_ends_no_run(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_a_file_system_without_locks_is_worth_a_note(call_tiny, tmp_path, monkeypatch, number):
+def test_a_run_needs_no_locks_of_the_file_system(call_tiny, tmp_path, monkeypatch, number):
     def no_locks(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(vpt.fcntl, "flock", no_locks)
-    result = call_tiny(*RUN)
-    assert result.code == 0 and "cannot be locked" in result.out
+    assert call_tiny(*RUN).code == 0
     assert (tmp_path / "out" / "run" / "summary.json").exists()
 
 

@@ -33,14 +33,10 @@ def test_any_mode_gives_the_same_pixels(tmp_path, mode):
     assert (vpt.read_picture(file, 16) - expected).abs().max() < 0.01
 
 
-def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path):
-    file = saved(tmp_path, Image.fromarray(np.asarray(picture()).astype(np.uint16) * 257))
-    assert (vpt.read_picture(file, 16)[0] - torch.from_numpy(np.array(picture())) / 255).abs().max() < 0.01
-
-
-def test_a_picture_of_floating_point_is_refused_not_blackened(call_tiny, tmp_path):
-    file = saved(tmp_path, Image.fromarray(np.full((16, 16), 0.5, dtype=np.float32)), "p.tiff")
-    refused(call_tiny("--image", file), "--image", "floating point")
+@pytest.mark.parametrize("kind", [np.float32, np.uint16, np.int32])
+def test_a_picture_of_more_than_eight_bits_is_refused_not_clipped(call_tiny, tmp_path, kind):
+    file = saved(tmp_path, Image.fromarray(np.full((16, 16), 0.5, dtype=kind)), "p.tiff")
+    refused(call_tiny("--image", file), "--image", "more than 8 bits")
 
 
 def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
@@ -112,12 +108,7 @@ def test_a_telephones_200_megapixels_are_read_without_a_word(tmp_path, recwarn):
 
 def test_a_picture_that_no_camera_takes_is_one_line(call_tiny, tmp_path):
     file = saved(tmp_path, Image.new("1", (1_100_000, 500)))
-    refused(call_tiny("--image", file), "--image", "550 million pixels", "smaller")
-
-
-def test_a_dark_picture_of_sixteen_bits_stays_dark(tmp_path):
-    file = saved(tmp_path, Image.fromarray(np.full((16, 16), 200, dtype=np.uint16)))
-    assert vpt.read_picture(file, 16).max() < 0.01
+    refused(call_tiny("--image", file), "--image", "exceeds limit")
 
 
 @pytest.mark.parametrize("size", [(40, 16), (16, 40), (90, 33), (400, 301)])

@@ -97,20 +97,17 @@ def test_a_repository_that_does_not_exist_is_said_to_be_none(call_hub, hub):
     refused(call_hub("--model-path", "someone/nothing"), "no such repository", "--demo")
 
 
-def test_a_token_that_is_not_valid_is_said_to_be_so(call_hub, hub):
-    hub.code, hub.error, hub.body = 401, None, b'{"error": "Invalid credentials in Authorization header"}'
-    refused(call_hub("--model-path", "someone/private"), "token", "hf auth login")
-
-
-@pytest.mark.parametrize("body", [b"<html>Please log in to the network</html>", b""])
-def test_a_proxys_login_page_is_said_to_be_none_of_the_hubs(call_hub, hub, body):
-    hub.code, hub.error, hub.body, hub.kind = 200, None, body, "text/html"
-    refused(call_hub("--model-path", "someone/model"), "not the hub", "proxy")
-
-
-def test_a_hub_that_fails_points_at_the_other_ways(call_hub, hub):
-    hub.code, hub.error = 500, None
-    refused(call_hub("--model-path", "someone/model"), "cannot be fetched", "--demo")
+@pytest.mark.parametrize(
+    ("code", "body"),
+    [
+        (500, b""),
+        (401, b'{"error": "Invalid credentials in Authorization header"}'),
+        (200, b"<html>Please log in to the network</html>"),
+    ],
+)
+def test_a_hub_that_fails_points_at_the_other_ways(call_hub, hub, code, body):
+    hub.code, hub.error, hub.body, hub.kind = code, None, body, "text/html"
+    refused(call_hub("--model-path", "someone/model"), "--model-path someone/model", "cannot be fetched", "--demo")
 
 
 def test_offline_an_encoder_that_was_never_fetched_is_said_not_to_be_cached(call_tiny, tmp_path):
@@ -121,7 +118,11 @@ def test_offline_an_encoder_that_was_never_fetched_is_said_not_to_be_cached(call
     (snapshots / "snapshots" / ("b" * 40) / "encoder.jit").unlink()
     vpt.Image.new("L", (16, 16)).save(tmp_path / "p.png")
     assert call_tiny("--vq-model-ckpt", "nvidia/vq").code == 0
-    refused(call_tiny("--vq-model-ckpt", "nvidia/vq", "--image", "p.png"), "encoder.jit is not in the hub's cache")
+    refused(
+        call_tiny("--vq-model-ckpt", "nvidia/vq", "--image", "p.png"),
+        "holds no encoder.jit",
+        "the hub's cache may lack it",
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "decoder.jit"])

@@ -243,7 +243,7 @@ def test_the_history_reads_back(tmp_path):
     file = vpt.HistoryFile(tmp_path / "history.csv", size=0)
     for row in history():
         file.append(row)
-    assert file.rows() == history()
+    assert file.rows == vpt.read_history(file.file, file.size) == history()
     assert file.size == (tmp_path / "history.csv").stat().st_size
 
 
