@@ -39,7 +39,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -1385,16 +1384,12 @@ class ProtoTokens:
         """[1, D] where the targets share it, else [B, D]"""
         return self.points[:, -self.hidden_size :] if self.given_m is None else self.given_m
 
-    def inputs(self, num_tokens: int, part: slice = slice(None)) -> Tensor:
-        """Return the generator's inputs [e_1 .. e_K, m, ..., m] of a part of the targets: [B, N, D]."""
-        e_t = self.e_t[part]
-        m = self.m if len(self.m) == 1 else self.m[part]
+    def inputs(self, num_tokens: int, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Return the generator's inputs [e_1 .. e_K, m, ..., m] of some of the targets: [B, N, D]."""
+        e_t = self.e_t[rows]
+        m = self.m if len(self.m) == 1 else self.m[rows]
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
-
-    def only(self, rows: list[int]) -> ProtoTokens:
-        """Return the proto-tokens of these problems alone."""
-        return dataclasses.replace(self, points=self.points.detach()[rows].requires_grad_())
 
     def learned_numbers(self, num_tokens: int) -> int:
         m_is_learned_and_used = self.given_m is None and num_tokens > self.num_e_tokens
@@ -1428,12 +1423,12 @@ def initial_proto_tokens(
     return proto_tokens_of(e_t, m.repeat(batch if args.m == "own" else 1, 1).to(models.device))
 
 
-def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: slice) -> Tensor:
+def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, rows: slice | Tensor) -> Tensor:
     """Return the hidden states [B, N, D] of one forward pass over [e_1 .. e_K, m, ..., m].
 
     Position i predicts token i.
     """
-    inputs_embeds = proto_tokens.inputs(num_tokens, part).to(models.generator.dtype)
+    inputs_embeds = proto_tokens.inputs(num_tokens, rows).to(models.generator.dtype)
     mask = {"full_attention": None}  # causal; making its own, the library asks the device a question in every pass
     output = models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
     return output.last_hidden_state
@@ -1499,17 +1494,19 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     return joined(in_parts_that_fit(predict_part, len(codes), at_once, "the pass"), codes.shape)
 
 
-def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """Run one pass for the targets codes [B, N] and the way back: leave the loss's gradient in `points.grad`.
+def loss_and_gradient(
+    models: Models, proto_tokens: ProtoTokens, codes: Tensor, rows: Tensor, targets_per_pass: int
+) -> Predictions:
+    """Run one pass for the targets codes [F, N], and the way back: leave the loss's gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
     its mean over each target's N positions, its sum over targets, so that one with an m of its own learns as it would
-    alone.
+    alone. `rows` [F] are the targets' rows among the proto-tokens.
     """
     proto_tokens.points.grad = None
     parts = []
     for part in slices(len(codes), targets_per_pass):
-        hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
+        hidden_states = one_pass(models, proto_tokens, codes.shape[1], rows[part])
         # Back through the head a chunk of positions at a time, so that its logits can go before the next chunk's come;
         # then once through the layers.
         at_head = hidden_states.detach().requires_grad_()
@@ -1563,21 +1560,11 @@ class AdamW:
         self.change = (self.points - before).square().mean(1).sqrt()
 
     def state_dict(self) -> dict:
-        moments = self.adamw.state[self.points]  # empty before the first step
-        return {
-            "num_steps": self.num_steps,
-            "change": self.change,
-            "exp_avg": moments.get("exp_avg", torch.zeros_like(self.points)),
-            "exp_avg_sq": moments.get("exp_avg_sq", torch.zeros_like(self.points)),
-        }
+        return {"num_steps": self.num_steps, "change": self.change, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.num_steps, self.change = state["num_steps"], state["change"]
-        self.adamw.state[self.points] = {
-            "step": torch.tensor(float(self.num_steps)),
-            "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"],
-        }
+        self.adamw.load_state_dict(state["adamw"])
 
 
 class LBFGS:
@@ -1759,7 +1746,7 @@ class Targets:
 
     @property
     def num_ended(self) -> int:
-        return sum(self["ended"].tolist())
+        return int(self["ended"].sum())
 
     @property
     def diverged(self) -> Tensor:
@@ -1768,18 +1755,23 @@ class Targets:
 
     def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
         """Take in the numbers [F] of a step of the targets `rows`; return whose embeddings are the best yet, [F]."""
-        finite = numbers["loss"].isfinite() & numbers["grad_norm"].isfinite()
+        accuracy, loss = numbers["accuracy"], numbers["loss"]
+        best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
+        finite = loss.isfinite() & numbers["grad_norm"].isfinite()
+        met = finite & (accuracy >= self.goal)
         if self.together:
-            finite = finite.all().expand(len(finite))
+            finite, met, best_accuracy, best_loss = finite.all(), met.all(), best_accuracy.mean(), best_loss.mean()
+            accuracy, loss = accuracy.mean(), loss.mean()
+        higher = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
+        # Those that meet the goal are the best, even if the mean of targets that learn together was higher before.
+        better = (finite & (met | higher)).expand(len(rows))
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
             self.put(name, rows, finite, numbers[name])
-        better = finite & self.is_better(rows, numbers)
         for name in ("accuracy", "loss"):
             self.put(f"best_{name}", rows, better, numbers[name])
         self.put("best_step", rows, better, self["steps"][rows])
-        met = finite & self.met(numbers["accuracy"])
         self["reached"][rows] |= met
         self["ended"][rows] = met | lost | (self["steps"][rows] >= self.num_steps)
         return better
@@ -1787,59 +1779,36 @@ class Targets:
     def put(self, name: str, rows: list[int], where: Tensor, values: Tensor) -> None:
         self[name][rows] = torch.where(where, values, self[name][rows])
 
-    def is_better(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
-        """Return whose numbers [F] are the best yet.
-
-        Those that meet the accuracy asked for are, even if the mean of targets that learn together was higher.
-        """
-        new = numbers["accuracy"], numbers["loss"]
-        best = self["best_accuracy"][rows], self["best_loss"][rows]
-        if self.together:
-            new, best = ([values.mean().expand(len(rows)) for values in pair] for pair in (new, best))
-        higher, equal, lower_loss = new[0] > best[0], new[0] == best[0], new[1] < best[1]
-        return self.met(numbers["accuracy"]) | higher | (equal & lower_loss)
-
-    def met(self, accuracy: Tensor) -> Tensor:
-        """Return which targets have the accuracy asked for, [F]: those that learn together, only when all of them."""
-        reached = accuracy >= self.goal
-        return reached.all().expand(len(reached)) if self.together else reached
-
     def means(self) -> dict[str, float]:
         """Return means over the targets that have begun; the best accuracy is over all, so that it never falls."""
         begun = self.begun
         return {
-            "train/loss": mean(self["loss"][begun]),
-            "train/accuracy": mean(self["accuracy"][begun]),
-            "train/top5_accuracy": mean(self["top5_accuracy"][begun]),
-            "train/correct_tokens": int(sum(self["num_correct"].tolist())),
-            "train/best_accuracy": mean(self["best_accuracy"]),
+            "train/loss": self["loss"][begun].mean().item(),
+            "train/accuracy": self["accuracy"][begun].mean().item(),
+            "train/top5_accuracy": self["top5_accuracy"][begun].mean().item(),
+            "train/correct_tokens": int(self["num_correct"].sum()),
+            "train/best_accuracy": self["best_accuracy"].mean().item(),
         }
 
     def columns_of_each(self) -> dict[str, float | None]:
-        """Return each target's own numbers by their W&B names; None before it has begun."""
-        begun, columns = self.begun.tolist(), {}
-        for name in ("loss", "accuracy", "best_accuracy"):
-            for k, value in enumerate(self[name].tolist()):
-                columns[f"targets/{k}/{name}"] = value if begun[k] else None
-        return columns
-
-    def quantiles(self) -> dict[str, float]:
-        """Return how the best accuracies of the targets that have begun are spread."""
-        shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-        best = self["best_accuracy"][self.begun]
-        spread = best.quantile(shares).tolist() if len(best) else [0.0] * 3
-        return dict(zip(("targets/best_p10", "targets/best_p50", "targets/best_p90"), spread, strict=True))
+        """Return each target's own numbers by their W&B names, None before it has begun; of many, how they spread."""
+        begun = self.begun
+        if len(begun) > SHOWN_TARGETS:
+            shares, best = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), self["best_accuracy"][begun]
+            p10, p50, p90 = best.quantile(shares).tolist() if len(best) else (0.0, 0.0, 0.0)
+            counts = {"targets/ended": self.num_ended, "targets/in_flight": int(begun.sum()) - self.num_ended}
+            return counts | {"targets/best_p10": p10, "targets/best_p50": p50, "targets/best_p90": p90}
+        return {
+            f"targets/{k}/{name}": self[name][k].item() if begun[k] else None
+            for name in ("loss", "accuracy", "best_accuracy")
+            for k in range(len(begun))
+        }
 
     def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
         """Return rows of targets.csv for some of the targets."""
-        names = ("best_accuracy", "best_step", "steps")
-        columns = {name: self[name].tolist() for name in names} | {"diverged": self.diverged.tolist()}
+        columns = {name: self[name].tolist() for name in ("best_accuracy", "best_step", "steps")}
+        columns["diverged"] = self.diverged.tolist()
         return [{"target": k, "prompt": prompts[k]} | {name: columns[name][k] for name in columns} for k in some]
-
-
-def mean(values: Tensor) -> float:
-    """Return the mean of numbers on the host; not a number where there are none."""
-    return statistics.fmean(values.tolist() or [math.nan])
 
 
 def mean_of_finite(values: Tensor) -> float | None:
@@ -1849,20 +1818,27 @@ def mean_of_finite(values: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """Return what a step says of each of F targets, [F] each, in the one copy from the device that a step needs."""
-    batch, num_tokens = predictions.losses.shape
+def numbers_of(
+    predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS, rows: Tensor
+) -> dict[str, Tensor]:
+    """Return what a step says of F targets, the `rows` [F], each number [F]: the one copy from the device of a step."""
+    num_targets, num_tokens = predictions.losses.shape
+
+    def of_targets(column: Tensor) -> Tensor:
+        """[F], where the column has one number for all targets, or one for each of the proto-tokens' rows."""
+        return column.expand(num_targets) if len(column) == 1 else column[rows]
+
     columns = {
         "loss": predictions.losses.mean(1),
         "num_correct": predictions.num_correct,
         "num_in_top5": predictions.num_in_top5,
-        "grad_norm": proto_tokens.points.grad.norm(dim=1),
-        "e_t_norm": proto_tokens.e_t.norm(dim=-1).mean(1),
-        "m_norm": proto_tokens.m.norm(dim=-1),
-        "change": optimizer.change,
-        "can_go_back": optimizer.can_go_back,
+        "grad_norm": of_targets(proto_tokens.points.grad.norm(dim=1)),
+        "e_t_norm": of_targets(proto_tokens.e_t.norm(dim=-1).mean(1)),
+        "m_norm": of_targets(proto_tokens.m.norm(dim=-1)),
+        "change": of_targets(optimizer.change),
+        "can_go_back": of_targets(optimizer.can_go_back),
     }
-    values = torch.stack([column.float().expand(batch) for column in columns.values()]).cpu().double()
+    values = torch.stack([column.float() for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
     numbers["top5_accuracy"] = 100 * numbers["num_in_top5"] / num_tokens
@@ -1899,17 +1875,25 @@ class Optimisation:
 
     def begin_batch(self, first: int) -> None:
         """Have the batch of targets from the `first` one on be the one that learns."""
-        self.first, self.batch_step = first, 0
-        self.learn_only(list(self.batch), initial_proto_tokens(self.models, len(self.batch), self.args, self.given_m))
+        self.first, self.batch_step, self.active = first, 0, None
+        self.proto_tokens = initial_proto_tokens(self.models, len(self.batch), self.args, self.given_m)
+        self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
+        self.drop_ended()
+
+    def drop_ended(self) -> None:
+        """Have only those targets of the batch learn that have not ended."""
+        ended = self.targets["ended"].tolist()
+        active = [k for k in self.batch if not ended[k]]
+        if active == self.active:
+            return
+        self.active = active
+        self.active_rows = torch.tensor(self.active, device=self.models.device) - self.first  # in proto_tokens
+        self.active_codes = self.codes[self.active]  # [F, N]
 
     @property
     def batch(self) -> range:
         """The targets of the present batch, ended or not."""
         return range(self.first, min(self.first + self.batch_size, len(self.codes)))
-
-    @property
-    def batch_has_ended(self) -> bool:
-        return all(self.targets["ended"][self.first : self.batch.stop].tolist())
 
     @property
     def finished(self) -> bool:
@@ -1927,7 +1911,9 @@ class Optimisation:
         while True:
             try:
                 with gradient_checkpointing(self.models.generator, self.recomputes):
-                    return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
+                    return loss_and_gradient(
+                        self.models, self.proto_tokens, self.active_codes, self.active_rows, self.targets_per_pass
+                    )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self.need_less_memory():
                     raise
@@ -1951,32 +1937,14 @@ class Optimisation:
         places = better.nonzero().flatten().tolist()  # on the host: nothing waits
         if not places:
             return
-        device = self.models.device
-        targets = torch.tensor([self.active[place] for place in places], device=device)
-        places = torch.tensor(places, device=device)
+        places = torch.tensor(places, device=self.models.device)
+        rows = self.active_rows[places]
         for best, present in zip(self.predictions, predictions, strict=True):
-            best[targets] = present[places]
+            best[self.first + rows] = present[places]
         if self.together:  # one problem, whose targets are all better
             self.best.points.copy_(self.proto_tokens.points)
         else:
-            self.best.points[targets] = self.proto_tokens.points[places]
-
-    def drop_ended(self) -> None:
-        """Have only the targets go on that have not ended."""
-        ended = self.targets["ended"][self.active].tolist()
-        if self.together or not any(ended):
-            return
-        kept = [place for place, has_ended in enumerate(ended) if not has_ended]
-        state = self.optimizer.state_dict()
-        state = {name: value[kept] if isinstance(value, Tensor) else value for name, value in state.items()}
-        self.learn_only([self.active[place] for place in kept], self.proto_tokens.only(kept))
-        self.optimizer.load_state_dict(state)
-
-    def learn_only(self, targets: list[int], proto_tokens: ProtoTokens) -> None:
-        """Have these targets, of the present batch, be the active ones, with a new optimiser."""
-        self.active, self.proto_tokens = targets, proto_tokens
-        self.active_codes = self.codes[targets]  # [F, N]
-        self.optimizer = make_optimizer(proto_tokens.points, self.args, self.models.generator)
+            self.best.points[self.first + rows] = self.proto_tokens.points[rows]
 
     def summary(self) -> dict:
         """Return what belongs to the last step, and to the whole."""
@@ -1990,22 +1958,17 @@ class Optimisation:
             "optimisation_seconds": self.seconds,
         }
 
-    def results_of_batch(self) -> dict[str, Tensor]:
-        """Return what the targets of the present batch have come to, and their best embeddings."""
-        batch = slice(self.first, self.batch.stop)
-        problems = slice(0, 1) if self.together else batch
-        columns = self.targets.table | self.predictions._asdict()
-        # Copies, since torch saves all that a view is of.
-        results = {"best": self.best.points.detach()[problems].clone()}
-        return results | {name: column[batch].clone() for name, column in columns.items()}
+    def results(self) -> dict[str, Tensor]:
+        """Return what all targets have come to, a row a target, or a problem, each."""
+        return {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
 
-    @torch.no_grad()
-    def put_results_of_batch(self, results: dict[str, Tensor]) -> None:
+    def results_of_batch(self) -> dict[str, Tensor]:
         batch = slice(self.first, self.batch.stop)
-        problems = slice(0, 1) if self.together else batch
-        self.best.points[problems] = results["best"].to(self.models.device)
-        for name, column in (self.targets.table | self.predictions._asdict()).items():
-            column[batch] = results[name].to(column.device)
+        return {name: column[batch].clone() for name, column in self.results().items()}  # torch would save all rows
+
+    def put_results_of_batch(self, first: int, results: dict[str, Tensor]) -> None:
+        for name, column in self.results().items():
+            column[first : first + len(results[name])] = results[name].to(column.device)
 
     def state_dict(self) -> dict:
         """Return all that the next step of this batch depends on, and what the batch has come to."""
@@ -2015,7 +1978,6 @@ class Optimisation:
             "batch_size": self.batch_size,
             "first": self.first,
             "batch_step": self.batch_step,
-            "active": self.active,
             "points": self.proto_tokens.points.detach(),
             "optimizer": self.optimizer.state_dict(),
             "results": self.results_of_batch(),
@@ -2023,16 +1985,13 @@ class Optimisation:
 
     def load_state_dict(self, state: dict, finished: list[dict[str, Tensor]]) -> None:
         """Go on from a state, and the results of the batches before it."""
-        device = self.models.device
         self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
-        for index, results in enumerate(finished):
-            self.begin_batch(index * self.batch_size)
-            self.put_results_of_batch(results)
+        for index, results in enumerate([*finished, state["results"]]):
+            self.put_results_of_batch(index * self.batch_size, results)
         self.begin_batch(state["first"])
-        self.put_results_of_batch(state["results"])
         self.batch_step = state["batch_step"]
-        points = state["points"].to(device).requires_grad_()
-        self.learn_only(state["active"], dataclasses.replace(self.proto_tokens, points=points))
+        self.proto_tokens.points.detach().copy_(state["points"])
+        device = self.models.device
         of_optimizer = state["optimizer"].items()
         self.optimizer.load_state_dict(
             {name: value.to(device) if isinstance(value, Tensor) else value for name, value in of_optimizer}
@@ -2048,25 +2007,29 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and back
-        numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
+        proto_tokens, optimizer, rows = learning.proto_tokens, learning.optimizer, learning.active_rows
+        numbers = numbers_of(predictions, proto_tokens, optimizer, rows)  # here the host waits for the device
         learning.step, learning.batch_step = learning.step + 1, batch_step
         better = learning.targets.take(learning.active, numbers)  # and which targets have ended
         learning.keep_best(better, predictions)
-        all_have_ended = learning.batch_has_ended
-        if not all_have_ended:
-            learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
-            learning.drop_ended()
+        optimizer.step(losses_of_problems(predictions, proto_tokens, rows))  # moves the proto-tokens
+        learning.drop_ended()
         learning.seconds += time.perf_counter() - started
         record.step(row_of_step(learning, numbers), learning)
-        if all_have_ended:
+        if not learning.active:
             break
         if record.stop_signals:
             raise Stopped(record.stop_signals[0])
 
 
-def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> Tensor:
-    """Return the loss of each problem, [G]: the sum of its targets' means over their positions."""
-    return predictions.losses.mean(1).view(len(proto_tokens.points), -1).sum(1)
+def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens, rows: Tensor) -> Tensor:
+    """Return the loss of each problem, [G]: the sum of its targets' means over their positions; 0 where none learns."""
+    means = predictions.losses.mean(1)
+    if len(proto_tokens.points) == 1:
+        return means.sum()[None]
+    losses = means.new_zeros(len(proto_tokens.points))
+    losses[rows] = means
+    return losses
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -2084,13 +2047,7 @@ def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str,
         "embeddings/m_norm": mean_of_finite(numbers["m_norm"]),
         "gradients/grad_norm": mean_of_finite(numbers["grad_norm"]),
     }
-    if len(learning.codes) > SHOWN_TARGETS:
-        row["targets/ended"] = targets.num_ended
-        row["targets/in_flight"] = sum(targets.begun.tolist()) - targets.num_ended
-        row |= targets.quantiles()
-    elif len(learning.codes) > 1:
-        row |= targets.columns_of_each()
-    return row
+    return row | targets.columns_of_each() if len(learning.codes) > 1 else row
 
 
 def targets_at_once(models: Models, num_tokens: int) -> int:
@@ -2582,7 +2539,7 @@ VERSIONED = (
     "matplotlib",
     "tqdm",
 )
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 9
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 10
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs beside its state: codes, and batches that are done
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
@@ -3321,7 +3278,7 @@ class Recorder:
         if self.args.image_every and learning.step % self.args.image_every == 0:
             self.keep_frame(learning)
         self.show_step(row, learning)
-        if learning.batch_has_ended:
+        if not learning.active:
             return  # `batch` or `end` keeps the rest
         self.recorded_step = learning.step
         if learning.step % self.args.save_every == 0:
@@ -3368,7 +3325,7 @@ class Recorder:
     def keep_frame(self, learning: Optimisation) -> None:
         """A frame of the moving picture: what the best so far reconstruct."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
-        frame = draw_progress(pixels, learning.step, mean(learning.targets["best_accuracy"]))
+        frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
         write_image(file, frame)
         self.track_frame(learning.step, frame)
