@@ -710,14 +710,6 @@ def time_on(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
     """Return a bar that is lively on a terminal and adds a line every half-minute to a log file."""
     lively = sys.stderr.isatty()
@@ -1215,7 +1207,7 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 
     def decode(part: slice) -> None:
         codes, seconds = generate_visual_codes(models, missing[part], num_tokens, args)
-        print(f"reference: {codes.numel()} tokens in {duration(seconds)} ({codes.numel() / seconds:.1f} tokens/s)")
+        print(f"reference: {codes.numel()} tokens in {seconds:.1f} s ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[part], codes.cpu(), strict=True):
             decoded[prompt] = row, seconds / len(codes)
             cache.write(prompt, row, seconds / len(codes))
@@ -2850,17 +2842,8 @@ class ReferenceCache:
 
 # ---- what a run takes from files
 
-# What an earlier run's proto-tokens mean nothing without, and so is taken over from its settings.
-TAKEN_OVER = {
-    "prompt": str | list,
-    "image_size": int,
-    "seed": int,
-    "control": str | None,
-    "num_e_tokens": int,
-    "m": str,
-    "m_from": str | None,
-    "vocabulary": str,
-}
+# What an earlier run's proto-tokens mean nothing without, and so is taken over from its settings beside its prompts.
+TAKEN_OVER = ("image_size", "seed", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -2911,37 +2894,33 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
             and num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
             and target_ids.dtype == torch.int64
             and bool(e_t.isfinite().all() and m.isfinite().all())
-            and isinstance(settings["visual_offset"], int)
-            and all(isinstance(settings[name], kind) for name, kind in TAKEN_OVER.items())
+            and settings.keys() >= set(TAKEN_OVER)
         )
         if not fitting:
             raise ValueError
+        codes = target_ids - settings["visual_offset"]
     except FileNotFoundError:  # says safetensors also of a file that it may not read
         why = "it cannot be read" if file.exists() else "there is no such file"
         raise UserError(f"{option} {file}: {why}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run") from None
-    return EarlierRun(option, e_t, m, target_ids - settings["visual_offset"], settings, prompts)
+    return EarlierRun(option, e_t, m, codes, settings, prompts)
 
 
 def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, but for what the earlier run's proto-tokens mean nothing without."""
-    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER if name != "prompt"}
+    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
     return argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
 
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
     """Raises UserError where the proto-tokens of an earlier run were made for other models."""
-
-    def control_of(control: str | None, seed: int) -> str:
-        return f"seed {seed}" if control == "untrained" else "none"
-
     names = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
-    ours = {name: getattr(models, name) for name in names}
-    ours["untrained control"] = control_of(args.control, args.seed)
-    theirs = {name: earlier.settings.get(name) for name in names}
-    theirs["untrained control"] = control_of(earlier.settings["control"], earlier.settings["seed"])
-    other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    pairs = {name: (earlier.settings.get(name), getattr(models, name)) for name in names}
+    if "untrained" in (args.control, earlier.settings["control"]):  # then the seed decides the weights
+        for name in ("control", "seed"):
+            pairs[name] = earlier.settings[name], getattr(args, name)
+    other = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(earlier.codes)):
         other = ["its tensors do not fit its own settings"]
     if other:

@@ -80,8 +80,8 @@ def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, t
 
 def test_an_m_learned_for_an_untrained_generator_is_refused_for_the_trained_one(run_into, call_tiny):
     file = run_into("control", "--control", "untrained") / "proto_tokens.safetensors"
-    refused(call_tiny("--m-from", file), "--m-from", "untrained control seed 42, not none")
-    refused(call_tiny("--m-from", file, "--control", "untrained", "--seed", 7), "seed 42, not seed 7")
+    refused(call_tiny("--m-from", file), "--m-from", "control untrained, not None")
+    refused(call_tiny("--m-from", file, "--control", "untrained", "--seed", 7), "seed 42, not 7")
     assert run_into("again", "--m-from", file, "--control", "untrained")
 
 
