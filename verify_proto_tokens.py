@@ -93,7 +93,7 @@ def exit_with_error(message: object) -> NoReturn:
 
 
 def checked(parse: Callable, holds: Callable, what: str) -> Callable:
-    """An argparse type: what `parse` makes of the text, where it `holds`; anything else is said to be not `what`."""
+    """Return an argparse type: what `parse` makes of the text, refused as "must be {what}" unless it `holds`."""
 
     def convert(text: str):
         try:
@@ -110,7 +110,7 @@ def checked(parse: Callable, holds: Callable, what: str) -> Callable:
 
 
 def whole(text: str) -> int:
-    """A whole number, also as sweeps write it: 500.0, 1e3."""
+    """Return a whole number, also one written as sweeps write it: 500.0, 1e3."""
     with contextlib.suppress(ValueError):
         return int(text)
     number = float(text)
@@ -120,7 +120,7 @@ def whole(text: str) -> int:
 
 
 def listed(text: str) -> list[str]:
-    """The items of a list as sweeps write it: ['a', 'b'], [0.9, 0.99]; any other text alone."""
+    """Return the items of a list as sweeps write it, ['a', 'b'] or [0.9, 0.99]; of any other text, the text alone."""
     with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         items = ast.literal_eval(text.strip()) if text.strip().startswith("[") else [text]
         if isinstance(items, list):
@@ -136,7 +136,7 @@ def as_path(text: str) -> Path:
 
 
 def as_proto_tokens(text: str) -> Path:
-    """The file of an earlier run's proto-tokens, also where the run's folder is named."""
+    """Return the proto-tokens file of an earlier run, which may be named by its folder."""
     path = as_path(text)
     return path / PROTO_TOKENS_FILE if os.path.isdir(path) else path
 
@@ -338,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; a mistake ends the process with one line on stderr and exit code 2."""
+    """Parse the command line; a mistake ends the process with one line on stderr and exit code 2."""
     parser = build_parser()
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
@@ -366,7 +366,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def is_nothing(word: str) -> bool:
-    """Whether a sweep agent wrote this word for an option that is not given: a null, or settings of its own."""
+    """Return whether a sweep agent wrote this word for an option that is not given: a null, or its own settings."""
     name, equals, value = word.partition("=")
     return name.startswith("--") and bool(equals) and (value == "None" or name == "--_wandb")
 
@@ -392,7 +392,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 
 
 def choose_optimizer(args: argparse.Namespace) -> None:
-    """Chooses AdamW where one of its options is given, else L-BFGS. Raises UserError where these contradict."""
+    """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError where these contradict."""
     given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
     if given and args.optimizer == "lbfgs":
         option = f"--{given[0].replace('_', '-')}"
@@ -405,7 +405,7 @@ def choose_optimizer(args: argparse.Namespace) -> None:
 
 
 def choose_targets(args: argparse.Namespace) -> None:
-    """Puts the prompts and pictures of this run's shard in the place of what was given."""
+    """Replace the prompts and pictures that were given by those of this run's shard."""
     args.images = args.images or []
     args.prompts = args.prompts or []
     for file in args.prompts_files:
@@ -425,7 +425,7 @@ def choose_targets(args: argparse.Namespace) -> None:
 
 
 def in_shard(items: list, shard: tuple[int, int]) -> list:
-    """Each N-th item from the I-th on, counted from 1."""
+    """Return every N-th item, beginning with the I-th, counted from 1."""
     index, count = shard
     if index > len(items) > 0:
         raise UserError(f"--shard {index}/{count} has no prompt: only {len(items)} given")
@@ -433,7 +433,7 @@ def in_shard(items: list, shard: tuple[int, int]) -> list:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines do not count."""
+    """Return the prompts of a text file, one per line; empty lines do not count."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -536,7 +536,7 @@ class LastingOutput(io.FileIO):
 
 
 def keep_outputs_open() -> None:
-    """No experiment ends because of something that cannot be printed: a letter is escaped, a lost output is quiet."""
+    """Escape characters that the terminal cannot show; ignore a closed pipe or a full disk behind an output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # neither a closed one nor a notebook's own
@@ -550,7 +550,7 @@ def wants_wandb(args: argparse.Namespace) -> bool:
 
 
 def in_sweep() -> bool:
-    """Whether a W&B sweep agent started this process."""
+    """Return whether a W&B sweep agent started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
@@ -655,19 +655,19 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def line_of(error: BaseException, number: int = 0) -> str:
-    """A line of what an error says; TorchScript's own say in the last one (-1) what happened."""
+    """Return one line of an error's message; errors of TorchScript say what happened in the last line (-1)."""
     return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also where TorchScript, cuBLAS or the host's allocator say so in their own words."""
+    """Recognise it also in the words of TorchScript, cuBLAS and the host's allocator."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
 def enough_memory_for(what: str) -> Iterator[None]:
-    """Turns running out of memory, on the device or the host, into a UserError that says during what."""
+    """Turn running out of memory, on the device or the host, into a UserError that says during what."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -702,7 +702,7 @@ def in_parts_that_fit(work: Callable[[slice], object], count: int, at_once: int,
 
 
 def time_on(device: torch.device) -> float:
-    """Seconds on a clock, read when the device has finished its work."""
+    """Wait until the device has finished its work; return the seconds on a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -772,7 +772,7 @@ class Models:
         return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
 
     def has(self, codes: Tensor) -> bool:
-        """Whether all are visual codes."""
+        """Return whether all are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
 
 
@@ -782,7 +782,7 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 
 @enough_memory_for("the models")
 def load_models(args: argparse.Namespace) -> Models:
-    """Loads everything that stays frozen, the cheap and telling parts first. Raises UserError."""
+    """Load all that stays frozen, first the parts that load fast and can be wrong. Raises UserError."""
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what torch says of precisions, and its graphs, are of the current one
@@ -845,7 +845,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: another GPU's references are not the same, nor as quick."""
+    """Return what computes; the same seed gives other references on another GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -888,7 +888,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
 
 
 def read_config(folder: Path) -> Qwen2Config:
-    """The checkpoint's configuration, checked. Raises UserError where it is no plain Qwen2 model."""
+    """Read the checkpoint's configuration. Raises UserError where it is no plain Qwen2 model."""
     file = folder / "config.json"
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -915,7 +915,7 @@ def read_config(folder: Path) -> Qwen2Config:
 
 
 def read_repetition_penalty(folder: Path) -> float:
-    """What generation_config.json asks for, if there is one; 1 is none. Raises UserError."""
+    """Read the penalty from generation_config.json; 1, none, where it has none. Raises UserError."""
     file = folder / "generation_config.json"
     if not file.exists():
         return 1.0
@@ -945,7 +945,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qwen2ForCausalLM:
-    """The generator, frozen. Raises UserError."""
+    """Load the generator and freeze it. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -972,7 +972,7 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raises UserError where the files lack tensors that config.json promises, or have them of another shape."""
+    """Raise UserError where the files lack tensors that config.json promises, or have them in another shape."""
     if report["missing_keys"] or report["mismatched_keys"]:
         shapes = [
             f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
@@ -992,7 +992,7 @@ def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
 
 @enough_memory_for("the untrained model")
 def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
-    """Gives the generator the weights that it would have before any training, for the control."""
+    """Give the generator the random weights that it has before training, for the control."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
@@ -1002,7 +1002,7 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """A part of the VQ tokenizer in its own precision (casts are traced in as constants). Raises UserError."""
+    """Load a part of the VQ tokenizer, in its own precision: casts are traced in as constants. Raises UserError."""
     if not file.is_file():
         offline = "without a network, the hub's cache may lack it"
         raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, as a Cosmos tokenizer does; {offline}")
@@ -1016,7 +1016,7 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
 
 
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
-    """Pixels per latent cell, learnt by decoding one cell. Raises UserError."""
+    """Decode one latent cell; return its width in pixels. Raises UserError."""
     try:
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
     except Exception as error:  # whatever foreign TorchScript may raise
@@ -1041,7 +1041,7 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
 def refuse_too_few_positions(
     config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, factor: int
 ) -> None:
-    """Raises UserError where the model has no positions for a prompt and the image's N tokens behind it."""
+    """Raise UserError where the model has too few positions for a prompt followed by the image's N tokens."""
     size, num_tokens = size_token(text_tokenizer, args.image_size), num_tokens_of(args.image_size, factor)
     texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
     lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
@@ -1055,7 +1055,7 @@ def refuse_too_few_positions(
 
 
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
-    """The product of the FSQ levels that a Cosmos decoder carries in its state; None where it carries none."""
+    """Return the product of the FSQ levels in a Cosmos decoder's state; None where it has none."""
     for name, buffer in vq_decoder.named_buffers():
         if name.endswith("quantizer._levels"):
             return int(buffer.prod())
@@ -1064,7 +1064,7 @@ def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
 
 @torch.inference_mode()
 def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
-    """Visual codes [B, N] of square images in raster order -> pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
+    """Decode codes [B, N] of square images in raster order to pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
     # Unoptimised: from a second call on, fused kernels could round the same codes to other pixels.
@@ -1076,7 +1076,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
-    """Pixels [B, 3, H, W] in [0, 1] -> visual codes [B, N] in raster order. Raises UserError."""
+    """Encode pixels [B, 3, H, W] in [0, 1] as visual codes [B, N] in raster order. Raises UserError."""
     try:
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
@@ -1096,14 +1096,14 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Identifies a model by its commit where it is a hub snapshot, else by the content of its files."""
+    """Identify a model by its commit where it is a hub snapshot, else by the content of its files."""
     if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return folder.name
     return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
 
 
 def digest_of(files: list[Path]) -> str:
-    """Of names and contents. Raises UserError."""
+    """Return a digest of the files' names and contents. Raises UserError."""
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -1137,17 +1137,17 @@ class Reference:
 
 
 def conditional_prompt(prompt: str, size: str = "") -> str:
-    """SimpleAR's template, word for word, and the `size_token` where the generator knows one."""
+    """Return the prompt in SimpleAR's template, with the `size_token` of a generator that knows one."""
     return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{size}{START_OF_IMAGE}"
 
 
 def negative_prompt(size: str = "") -> str:
-    """SimpleAR's again: what guidance leads away from. It is its unconditional prompt."""
+    """Return SimpleAR's unconditional prompt, which guidance leads away from."""
     return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size}{START_OF_IMAGE}"
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
-    """How a generator trained on several sizes is told one, `<|512px|>`; empty for SimpleAR's, which is told none."""
+    """Return the token that tells a generator the size, `<|512px|>`; nothing where it knows none, as SimpleAR's."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
 
@@ -1161,9 +1161,9 @@ def make_reference(
     pictures: Tensor | None = None,
     interrupted: dict | None = None,
 ) -> Reference:
-    """The targets of a run: those of an earlier or of the interrupted one, or new ones.
+    """Return the targets of a run: those of an earlier run or of the interrupted one, or new ones.
 
-    An interrupted run's are not made again: on another device, or by another torch, they could be others.
+    Those of an interrupted run are not made again: another device, or another torch, could make others.
     """
     if args.from_proto_tokens:
         codes, seconds = earlier.codes, None
@@ -1179,7 +1179,7 @@ def make_reference(
 def new_targets(
     models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    """Codes [B, N] as --image and --control ask, and the seconds of decoding where they are the generator's own."""
+    """Make codes [B, N] as --image and --control ask; return them, and the seconds if the generator decoded them."""
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
         index, count = args.shard or (1, 1)
@@ -1197,9 +1197,9 @@ def new_targets(
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float]:
-    """Takes each prompt's codes from the cache where these very settings made them; decodes the others together.
+    """Take the codes of prompts from the cache, where it has them for these settings, and decode the others.
 
-    Returns codes [B, N] and the seconds that decoding them took, whenever that was.
+    Return codes [B, N] and the seconds that decoding them took, now or earlier.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1218,7 +1218,7 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 
 
 def read_picture(file: Path, size: int) -> Tensor:
-    """A picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
+    """Read a picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
 
     Scaled as in SimpleAR's data preparation: halved by box averages while twice too large, then bicubic.
     Turned as its EXIF orientation says; transparent parts are white.
@@ -1324,20 +1324,20 @@ def generate_visual_codes(
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance on log-probabilities, as SimpleAR has it: uncond + cfg_scale * (cond - uncond)."""
+    """Apply classifier-free guidance to log-probabilities, as SimpleAR: uncond + cfg_scale * (cond - uncond)."""
     cond, uncond = cond_logits.log_softmax(-1), uncond_logits.log_softmax(-1)
     return uncond + cfg_scale * (cond - uncond)
 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
-    """Draws one index per row of scores [B, C] -> [B], each by its own generator; ties with the k-th score stay in."""
+    """Draw one index per row of scores [B, C], each by its own generator; scores equal to the k-th stay in."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     probability = scores.softmax(-1)
-    # What torch.multinomial does, but for asking the device whether the probabilities are any.
+    # Same as torch.multinomial, without its host synchronisation.
     noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
     # On MPS it can be 0, and 0 / 0 would be the largest: pytorch/pytorch#192577.
     return (probability / torch.stack(noise).clamp(min=torch.finfo(torch.float32).tiny)).argmax(-1)
@@ -1884,7 +1884,7 @@ class Optimisation:
 
     @property
     def batch(self) -> range:
-        """The targets of the present batch, ended or not."""
+        """Return the targets of the present batch, ended or not."""
         return range(self.first, min(self.first + self.batch_size, len(self.codes)))
 
     @property
@@ -2049,14 +2049,14 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
 
 
 def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
-    """Whether what autograd keeps of a target exceeds half of the free memory of a CPU, which kills without a word."""
+    """Return whether autograd would fill half of a CPU's free memory for a target: a CPU kills, it does not raise."""
     config, dtype = models.generator.config, models.generator.dtype
     kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
     return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
 
 
 def free_memory() -> float:
-    """Bytes of memory that are free on this machine; infinite where it does not say."""
+    """Return the bytes of free memory of this machine; infinity where it does not say."""
     with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     return math.inf
@@ -2064,7 +2064,7 @@ def free_memory() -> float:
 
 @contextlib.contextmanager
 def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[None]:
-    """Per layer. Transformers recomputes only in training mode, whose other effect, dropout, is off since loading."""
+    """Recompute layer by layer. Transformers does so in training mode alone; dropout, its other effect, is off."""
     if not on:
         yield
         return
@@ -2078,10 +2078,10 @@ def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[No
 
 
 def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
-    """How many tokens to try next: twice as many until that fails, then between what held and what failed.
+    """Return how many tokens to try next: twice as many until that fails, then between what held and what failed.
 
-    None where the capacity is known: the largest `num_tokens` of the trials that `reached` the target accuracy, taking
-    it that a longer prefix is no easier.
+    None where the capacity is known: the largest `num_tokens` of the trials that `reached` the target accuracy. A
+    longer prefix is assumed to be no easier.
     """
     held = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
     failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
@@ -2112,11 +2112,11 @@ class Reconstruction:
 def reconstruct(
     models: Models, proto_tokens: ProtoTokens, codes: Tensor, predictions: Predictions | None = None
 ) -> Reconstruction:
-    """One forward pass, likeliest codes, VQ decode.
+    """Run one forward pass, take the likeliest codes, decode them.
 
-    The pass is the one in which learning met these proto-tokens, where its `predictions` are given: in half precision
-    another, of other targets, may round otherwise. A position whose argmax is a text id counts as wrong; the picture
-    shows its likeliest visual code.
+    `predictions`, if given, are those of the learning's own pass, and count: in half precision another pass, over
+    other targets, may round otherwise. A position whose argmax is a text id counts as wrong; the picture shows its
+    likeliest visual code.
     """
     print("reconstruction: one pass over the best proto-tokens")
     new_predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
@@ -2134,7 +2134,7 @@ def reconstruct(
 
 
 def timed_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> tuple[Predictions, float]:
-    """What one pass predicts, and its seconds: the median of the passes, six at most, that fit into two seconds."""
+    """Return what one pass predicts and its seconds, the median of as many passes as fit into 2 s, at most six."""
     seconds = []
     while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
         started = time_on(models.device)
@@ -2144,7 +2144,7 @@ def timed_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> tupl
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
-    """The first targets and, of more than these, those with the most of their tokens wrong, [B]."""
+    """Return the first targets, and of the others those with the most errors, num_errors [B]."""
     rest = num_errors[SHOWN_TARGETS:]
     worst = rest.argsort(descending=True, stable=True)[:SHOWN_WORST]
     worst = worst[rest[worst] > 0] + SHOWN_TARGETS
@@ -2152,13 +2152,13 @@ def targets_to_show(num_errors: Tensor) -> list[int]:
 
 
 def psnr(error: float) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [0, 1] with this mean squared error; infinite where it is 0."""
+    """Return the peak signal-to-noise ratio in dB of pixels in [0, 1] with this mean squared error."""
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
 @torch.no_grad()
 def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> Tensor:
-    """Bits that each of codes [N] costs, one after another behind `text`: -log2 p(code | text, codes before)."""
+    """Return the bits [N] that codes [N] cost one after another behind a text: -log2 p(code | text, codes before)."""
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -2167,7 +2167,7 @@ def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> Tensor:
 
 
 def unigram_bits(codes: Tensor) -> list[float]:
-    """What each target of codes [B, N] costs whoever knows how often each code occurs in it, but not where."""
+    """Return the bits of each target of codes [B, N] for a reader who knows how often each code occurs in it."""
     bits = []
     for of_target in codes.cpu():
         _, counts = of_target.unique(return_counts=True)
@@ -2176,7 +2176,7 @@ def unigram_bits(codes: Tensor) -> list[float]:
 
 
 def information(models: Models, reference: Reference, predictions: Predictions) -> dict[str, list[float]]:
-    """What the targets cost in bits, a number each [B], after Kuratov et al. (ACL 2025, hidden_capacity).
+    """Return what each of B targets costs in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
 
     uniform: N log2(codebook size), what any codes would cost. unigram: N times the entropy of the target's own codes.
     autoregressive and unprompted: teacher-forced under the prompt, and under the negative one. proto: what remains
@@ -2208,7 +2208,7 @@ def status_of(best_accuracy: float) -> str:
 
 
 def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], rows: list[dict]) -> list[dict]:
-    """The targets' rows, how each learned, with its accuracy in percent, wrong tokens, PSNR in dB, and bits."""
+    """Return the targets' rows with accuracy in percent, wrong tokens, PSNR in dB, and bits."""
     num_tokens, num_correct = reconstruction.predictions.rank.shape[1], reconstruction.predictions.num_correct.tolist()
     columns = {
         "best_accuracy": [100 * count / num_tokens for count in num_correct],
@@ -2227,7 +2227,7 @@ def summarise(
     targets: list[dict],
     proto_tokens: ProtoTokens,
 ) -> dict:
-    """The summary of a run: W&B's keys, then what else a reader asks for. Percentages are 0 .. 100, times seconds.
+    """Return the summary of a run. Percentages are from 0 to 100, times in seconds.
 
     Accuracies and bits are means over the targets, errors sums; of several targets each one's own stand under
     targets/<k>/, unless they are too many.
@@ -2303,7 +2303,7 @@ STYLES = [
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels [3, H, W] in [0, 1] -> picture."""
+    """Return pixels [3, H, W] in [0, 1] as a picture."""
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
@@ -2332,7 +2332,7 @@ def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> N
 
 @matplotlib.style.context(STYLES)
 def draw_comparison(target: dict, summary: dict) -> Image.Image:
-    """Reference and reconstruction side by side, with accuracy and PSNR."""
+    """Draw reference and reconstruction side by side, with accuracy and PSNR."""
     figure = Figure(figsize=(8.4, 5.1), dpi=150)
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(wspace=0.06, left=0.03, right=0.97, top=0.83, bottom=0.07)
@@ -2349,7 +2349,7 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
 
 
 def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
-    """The latent grid over a faint reference: a wrong token is orange with its target in the top 5, else red."""
+    """Draw the latent grid over a faint reference; a wrong token is orange with its target in the top 5, else red."""
     size, side = 768, math.isqrt(rank.numel())
     level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
     clear, near, far = (0, 0, 0, 0), (*ImageColor.getrgb(ORANGE), 178), (*ImageColor.getrgb(RED), 178)
@@ -2367,7 +2367,7 @@ def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
-    """The wrong tokens of one target as `mark_errors` has them, and how near the right ones came. rank: [N]."""
+    """Draw the errors of one target, as `mark_errors` marks them, with their numbers. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
     wrong, far = int((rank > 0).sum()), int((rank >= 5).sum())
@@ -2383,7 +2383,7 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
-    """A row for each target: prompt and accuracy, reference, reconstruction, error map."""
+    """Draw a row for each target: prompt and accuracy, reference, reconstruction, error map."""
     figure = Figure(figsize=(10.6, 2.3 * len(shown) + 0.6), dpi=110, layout="constrained")
     rows = figure.subplots(len(shown), 4, squeeze=False, width_ratios=(1.25, 1, 1, 1))
     if title:
@@ -2403,7 +2403,7 @@ def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> Image.Image:
-    """Best accuracy of each trial against its number of tokens."""
+    """Plot the best accuracy of each trial against its number of tokens."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axis = figure.subplots()
     trials = sorted(trials, key=lambda trial: trial["num_tokens"])
@@ -2427,7 +2427,7 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
 
 @matplotlib.style.context(STYLES)
 def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
-    """Loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
+    """Plot loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
     figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
     panels = figure.subplot_mosaic("AAABBB;CCDDEE")
     steps = [row["step"] for row in history]
@@ -2460,7 +2460,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
 
 
 def tiled(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size, in about as many rows as columns; one alone is itself."""
+    """Join pictures of one size in a grid of about as many rows as columns."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -2470,7 +2470,7 @@ def tiled(images: list[Image.Image]) -> Image.Image:
 
 
 def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
-    """The reconstructions [B, 3, H, W] after a step, above a line that says which."""
+    """Draw the reconstructions [B, 3, H, W] above a line that names the step."""
     sheet = tiled([to_image(each) for each in pixels])
     width = max(256, sheet.width)
     frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
@@ -2481,7 +2481,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
-    """The targets' rows with the pictures of those that figures show."""
+    """Return the targets' rows, with pictures for those that figures show."""
     rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
     for k, (original, pixels) in reconstruction.pictures.items():
         rows[k]["reference"] = to_image(original)
@@ -2493,9 +2493,9 @@ def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[di
 def draw_results(
     targets: list[dict], rank: Tensor, summary: dict, history: list[dict[str, float]]
 ) -> dict[str, Image.Image]:
-    """Every picture of a run, of the targets that are shown, by its W&B name, which with `.png` is its file's.
+    """Draw the pictures of a run; return them by their W&B names, which with `.png` are their files' names.
 
-    `rank` [B, N] is of all targets, which begin with those that are shown first.
+    `targets` are those that are shown, the first ones first; `rank` [B, N] is of all.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2560,9 +2560,9 @@ def cannot_write(file: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Yields a temporary path that takes the file's place when the block ends well: the old file or the new, whole.
+    """Yield a temporary path, which replaces the file when the block ends well: the old file or the new one, whole.
 
-    Makes its folder where there is none. Raises UserError where it cannot be written.
+    Make its folder where there is none. Raises UserError where it cannot be written.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
@@ -2578,7 +2578,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def run_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Makes <save-dir>/<run-name>, tries that it can be written, and keeps other runs out of it. Raises UserError."""
+    """Make <save-dir>/<run-name>, check that it can be written, and keep other runs out. Raises UserError."""
     folder, cache = args.save_dir / args.wandb_run_name, args.save_dir / CACHE_FOLDER
     try:
         made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
@@ -2600,7 +2600,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises UserError where something else than a run, a model for example, has files there that a run replaces."""
+    """Raise UserError where a run would replace files of something else, for example of a model."""
     there = [name for name in RESULTS if (folder / name).exists()]
     try:
         is_run = "generator_fingerprint" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -2611,7 +2611,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """A descriptor that keeps other runs out of the folder until it is closed, which it is however the process ends.
+    """Lock the folder against other runs; return the descriptor, which unlocks when it or the process is closed.
 
     The lock is on the folder itself, and leaves no file. Raises UserError where another run is at work.
     """
@@ -2653,7 +2653,7 @@ def remove(files: list[Path]) -> None:
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
-    """The files of the moving picture, by their step, in order; others beside them are somebody's own."""
+    """Return the frames of the moving picture by their steps, in order; leave out files that are no frames."""
     frames = {}
     for file in folder.glob("progress/*"):
         if name := re.fullmatch(r"step_(\d+)\.png", file.name):
@@ -2662,7 +2662,7 @@ def frames_in(folder: Path) -> dict[int, Path]:
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
-    """All settings, what they resolved to, and the versions: everything needed to run it again."""
+    """Return all settings, what they resolved to, and the versions: what is needed to run it again."""
     versions = {"python": platform.python_version()}
     for package in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -2700,7 +2700,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Strict JSON: a number that JSON has no word for (an infinite PSNR) becomes null."""
+    """Write strict JSON: a number that JSON has no word for (an infinite PSNR) becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(file) as partial:
@@ -2713,7 +2713,7 @@ def write_image(file: Path, image: Image.Image) -> None:
 
 
 def write_moving_picture(file: Path, frames: list[Path]) -> None:
-    """The reconstruction forming: rests on its last frame."""
+    """Write a GIF of the frames that rests on the last one."""
     durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
     pictures = map(Image.open, frames)
     with written_whole(file) as partial:
@@ -2810,13 +2810,13 @@ class ReferenceCache:
         self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
 
     def entry(self, prompt: str) -> tuple[Path, str]:
-        """The file for a prompt, and the whole key, which stands in it."""
+        """Return the file for a prompt, and the whole key, which the file holds."""
         everything = self.settings | {"prompt": prompt}
         key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors", key
 
     def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float]]:
-        """Of the prompts that are there: codes [N] and the seconds that decoding them took. Warns of damaged files."""
+        """Return codes [N] and decoding seconds by prompt, of those in the cache. Warn of damaged files."""
         decoded = {}
         for prompt in prompts:
             file, key = self.entry(prompt)
@@ -2863,7 +2863,7 @@ class EarlierRun:
 
 @enough_memory_for("the pictures")
 def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | None, Tensor | None]:
-    """The earlier run and the pictures [B, 3, H, W] that options name, read before anything slow. Raises UserError."""
+    """Read the earlier run and the pictures [B, 3, H, W] that options name, before anything slow. Raises UserError."""
     earlier = pictures = None
     if args.from_proto_tokens:
         earlier = read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder)
@@ -2878,7 +2878,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
 
 
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
-    """Raises UserError where the file cannot serve, or lies where this run's own will."""
+    """Read the proto-tokens of an earlier run. Raises UserError where they do not fit, or lie in this run's folder."""
     if file.resolve().parent == folder.resolve():
         raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
     try:
@@ -2908,13 +2908,13 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
 
 
 def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, but for what the earlier run's proto-tokens mean nothing without."""
+    """Return the arguments with the earlier run's settings where its proto-tokens mean nothing without them."""
     taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
     return argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
 
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
-    """Raises UserError where the proto-tokens of an earlier run were made for other models."""
+    """Raise UserError where the proto-tokens of an earlier run were made for other models."""
     names = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
     pairs = {name: (earlier.settings.get(name), getattr(models, name)) for name in names}
     if "untrained" in (args.control, earlier.settings["control"]):  # then the seed decides the weights
@@ -2936,7 +2936,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def refuse_other_settings(folder: Path, settings: dict) -> None:
-    """Raises UserError where there is a run to go on with, but of other settings."""
+    """Raise UserError where the run to go on with has other settings."""
     if not (folder / STATE_FILE).exists() and not is_finished(folder):
         return
     try:
@@ -3200,7 +3200,7 @@ class Recorder:
         self.tracker.finish(exit_code)
 
     def begin(self, reference: Reference) -> None:
-        """Writes what is known before the first step, in place of an earlier run's results unless this one goes on."""
+        """Write what is known before the first step; remove an earlier run's results unless this one goes on."""
         self.reference = reference
         if self.saved is None:
             if (self.folder / STATE_FILE).exists():
@@ -3216,7 +3216,7 @@ class Recorder:
     # ---- while learning
 
     def start(self, learning: Optimisation) -> None:
-        """Opens the history; where there was an interrupted run, it and the optimisation stand where they stood."""
+        """Open the history; where a run was interrupted, set it and the optimisation to where they stood."""
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
@@ -3302,7 +3302,7 @@ class Recorder:
             append_to_table(self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts, targets))
 
     def keep_frame(self, learning: Optimisation) -> None:
-        """A frame of the moving picture: what the best so far reconstruct."""
+        """Draw what the best embeddings so far reconstruct, as a frame of the moving picture."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
         frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
@@ -3313,7 +3313,7 @@ class Recorder:
         self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """All that --resume goes on from; unless a step is not in the history yet, which must be done again."""
+        """Save all that --resume goes on from, unless the last step is not in the history: it must be done again."""
         if self.recorded_step < learning.step:
             return
         state = {
@@ -3342,7 +3342,7 @@ class Recorder:
         raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
 
     def trial(self, trial: dict) -> None:
-        """Keeps what a search for the capacity has tried."""
+        """Keep a trial of the search for the capacity."""
         self.trials = [*self.trials, trial]
         self.track_trial(trial, len(self.trials))
 
@@ -3355,7 +3355,7 @@ class Recorder:
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
-        """Writes and logs what proto-tokens reconstruct, learned here or by an earlier run."""
+        """Write and log what proto-tokens reconstruct, learned here or by an earlier run."""
         print("writing the results")
         file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
         self.tracker.proto_tokens(file, summary["status"])
@@ -3372,7 +3372,7 @@ class Recorder:
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
-        """Writes them with the ids, accuracies and, where they were learned here, steps of their targets."""
+        """Write them with the ids and accuracies of their targets, and the steps if they were learned here."""
         of_targets = {"predicted_ids": predicted_ids}
         for name in ("best_accuracy", "steps"):
             if name in targets[0]:
@@ -3383,13 +3383,13 @@ class Recorder:
 
     @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:
-        """Writes and logs the results of a search for the capacity."""
+        """Write and log the results of a search for the capacity."""
         write_table(self.folder / "capacity.csv", self.trials)
         image = draw_capacity(self.trials, summary["capacity_tokens"], self.args.target_accuracy)
         self.publish({"capacity": image}, summary, {"trials": self.trials})
 
     def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
-        """Pictures and tables, as media of the last step; then the summary, which says that all else is whole."""
+        """Write and log pictures and tables; then the summary, which says that all else is whole."""
         for name, image in images.items():
             if name != "reference_image":  # there since the beginning
                 write_image(self.folder / f"{name}.png", image)
@@ -3447,7 +3447,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
-    """Tries longer and shorter beginnings of codes [B, N] until the capacity is known. Returns the summary."""
+    """Try longer and shorter beginnings of codes [B, N] until the capacity is known; return the summary."""
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
@@ -3475,7 +3475,7 @@ def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record:
 
 
 def print_results(summary: dict, record: Recorder) -> None:
-    """What a reader asks first."""
+    """Print what a reader asks first."""
     if "capacity_tokens" in summary:
         found = f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens"
         lines = {"capacity": f"{found}, in {summary['trials']} trials"}
@@ -3510,7 +3510,7 @@ def lines_of_results(summary: dict) -> dict[str, str]:
 
 
 def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | None, record: Recorder) -> dict:
-    """The experiment itself. Returns its summary."""
+    """Do the experiment; return its summary."""
     args = record.args
     # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
@@ -3549,7 +3549,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
 
 
 def run_experiment(args: argparse.Namespace) -> None:
-    """The experiment with what has to be there before it. Raises UserError for what the user can put right, Stopped."""
+    """Prepare the experiment and do it. Raises UserError for what the user can put right, and Stopped."""
     with run_folder(args) as folder:
         tracker = Tracker(args)
         earlier, pictures = read_inputs(args, folder)
