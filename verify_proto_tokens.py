@@ -26,8 +26,8 @@ The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for 
 the loop itself is `learn_batch`, its loss `loss_and_gradient`.
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
-target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions looked at at a time, F =
-targets that still learn, G = problems (1 where targets learn one m, else one each), L = numbers that a problem learns,
+target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions in a chunk, F = targets
+that still learn, G = problems (1 where targets learn one m, else one each), L = numbers that a problem learns,
 M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids,
 code + visual_offset, are only what the generator reads, what it finds likeliest, and what proto_tokens.safetensors
 holds.
@@ -278,8 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", "result", choices=("lbfgs", "adamw"),
         help="L-BFGS or AdamW (default: adamw where one of its own options is given, else lbfgs)")
     add("--learning-rate", "result", type=POSITIVE, default=0.2, metavar="RATE",
-        help="how much a step may change each number: on average and at most by L-BFGS; AdamW's peak rate, with a "
-        "cosine behind it (default: %(default)s)")
+        help="of L-BFGS the largest change of a step, root mean square over the numbers; of AdamW the peak rate, with "
+        "a cosine behind it (default: %(default)s)")
     add("--warmup-steps", "result", type=COUNT_OR_0, metavar="STEPS",
         help="of AdamW: steps up to the peak rate, at most a tenth of all "
         f"(default: {ADAMW_OPTIONS['warmup_steps']})")
@@ -394,9 +394,9 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 def choose_optimizer(args: argparse.Namespace) -> None:
     """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError where these contradict."""
     given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
-    if given and args.optimizer == "lbfgs":
+    if given and args.optimizer not in (None, "adamw"):
         option = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{option} is an option of AdamW: leave it out, or --optimizer lbfgs")
+        raise UserError(f"{option} is an option of AdamW: leave it out, or --optimizer {args.optimizer}")
     if args.optimizer is None:
         args.optimizer = "adamw" if given else "lbfgs"
     for name, default in ADAMW_OPTIONS.items():
@@ -1184,7 +1184,7 @@ def new_targets(
     if args.control == "random":
         index, count = args.shard or (1, 1)
         every = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
-        return every[index - 1 :: count].clone(), None  # else the saved state would hold all shards'
+        return every[index - 1 :: count].clone(), None  # frees the other shards' codes
     if args.images:
         codes, seconds = encode_pixels(models.vq_encoder, pictures, models.factor).cpu(), None
         if not models.has(codes):
@@ -1421,7 +1421,7 @@ def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, rows: s
     Position i predicts token i.
     """
     inputs_embeds = proto_tokens.inputs(num_tokens, rows).to(models.generator.dtype)
-    mask = {"full_attention": None}  # causal; making its own, the library asks the device a question in every pass
+    mask = {"full_attention": None}  # causal; the library's own mask would make the host wait in each pass
     output = models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
     return output.last_hidden_state
 
@@ -1492,8 +1492,8 @@ def loss_and_gradient(
     """Run one pass for the targets codes [F, N], and the way back: leave the loss's gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
-    its mean over each target's N positions, its sum over targets, so that one with an m of its own learns as it would
-    alone. `rows` [F] are the targets' rows among the proto-tokens.
+    averaged over positions and summed over targets. A target with an m of its own so learns as it would alone. `rows`
+    [F] are the targets' rows among the proto-tokens; the gradient of other rows is 0.
     """
     proto_tokens.points.grad = None
     parts = []
@@ -1512,8 +1512,9 @@ def loss_and_gradient(
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G]. A new one is a class
-# ---- with these members, and its name in `make_optimizer` and in --optimizer's choices.
+# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G], which are 0 for a
+# ---- problem that has ended. A new one is a class with `step`, `change`, `can_go_back`, `state_dict` and
+# ---- `load_state_dict`, a branch of `make_optimizer`, a choice of --optimizer and a look at `choose_optimizer`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1535,7 +1536,7 @@ class AdamW:
     def __init__(self, points: Tensor, args: argparse.Namespace):
         self.points, self.args = points, args
         self.adamw = torch.optim.AdamW([points], betas=args.betas, weight_decay=0.0)
-        self.num_steps = 0
+        self.steps_done = 0
         self.change = points.new_zeros(len(points))  # [G], of the last step: root mean square, per number
         self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # from a loss that is not finite
 
@@ -1544,27 +1545,27 @@ class AdamW:
         args, gradient = self.args, self.points.grad
         if args.grad_clip > 0:
             gradient *= (args.grad_clip / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-        self.num_steps += 1
-        rate = rate_at(self.num_steps, args.num_steps, args.warmup_steps, args.learning_rate)
+        self.steps_done += 1
+        rate = rate_at(self.steps_done, args.num_steps, args.warmup_steps, args.learning_rate)
         self.adamw.param_groups[0]["lr"] = rate
         before = self.points.clone()
         self.adamw.step()
         self.change = (self.points - before).square().mean(1).sqrt()
 
     def state_dict(self) -> dict:
-        return {"num_steps": self.num_steps, "change": self.change, "adamw": self.adamw.state_dict()}
+        return {"steps_done": self.steps_done, "change": self.change, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.num_steps, self.change = state["num_steps"], state["change"]
+        self.steps_done, self.change = state["steps_done"], state["change"]
         self.adamw.load_state_dict(state["adamw"])
 
 
 class LBFGS:
     """Limited-memory BFGS for G problems at once, each of L numbers and as it would go alone; a step, one evaluation.
 
-    From the last point accepted, x, it goes along the direction -H g, H from the newest pairs s and y of steps and
-    changes of the gradient, by at most `rate` a number (root mean square). Where the loss falls too little there
-    (Armijo's condition) or is not finite, the next step tries a smaller alpha along the same direction; after TRIES of
+    From x, the last point accepted, it goes alpha times along the direction -H g, at most `rate` far (root mean square
+    over the numbers). H comes from the newest pairs: s, a step, and y, the change of the gradient along it. Where the
+    loss falls too little (Armijo's condition) or is not finite, the next step tries a smaller alpha; after TRIES of
     them the pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all positions and an
     e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
@@ -1573,7 +1574,7 @@ class LBFGS:
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
     LEAST_CURVATURE = 1e-6  # cosine of s and y below which the pair is left out
-    SCALES_APART = 30  # times, at most, that an embedding's is larger or smaller than that of all
+    SCALES_APART = 30  # the largest ratio between an embedding's scale and that of all
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
@@ -1609,13 +1610,13 @@ class LBFGS:
         finite = losses.isfinite() & gradient.isfinite().all(1)
         slope = (self.gradient * self.direction).sum(1)
         enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
-        # A way cut so short that rounding leaves nothing of it is none.
+        # Rounding leaves nothing of a step that is too short: give it up.
         vanished = (self.failures > 0) & (tried == self.x).all(1)
         accepted = finite & (losses <= enough) & ~vanished
         self.failures = torch.where(accepted, 0, self.failures + 1)
         given_up = (self.failures >= self.TRIES) | vanished
         self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
-        # Where even the way straight downhill, that without pairs, met what is not finite and failed, there is none.
+        # No way leads back where even steepest descent (no pairs) met a value that is not finite and was given up.
         self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
         # Of the parabola through the loss and slope at x and the loss tried.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
@@ -1644,7 +1645,7 @@ class LBFGS:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
-        # Without a pair it is 0, and rounding can spoil it; downhill is always one.
+        # It is 0 without pairs, and rounding can spoil it: then take steepest descent, and carefully.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
@@ -1695,10 +1696,10 @@ def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor
 
 
 def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2ForCausalLM) -> AdamW | LBFGS:
-    if args.optimizer == "adamw":
-        return AdamW(points, args)
-    rounding = torch.finfo(generator.dtype).eps
-    return LBFGS(points, generator.config.hidden_size, args.learning_rate, rounding)
+    if args.optimizer == "lbfgs":
+        rounding = torch.finfo(generator.dtype).eps
+        return LBFGS(points, generator.config.hidden_size, args.learning_rate, rounding)
+    return AdamW(points, args)
 
 
 # ---- what targets come to
@@ -1751,12 +1752,13 @@ class Targets:
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
         met = finite & (accuracy >= self.goal)
-        if self.together:
-            finite, met, best_accuracy, best_loss = finite.all(), met.all(), best_accuracy.mean(), best_loss.mean()
+        if self.together:  # all are judged by their mean
+            finite, met = finite.all().expand(len(rows)), met.all().expand(len(rows))
             accuracy, loss = accuracy.mean(), loss.mean()
+            best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
         higher = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
         # Those that meet the goal are the best, even if the mean of targets that learn together was higher before.
-        better = (finite & (met | higher)).expand(len(rows))
+        better = finite & (met | higher)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
@@ -1813,7 +1815,7 @@ def mean_of_finite(values: Tensor) -> float | None:
 def numbers_of(
     predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS, rows: Tensor
 ) -> dict[str, Tensor]:
-    """Return what a step says of F targets, the `rows` [F], each number [F]: the one copy from the device of a step."""
+    """Return a step's numbers of the F targets in `rows`, [F] each: the only copy from the device in a step."""
     num_targets, num_tokens = predictions.losses.shape
 
     def of_targets(column: Tensor) -> Tensor:
@@ -1843,8 +1845,9 @@ def numbers_of(
 class Optimisation:
     """The optimisation of codes [B, N]: what all targets have come to, and the batch of them that learns at present.
 
-    Targets that learn one m are one batch. With a given m or their own, each learns as it would alone, a batch after
-    another, and those that have ended drop out of their batch.
+    Targets that learn one m are one batch, and end together. With a given m or their own, each learns as it would
+    alone, a batch after another. One that has ended is left out of its batch's passes, and keeps its last numbers and
+    its best embeddings; its row in `proto_tokens` means nothing any more.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
@@ -3215,7 +3218,7 @@ class Recorder:
 
     # ---- while learning
 
-    def start(self, learning: Optimisation) -> None:
+    def start_learning(self, learning: Optimisation) -> None:
         """Open the history; where a run was interrupted, set it and the optimisation to where they stood."""
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
@@ -3250,7 +3253,7 @@ class Recorder:
         Where there are several batches, rows are as rare: many targets do not have many times one's history.
         """
         if not any(learning.targets.begun.tolist()):
-            return  # its numbers are none
+            return  # no finite step yet
         self.newest_row = row
         if learning.step == 1 or learning.step % (self.args.log_every * learning.num_batches) == 0:
             self.keep_newest_row()
@@ -3258,7 +3261,7 @@ class Recorder:
             self.keep_frame(learning)
         self.show_step(row, learning)
         if not learning.active:
-            return  # `batch` or `end` keeps the rest
+            return  # `end_batch` keeps the rest
         self.recorded_step = learning.step
         if learning.step % self.args.save_every == 0:
             self.save_state(learning)
@@ -3272,21 +3275,17 @@ class Recorder:
         done = learning.targets.num_ended if learning.num_batches > 1 else learning.step
         self.bar.update(done - self.bar.n)
 
-    def batch(self, learning: Optimisation) -> None:
-        """Keep what a batch has come to, once and for all, and have the next one begin."""
-        file = self.folder / UNFINISHED_FOLDER / batch_file(learning.first // learning.batch_size)
-        write_tensors(file, learning.results_of_batch())
+    def end_batch(self, learning: Optimisation) -> None:
+        """Keep what a batch has come to, once and for all; then have the next one begin, or keep the last step."""
         self.keep_rows(learning, learning.batch)
-        learning.begin_batch(learning.batch.stop)
-        self.recorded_step = learning.step
-        self.save_state(learning)
-
-    def end(self, learning: Optimisation) -> None:
-        """Keep the last step, however rarely others are kept, and what the last batch has come to."""
-        self.keep_newest_row()
-        if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
-            self.keep_frame(learning)
-        self.keep_rows(learning, learning.batch)
+        if learning.finished:
+            self.keep_newest_row()  # however rarely others are kept
+            if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
+                self.keep_frame(learning)
+        else:
+            file = self.folder / UNFINISHED_FOLDER / batch_file(learning.first // learning.batch_size)
+            write_tensors(file, learning.results_of_batch())
+            learning.begin_batch(learning.batch.stop)
         self.recorded_step = learning.step
         self.save_state(learning)
 
@@ -3406,18 +3405,16 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     """Learn e_t and m for codes [B, N], from the start or from where an interrupted run stood, and record each step."""
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
-        record.start(learning)
+        record.start_learning(learning)
     with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals:
         try:
             with enough_memory_for("a step of the optimisation"):
                 while not learning.finished:
                     learn_batch(learning, record)
-                    if not learning.finished:
-                        record.batch(learning)
+                    record.end_batch(learning)
         except (UserError, Stopped):
             record.save_state(learning)
             raise
-        record.end(learning)
         if record.stop_signals:  # in the last step
             raise Stopped(record.stop_signals[0])
     return learning
@@ -3523,7 +3520,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         summary = find_capacity(models, reference.codes, given_m, record)
         record.finish_capacity(summary)
         return summary
-    # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or take theirs.
+    # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or load them.
     if args.from_proto_tokens:
         proto_tokens, predictions = earlier.proto_tokens(models.device), None
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]

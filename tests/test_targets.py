@@ -400,8 +400,8 @@ def test_a_run_killed_as_a_batch_begins_goes_on_as_if_nothing_had_happened(
             really_begin(recorder, learning)
             raise KeyboardInterrupt
 
-        really_begin = vpt.Recorder.batch
-        patch.setattr(vpt.Recorder, "batch", kill)
+        really_begin = vpt.Recorder.end_batch
+        patch.setattr(vpt.Recorder, "end_batch", kill)
         with pytest.raises(KeyboardInterrupt):
             call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
     assert results_of(run_into("cut", *arguments, "--resume")) == results_of(whole)
