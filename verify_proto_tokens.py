@@ -1,17 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "wandb==0.31.0",
-#     "numpy==2.4.6",
-#     "pillow==13.0.0",
-#     "matplotlib==3.11.2",
-#     "tqdm==4.70.1",
-#     "huggingface_hub==2.4.0",
-#     "safetensors==0.8.0",
-# ]
-# ///
 """Can a frozen autoregressive image generator emit a whole image in one forward pass from two learned embeddings?
 
 The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer) frozen (see `freeze`),
@@ -218,121 +204,102 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.options, parser.decides = set(), {}
 
-    def add(name: str, decides: str, **options) -> None:
+    def add(name: str, decides: str, help: str, **options) -> None:
+        if options.get("default"):
+            help += " (default: %(default)s)"
         parser.options.add(name)
-        setting = group.add_argument(name, **options).dest
+        setting = group.add_argument(name, help=help, **options).dest
         parser.decides[setting] = decides
 
     group = parser.add_argument_group("models")
-    add("--model-path", "model", type=TEXT, metavar="PATH",
-        help=f"SimpleAR generator: a local folder or a Hugging Face hub id (default: {DEFAULT_MODEL})")
-    add("--vq-model-ckpt", "model", type=TEXT, metavar="PATH",
-        help=f"VQ tokenizer: a local folder with decoder.jit, or a hub id (default: {DEFAULT_VQ_MODEL}); TorchScript "
-        "is code, so take it only from someone you trust")
-    add("--demo", "model", **SWITCH, help="use the small demo model kept in the repository; needs no network")
-    add("--device", "nothing", type=TEXT, help="torch device (default: cuda:0 where there is one, else mps, else cpu)")
-    add("--dtype", "reference", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="precision of the generator; the proto-tokens are always float32. Where two embeddings hardly hold the "
-        "tokens, float32 learns more than bfloat16 (default: auto, that is bfloat16 on GPUs of CUDA that compute in "
-        "it, and float32 elsewhere)")
+    add("--model-path", "model", f"SimpleAR generator: a folder or a hub id (default: {DEFAULT_MODEL})",
+        type=TEXT, metavar="PATH")
+    add("--vq-model-ckpt", "model", "VQ tokenizer: a folder with decoder.jit, which is code, so trust its source, or a "
+        f"hub id (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
+    add("--demo", "model", "use the small demo model kept in the repository; needs no network", **SWITCH)
+    add("--device", "nothing", "torch device (default: the first CUDA GPU, else mps, else cpu)", type=TEXT)
+    add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto is bfloat16 on a CUDA "
+        "GPU that has it, else float32, which learns more", choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto")
 
     group = parser.add_argument_group("reference image")
-    add("--prompt", "reference", type=PROMPTS, action="extend", metavar="TEXT", dest="prompts",
-        help="what the reference image shows; given several times, the targets are optimised together "
-        f"(default: {DEFAULT_PROMPT})")
-    add("--prompts-file", "nothing", type=FILES, action="extend", metavar="FILE", dest="prompts_files",
-        help="further prompts, one a line")
-    add("--shard", "result", type=SHARD, metavar="I/N",
-        help="of all prompts, only each N-th from the I-th on: one of N runs that share the work (default: 1/1)")
-    add("--image", "result", type=FILES, action="extend", metavar="FILE", dest="images",
-        help="a picture of one's own as the target, cut to its middle square, instead of a generated one; --prompt "
-        "then says what it shows (default: its file's name)")
-    add("--image-size", "result", type=IMAGE_SIZE, default=256, metavar="PIXELS",
-        help="width and height; a multiple of the tokenizer's downsampling factor (default: %(default)s)")
-    add("--cfg-scale", "reference", type=UP_TO_1000, default=6.0, metavar="S",
-        help="classifier-free guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
-    add("--temperature", "reference", type=TEMPERATURE, default=1.0, metavar="T",
-        help="of sampling the reference (default: %(default)s)")
-    add("--top-k", "reference", type=COUNT, metavar="K",
-        help="sample among the K likeliest codes; 1 is greedy decoding (default: the whole codebook)")
-    add("--top-p", "reference", type=PROBABILITY, default=1.0, metavar="P",
-        help="sample among the likeliest codes that hold a share P of the probability (default: %(default)s)")
-    add("--repetition-penalty", "reference", type=PENALTY, metavar="P",
-        help="lower the logits of codes that the picture has already, under the prompt and before guidance, as "
-        "transformers does; 1 is none (default: what the checkpoint's generation_config.json asks for, else 1)")
-    add("--force-generate", "nothing", **SWITCH, help="generate the reference even if it is cached with these settings")
-    add("--seed", "reference", type=COUNT_OR_0, default=42,
-        help="of the reference and of the initial proto-tokens (default: %(default)s)")
-    add("--control", "result", choices=("random", "shuffled", "untrained"),
-        help="a harder target to compare with: `random` codes, the reference's own codes `shuffled`, or the reference "
-        "for an `untrained` generator of the same architecture (default: none)")
+    add("--prompt", "reference", f"what the picture shows; several are learned together (default: {DEFAULT_PROMPT})",
+        type=PROMPTS, action="extend", metavar="TEXT", dest="prompts")
+    add("--prompts-file", "nothing", "further prompts, one per line",
+        type=FILES, action="extend", metavar="FILE", dest="prompts_files")
+    add("--shard", "result", "take every N-th prompt from the I-th on: one of N runs that share the work",
+        type=SHARD, metavar="I/N")
+    add("--image", "result", "take the middle square of a picture as the target; --prompt says what it shows (default: "
+        "its file's name)", type=FILES, action="extend", metavar="FILE", dest="images")
+    add("--image-size", "result", "width and height", type=IMAGE_SIZE, default=256, metavar="PIXELS")
+    add("--cfg-scale", "reference", "classifier-free guidance; 1 is none", type=UP_TO_1000, default=6.0, metavar="S")
+    add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
+    add("--top-k", "reference", "sample among the K likeliest codes; 1 is greedy (default: all codes)",
+        type=COUNT, metavar="K")
+    add("--top-p", "reference", "sample among the likeliest codes that together have the probability P",
+        type=PROBABILITY, default=1.0, metavar="P")
+    add("--repetition-penalty", "reference", "penalty on codes that the picture already has, as in transformers "
+        "(default: that of generation_config.json, else 1, none)", type=PENALTY, metavar="P")
+    add("--force-generate", "nothing", "generate the reference even if it is cached", **SWITCH)
+    add("--seed", "reference", "seed of the reference and of the initial proto-tokens", type=COUNT_OR_0, default=42)
+    add("--control", "result", "a harder target: random codes, the reference's codes shuffled, or the reference for an "
+        "untrained generator", choices=("random", "shuffled", "untrained"))
 
     group = parser.add_argument_group("optimisation of the proto-tokens")
-    add("--num-steps", "result", type=COUNT, default=1000, metavar="STEPS", help="at most (default: %(default)s)")
-    add("--num-e-tokens", "result", type=COUNT, default=1, metavar="K",
-        help="target-specific embeddings in front: [e_1 .. e_K, m, ..., m], N in all (default: %(default)s)")
-    add("--m", "result", choices=("shared", "own"), default="shared",
-        help="whether several targets share one m, or each learns its own (default: %(default)s)")
-    add("--m-from", "result", type=PROTO_TOKENS, metavar="FILE",
-        help="take m, frozen, from an earlier run's folder or its proto_tokens.safetensors: only e_t learns")
-    add("--optimizer", "result", choices=("lbfgs", "adamw"),
-        help="L-BFGS or AdamW (default: adamw where one of its own options is given, else lbfgs)")
-    add("--learning-rate", "result", type=POSITIVE, default=0.2, metavar="RATE",
-        help="of L-BFGS the largest change of a step, root mean square over the numbers; of AdamW the peak rate, with "
-        "a cosine behind it (default: %(default)s)")
-    add("--warmup-steps", "result", type=COUNT_OR_0, metavar="STEPS",
-        help="of AdamW: steps up to the peak rate, at most a tenth of all "
-        f"(default: {ADAMW_OPTIONS['warmup_steps']})")
-    add("--betas", "result", type=BETAS, metavar="B1,B2",
-        help="of AdamW: memory of the first and second moments "
-        f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})")
-    add("--grad-clip", "result", type=AT_LEAST_0, metavar="NORM",
-        help="of AdamW: clip the joint gradient of e_t and m to this norm; 0 is off "
-        f"(default: {ADAMW_OPTIONS['grad_clip']:g})")
-    add("--initial-scale", "result", type=UP_TO_1000, default=0.25, metavar="STD",
-        help="standard deviation of the initial values (default: %(default)s)")
-    add("--vocabulary", "result", choices=("full", "visual"), default="full",
-        help="the ids that compete in softmax and argmax: every id of the model, text included (the strict claim), or "
-        "the visual codes alone (default: %(default)s)")
-    add("--gradient-checkpointing", "nothing", choices=("auto", "on", "off"), default="auto",
-        help="keep only each layer's input and compute the rest again on the way back: far less memory, more time "
-        "(default: auto, that is where memory runs out otherwise)")
-    add("--target-accuracy", "result", type=PERCENT, metavar="PERCENT",
-        help="stop as soon as this token accuracy is reached; 0 is never (default: 100; with --capacity 99)")
-    add("--capacity", "result", **SWITCH,
-        help="find the largest beginning of the target that reaches --target-accuracy within --num-steps")
-    add("--log-every", "result", type=COUNT, default=1, metavar="STEPS",
-        help="steps between two rows of history.csv and of W&B's history; of targets in several batches, as many times "
-        "more (default: %(default)s)")
-    add("--save-every", "nothing", type=COUNT, default=100, metavar="STEPS",
-        help="steps between two saved states, for --resume; Ctrl-C and SIGTERM save one too (default: %(default)s)")
-    add("--resume", "nothing", **SWITCH,
-        help="go on with the interrupted run of this name, settings and save directory; starts where there is none")
-    add("--from-proto-tokens", "result", type=PROTO_TOKENS, metavar="FILE",
-        help="learn nothing: reconstruct the picture from an earlier run's folder or its proto_tokens.safetensors; its "
-        "prompt, size and vocabulary hold; the models must be that run's, in any --dtype")
+    add("--num-steps", "result", "most steps of a target", type=COUNT, default=1000, metavar="STEPS")
+    add("--num-e-tokens", "result", "embeddings e_t of a target: [e_1 .. e_K, m, ..., m]",
+        type=COUNT, default=1, metavar="K")
+    add("--m", "result", "whether several targets share one m or learn one each",
+        choices=("shared", "own"), default="shared")
+    add("--m-from", "result", "take m, frozen, from the folder or proto_tokens.safetensors of an earlier run",
+        type=PROTO_TOKENS, metavar="FILE")
+    add("--optimizer", "result", "(default: adamw if an option of AdamW is given, else lbfgs)",
+        choices=("lbfgs", "adamw"))
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of a step; AdamW: peak rate, a cosine "
+        "follows", type=POSITIVE, default=0.2, metavar="RATE")
+    add("--warmup-steps", "result", "AdamW: steps up to the peak rate, at most a tenth of all "
+        f"(default: {ADAMW_OPTIONS['warmup_steps']})", type=COUNT_OR_0, metavar="STEPS")
+    add("--betas", "result", "AdamW: decay of the first and second moments "
+        f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})", type=BETAS, metavar="B1,B2")
+    add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 is off "
+        f"(default: {ADAMW_OPTIONS['grad_clip']:g})", type=AT_LEAST_0, metavar="NORM")
+    add("--initial-scale", "result", "standard deviation of the initial values",
+        type=UP_TO_1000, default=0.25, metavar="STD")
+    add("--vocabulary", "result", "ids that compete: all of the model, text included, or only the visual codes",
+        choices=("full", "visual"), default="full")
+    add("--gradient-checkpointing", "nothing", "recompute the layers on the way back: less memory, more time; auto: "
+        "when memory runs out", choices=("auto", "on", "off"), default="auto")
+    add("--target-accuracy", "result", "stop at this token accuracy; 0 is never (default: 100; with --capacity 99)",
+        type=PERCENT, metavar="PERCENT")
+    add("--capacity", "result", "find how many tokens of the target, from its beginning, reach --target-accuracy in "
+        "--num-steps", **SWITCH)
+    add("--log-every", "result", "steps between two rows of the history; times the number of batches",
+        type=COUNT, default=1, metavar="STEPS")
+    add("--save-every", "nothing", "steps between two saved states; a stop signal saves one too",
+        type=COUNT, default=100, metavar="STEPS")
+    add("--resume", "nothing", "go on with the interrupted run of this name and these settings, if there is one",
+        **SWITCH)
+    add("--from-proto-tokens", "result", "learn nothing: reconstruct the picture of an earlier run from its folder or "
+        "its proto_tokens.safetensors, with its models", type=PROTO_TOKENS, metavar="FILE")
 
     group = parser.add_argument_group("output")
-    add("--save-dir", "nothing", type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER",
-        help="results go to FOLDER/<run name>/, generated references are cached beside them (default: %(default)s)")
+    add("--save-dir", "nothing", "results go to FOLDER/<run name>/, the cached references beside them",
+        type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER")
 
     group = parser.add_argument_group("Weights & Biases")
-    add("--use-wandb", "nothing", **SWITCH, help="log to W&B; a run started by a sweep agent does so without this flag")
-    add("--wandb-project", "nothing", type=TEXT, metavar="NAME",
-        help=f"(default: WANDB_PROJECT of the environment, else {DEFAULT_PROJECT})")
-    add("--wandb-entity", "nothing", type=TEXT, metavar="NAME", help="user or team (default: W&B's own default)")
-    add("--wandb-run-name", "nothing", type=RUN_NAME, metavar="NAME",
-        help="name of the run and of its folder (default: from the settings that are not at their defaults, as "
-        "proto_256px_steps1000_lr02_seed42; WANDB_NAME of the environment names the run in W&B alone)")
-    add("--wandb-tags", "nothing", type=TAGS, metavar="TAG,TAG",
-        help="separated by commas (default: WANDB_TAGS of the environment, else proto-tokens)")
-    add("--wandb-group", "nothing", type=TEXT, metavar="NAME", help="group that the run belongs to")
-    add("--image-every", "nothing", type=COUNT, metavar="STEPS",
-        help="draw the reconstruction every so many steps: the frames of progress.gif, in W&B with a slider (default: "
-        "never)")
-    add("--wandb-mode", "nothing", choices=("online", "offline", "disabled"),
-        help="offline writes a local run to sync later (default: WANDB_MODE of the environment, else what `wandb "
-        "offline` or `wandb disabled` set, else online)")
+    add("--use-wandb", "nothing", "log to W&B; runs of a sweep agent always do", **SWITCH)
+    add("--wandb-project", "nothing", f"(default: WANDB_PROJECT of the environment, else {DEFAULT_PROJECT})",
+        type=TEXT, metavar="NAME")
+    add("--wandb-entity", "nothing", "user or team (default: W&B's own default)", type=TEXT, metavar="NAME")
+    add("--wandb-run-name", "nothing", "name of the run and its folder (default: from the settings, as in "
+        "proto_256px_steps1000_lr02_seed42)", type=RUN_NAME, metavar="NAME")
+    add("--wandb-tags", "nothing", "(default: WANDB_TAGS of the environment, else proto-tokens)",
+        type=TAGS, metavar="TAG,TAG")
+    add("--wandb-group", "nothing", "group of the run", type=TEXT, metavar="NAME")
+    add("--image-every", "nothing", "draw the reconstruction every so many steps: progress.gif, in W&B with a slider "
+        "(default: never)", type=COUNT, metavar="STEPS")
+    add("--wandb-mode", "nothing", "offline: sync later (default: WANDB_MODE of the environment, else online)",
+        choices=("online", "offline", "disabled"))
     return parser
 # fmt: on
 
@@ -654,9 +621,10 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def line_of(error: BaseException, number: int = 0) -> str:
-    """Return one line of an error's message; errors of TorchScript say what happened in the last line (-1)."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
+def line_of(error: BaseException) -> str:
+    """Return the line of an error's message that says what happened: TorchScript's last line, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript" in str(error) else 0].rstrip(".")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -678,6 +646,19 @@ def enough_memory_for(what: str) -> Iterator[None]:
             f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
             "--gradient-checkpointing on needs less"
         ) from None
+
+
+@contextlib.contextmanager
+def one_line_for(failure: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a foreign file makes its library raise, but for running out of memory, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{failure} ({line_of(error)}): {remedy}") from None
 
 
 def slices(count: int, at_once: int) -> list[slice]:
@@ -933,11 +914,8 @@ def read_repetition_penalty(folder: Path) -> float:
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
+    with one_line_for(f"the text tokenizer in {folder} does not load", "download its files again"):
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        why = f"{line_of(error)}; if its files are damaged, download them again"
-        raise UserError(f"the text tokenizer in {folder} does not load: {why}") from None
     for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
         if token not in text_tokenizer.get_vocab() or len(text_tokenizer(token)["input_ids"]) != 1:
             raise UserError(f"the text tokenizer in {folder} lacks {token} or splits it: it is not SimpleAR's")
@@ -948,7 +926,8 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
     """Load the generator and freeze it. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    remedy = "download them again, or take a SimpleAR checkpoint"
+    with one_line_for(f"the weights in {folder} do not load as a Qwen2 model", remedy):
         # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
         generator, report = Qwen2ForCausalLM.from_pretrained(
             folder,
@@ -962,12 +941,6 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
         refuse_misfitting_weights(folder, report)
         generator = freeze(generator.to(device))
         generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-    except UserError:
-        raise
-    except Exception as error:  # whatever the fields of a foreign config.json may lead to
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"the weights in {folder} do not load as a Qwen2 model: {line_of(error)}") from None
     return generator
 
 
@@ -1006,26 +979,18 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
     if not file.is_file():
         offline = "without a network, the hub's cache may lack it"
         raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, as a Cosmos tokenizer does; {offline}")
-    try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            return torch.jit.load(file, map_location=device).eval()
-    except (RuntimeError, ValueError, EOFError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{file} is no TorchScript file, or a damaged one: {line_of(error)}") from None
+    with (
+        one_line_for(f"{file} is no TorchScript file, or a damaged one", "download it again"),
+        warnings.catch_warnings(action="ignore", category=DeprecationWarning),
+    ):
+        return torch.jit.load(file, map_location=device).eval()
 
 
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
     """Decode one latent cell; return its width in pixels. Raises UserError."""
-    try:
+    failure = f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device}"
+    with one_line_for(failure, "it is no discrete decoder of Cosmos, or cannot run there (then try --device cpu)"):
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
-    except Exception as error:  # whatever foreign TorchScript may raise
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device} ({line_of(error, -1)}): "
-            "it is no Cosmos-style discrete decoder, or its operations do not exist there (then try --device cpu)"
-        ) from None
 
 
 def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> None:
@@ -1077,19 +1042,13 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
     """Encode pixels [B, 3, H, W] in [0, 1] as visual codes [B, N] in raster order. Raises UserError."""
-    try:
+    remedy = "the bfloat16 encoder of Cosmos needs a GPU; or it is no encoder of Cosmos"
+    with one_line_for("--image: encoder.jit cannot run here", remedy):
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
         with torch.jit.optimized_execution(False):  # else the same picture could get other codes from a second call on
             indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
-    except Exception as error:  # whatever foreign TorchScript may raise
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--image: encoder.jit cannot run here ({line_of(error, -1)}): the bfloat16 encoder of Cosmos needs a GPU; "
-            "or it is no Cosmos-style encoder"
-        ) from None
     if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
         raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are more or fewer")
     return codes
@@ -2282,24 +2241,18 @@ STYLES = [
     "default",  # Matplotlib's own, whatever a matplotlibrc says
     {
         "font.family": FONT_FAMILIES,
-        "text.color": INK,
-        "axes.labelcolor": INK,
         "axes.labelsize": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
         "axes.titlesize": 11,
-        "axes.facecolor": "white",
-        "xtick.color": INK,
         "xtick.labelsize": 8,
-        "ytick.color": INK,
         "ytick.labelsize": 8,
         "legend.fontsize": 9,
         "legend.frameon": False,
         "grid.color": FAINT,
         "grid.alpha": 0.25,
         "grid.linewidth": 0.6,
-        "figure.facecolor": "white",
         "figure.constrained_layout.h_pad": 0.08,
     },
 ]
@@ -2522,18 +2475,7 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "huggingface_hub",
-    "safetensors",
-    "wandb",
-    "numpy",
-    "pillow",
-    "matplotlib",
-    "tqdm",
-)
+VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 10
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs beside its state: codes, and batches that are done
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"

@@ -169,7 +169,7 @@ def test_a_file_without_a_readable_prompt_is_refused(tmp_path, capsys, content, 
 
 def test_the_help_states_the_defaults_of_adamws_options():
     text = " ".join(vpt.build_parser().format_help().split())
-    stated = dict(re.findall(r"--([a-z-]+) [A-Z0-9,]+ of AdamW: .*?\(default: ([\d.,]+)\)", text))
+    stated = dict(re.findall(r"--([a-z-]+) [A-Z0-9,]+ AdamW: .*?\(default: ([\d.,]+)\)", text))
     assert stated == {"warmup-steps": "20", "betas": "0.9,0.9", "grad-clip": "0"}
     args = vpt.parse_args(["--optimizer", "adamw"])
     assert (args.warmup_steps, args.betas, args.grad_clip) == (20, (0.9, 0.9), 0)
