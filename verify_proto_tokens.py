@@ -1072,7 +1072,7 @@ def digest_of(files: list[Path]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 BATCH_WITHOUT_GRADIENTS = 16  # targets at a time
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -1086,7 +1086,7 @@ class Reference:
     """The targets: visual codes and prompts, and the pixels of the first few."""
 
     codes: Tensor  # [B, N]
-    autoregressive_seconds: float | None  # of decoding them one after another, where they were
+    autoregressive_seconds: float | None  # of decoding a single target alone; of several together it says nothing
     pixels: Tensor  # [SHOWN_TARGETS or fewer, 3, H, W] in [0, 1]
     prompts: list[str]
 
@@ -1151,10 +1151,10 @@ def new_targets(
     return codes, seconds
 
 
-def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float]:
+def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float | None]:
     """Take the codes of prompts from the cache, where it has them for these settings, and decode the others.
 
-    Return codes [B, N] and the seconds that decoding them took, now or earlier.
+    Return codes [B, N], and the seconds that decoding took, now or earlier, where a single prompt was decoded alone.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1164,12 +1164,12 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
         codes, seconds = generate_visual_codes(models, missing[part], num_tokens, args)
         print(f"reference: {codes.numel()} tokens in {seconds:.1f} s ({codes.numel() / seconds:.1f} tokens/s)")
         for prompt, row in zip(missing[part], codes.cpu(), strict=True):
-            decoded[prompt] = row, seconds / len(codes)
-            cache.write(prompt, row, seconds / len(codes))
+            decoded[prompt] = row, seconds if len(codes) == 1 else None
+            cache.write(prompt, *decoded[prompt])
 
     in_parts_that_fit(decode, len(missing), BATCH_WITHOUT_GRADIENTS, "the references")
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
-    return codes, sum(decoded[prompt][1] for prompt in args.prompts)
+    return codes, decoded[args.prompts[0]][1] if len(args.prompts) == 1 else None
 
 
 def read_picture(file: Path, size: int) -> Tensor:
@@ -2756,7 +2756,7 @@ class ReferenceCache:
         key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors", key
 
-    def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float]]:
+    def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float | None]]:
         """Return codes [N] and decoding seconds by prompt, of those in the cache. Warn of damaged files."""
         decoded = {}
         for prompt in prompts:
@@ -2769,16 +2769,17 @@ class ReferenceCache:
                 fitting = codes.shape == (1, self.num_tokens) and codes.dtype == torch.int64
                 if metadata["key"] != key or not fitting or codes.min() < 0 or codes.max() >= self.codebook_size:
                     raise ValueError
-                decoded[prompt] = codes[0], float(metadata["autoregressive_seconds"])
+                seconds = json.loads(metadata["autoregressive_seconds"])
+                decoded[prompt] = codes[0], seconds
             except (SafetensorError, OSError, KeyError, ValueError, TypeError):
                 print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
         if decoded:
             print(f"reference: {len(decoded)} of {len(prompts)} reused from {self.folder}")
         return decoded
 
-    def write(self, prompt: str, codes: Tensor, seconds: float) -> None:
+    def write(self, prompt: str, codes: Tensor, seconds: float | None) -> None:
         file, key = self.entry(prompt)
-        write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": repr(seconds)})
+        write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": json.dumps(seconds)})
 
 
 # ---- what a run takes from files

@@ -190,6 +190,14 @@ def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, m
     assert both.codes.shape == (3, 16) and both.pixels.shape[0] == 3
 
 
+def test_only_a_prompt_that_was_decoded_alone_has_a_time(tiny_models, make_args):
+    together = reference_of(tiny_models, make_args("--prompt", "a cat", "--prompt", "a dog"))
+    cached = reference_of(tiny_models, make_args("--prompt", "a cat"))
+    assert together.autoregressive_seconds is cached.autoregressive_seconds is None
+    assert reference_of(tiny_models, make_args("--prompt", "a cat", "--force-generate")).autoregressive_seconds > 0
+    assert reference_of(tiny_models, make_args("--prompt", "a cat")).autoregressive_seconds > 0
+
+
 def test_a_control_of_random_codes_uses_the_whole_codebook_and_decodes_no_picture_first(tiny_models, make_args):
     args = make_args("--control", "random", "--image-size", 40)
     reference = reference_of(tiny_models, args)
