@@ -534,6 +534,7 @@ DECIDES = build_parser().decides | {
     "factor": "result",
     "hidden_size": "result",
     "vq_fingerprint": "result",
+    "learned_with": "nothing",  # the settings of the run that learned what --from-proto-tokens reconstructs
     "versions": "nothing",
 }
 
@@ -3316,7 +3317,8 @@ class Recorder:
             if name in targets[0]:
                 of_targets[name] = torch.tensor([target[name] for target in targets])
         file = self.folder / PROTO_TOKENS_FILE
-        write_proto_tokens(file, proto_tokens, self.settings, self.reference.codes, **of_targets)
+        learned_with = self.settings.get("learned_with", self.settings)
+        write_proto_tokens(file, proto_tokens, learned_with, self.reference.codes, **of_targets)
         return file
 
     @enough_memory_for("the results")
@@ -3495,6 +3497,8 @@ def run_experiment(args: argparse.Namespace) -> None:
         if earlier:
             refuse_other_models(models, args, earlier)
         settings = describe_run(args, models)
+        if args.from_proto_tokens:
+            settings["learned_with"] = earlier.settings
         if args.resume:
             refuse_other_settings(folder, settings)
             if is_finished(folder):

@@ -140,6 +140,14 @@ def test_stored_proto_tokens_of_several_targets_give_all_their_pictures_again(ru
     assert summary_in(again)["targets/1/best_accuracy"] == summary_in(first)["targets/1/best_accuracy"]
 
 
+def test_proto_tokens_keep_the_settings_that_they_were_learned_with(run_into):
+    first = run_into("first", "--learning-rate", 0.1)
+    again = run_into("again", "--from-proto-tokens", first)
+    third = run_into("third", "--from-proto-tokens", again)
+    assert config_in(third)["learned_with"] == config_in(again)["learned_with"]
+    assert config_in(third)["learned_with"]["learning_rate"] == 0.1
+
+
 def test_stored_proto_tokens_keep_their_own_size_and_vocabulary(run_into):
     first = run_into("first", "--image-size", 24, "--vocabulary", "visual")
     again = run_into("again", "--from-proto-tokens", first / "proto_tokens.safetensors", "--image-size", 16)
