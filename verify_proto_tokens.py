@@ -1052,9 +1052,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Identify a model by its commit where it is a hub snapshot, else by the content of its files."""
-    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
-        return folder.name
+    """Identify a model by its files' names and contents: a hub's snapshot and a copy of it are the same model."""
     return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
 
 
@@ -1062,11 +1060,14 @@ def digest_of(files: list[Path]) -> str:
     """Return a digest of the files' names and contents. Raises UserError."""
     digest = hashlib.sha256()
     for file in files:
+        blob = file.resolve().name  # the hub's cache names its large files by their SHA-256
         try:
             with file.open("rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+                known = re.fullmatch(r"[0-9a-f]{64}", blob)
+                sha256 = bytes.fromhex(blob) if known else hashlib.file_digest(stream, "sha256").digest()
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        digest.update(file.name.encode() + sha256)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Decoding the reference: guidance, sampling, agreement with transformers' own generate, and the cache."""
 
 import dataclasses
+import hashlib
 import math
 
 import pytest
@@ -272,15 +273,15 @@ def test_a_file_that_identifies_a_model_but_cannot_be_read_is_named(tmp_path):
         vpt.fingerprint_of(tmp_path, vpt.GENERATOR_FILES)
 
 
-def test_only_a_hub_snapshot_is_identified_by_its_folders_name(tmp_path):
-    names = {}
-    for parent in ("a", "b"):
-        for name in ("last", "0123456789abcdef0123456789abcdef01234567"):
-            folder = tmp_path / parent / "snapshots" / name
-            folder.mkdir(parents=True)
-            (folder / "model.safetensors").write_text(parent)
-            names.setdefault(name, set()).add(vpt.fingerprint_of(folder, vpt.GENERATOR_FILES))
-    assert [len(found) for found in names.values()] == [2, 1]
+def test_a_hubs_snapshot_and_a_copy_of_it_are_one_model(tmp_path):
+    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
+    snapshot, copy = tmp_path / "snapshots" / ("a" * 40), tmp_path / "copy"
+    for folder in (blob.parent, snapshot, copy):
+        folder.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to(blob)
+    (copy / "model.safetensors").write_bytes(b"weights")
+    assert vpt.fingerprint_of(snapshot, vpt.GENERATOR_FILES) == vpt.fingerprint_of(copy, vpt.GENERATOR_FILES)
 
 
 def test_the_picture_and_the_initial_embeddings_draw_from_streams_of_their_own(tiny_models, make_args):
