@@ -701,6 +701,7 @@ def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) ->
 CONFIGURATION_FILES = ("*.json", "merges.txt")
 GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
+NOT_FOLLOWED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")  # of generate
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 
 
@@ -887,26 +888,33 @@ def read_config(folder: Path) -> Qwen2Config:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{file} does not describe a Qwen2 model: {why[:200]}") from None
-    if "sliding_attention" in config.layer_types:
-        raise UserError(f"--model-path {folder} attends within sliding windows, which no SimpleAR generator does")
+    if "sliding_attention" in config.layer_types or config.rope_parameters["rope_type"] != "default":
+        raise UserError(f"--model-path {folder} has sliding windows or rope scaling, which no SimpleAR generator has")
     return config
 
 
 def read_repetition_penalty(folder: Path) -> float:
-    """Read the penalty from generation_config.json; 1, none, where it has none. Raises UserError."""
+    """Read the repetition penalty that the checkpoint asks for, 1 where it asks for none. Raises UserError.
+
+    As in SimpleAR, it stands in config.json where there is no generation_config.json.
+    """
     file = folder / "generation_config.json"
     if not file.exists():
-        return 1.0
+        file = folder / "config.json"
     try:
-        penalty = float(json.loads(file.read_text(encoding="utf-8")).get("repetition_penalty") or 1)
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        penalty = float(fields.get("repetition_penalty") or 1)
     except (OSError, ValueError, TypeError, AttributeError):
-        penalty = math.nan
+        fields, penalty = {}, math.nan
     if not 0.01 <= penalty <= 100:
         raise UserError(
             f"{file} is damaged, or its repetition_penalty is not from 0.01 to 100: see --repetition-penalty"
         )
     if penalty != 1:
         print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 would be none")
+    ignored = [name for name in NOT_FOLLOWED if fields.get(name) not in (None, 0, 1, [])]
+    if ignored:
+        print(f"note: {file.name} asks for {', '.join(ignored)}, which is not followed")
     return penalty
 
 
@@ -936,6 +944,9 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
             ignore_mismatched_sizes=True,  # but for saying which they are, below
         )
         refuse_misfitting_weights(folder, report)
+        if generator.config.tie_word_embeddings and generator.lm_head.weight is not generator.model.embed_tokens.weight:
+            print("note: config.json ties the head to the embedding, so the file's own lm_head.weight is not used")
+            generator.lm_head.weight = generator.model.embed_tokens.weight
         generator = freeze(generator.to(device))
         generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     return generator
@@ -966,9 +977,7 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
-    fresh = dict(untrained.named_parameters(remove_duplicate=False))  # tied, where a checkpoint's own may not be
-    for name, parameter in generator.named_parameters():
-        parameter.data.copy_(fresh[name])
+    generator.load_state_dict(untrained.state_dict())
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:

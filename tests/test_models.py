@@ -27,6 +27,32 @@ def test_a_checkpoint_with_sliding_windows_is_refused(call_tiny, model_folders):
     refused(call_tiny(), "--model-path", "sliding windows")
 
 
+def test_a_checkpoint_with_rope_scaling_which_the_original_ignores_is_refused(call_tiny, model_folders):
+    change(model_folders[0] / "config.json", rope_scaling={"type": "yarn", "factor": 4.0}, rope_parameters=None)
+    refused(call_tiny(), "--model-path", "rope scaling")
+
+
+def test_a_tied_checkpoint_with_a_head_of_its_own_is_tied_as_in_the_original(tmp_path, make_args, capsys):
+    save_tiny_generator(tmp_path / "generator")
+    change(tmp_path / "generator" / "config.json", tie_word_embeddings=True)
+    generator = vpt.load_models(make_args("--model-path", tmp_path / "generator")).generator
+    assert generator.lm_head.weight is generator.model.embed_tokens.weight
+    assert "note: config.json ties the head" in capsys.readouterr().out
+
+
+def test_a_repetition_penalty_of_config_json_holds_where_there_is_no_generation_config(tmp_path, make_args):
+    save_tiny_generator(tmp_path / "generator")
+    (tmp_path / "generator" / "generation_config.json").unlink()
+    change(tmp_path / "generator" / "config.json", repetition_penalty=1.2)
+    assert vpt.load_models(make_args("--model-path", tmp_path / "generator")).repetition_penalty == 1.2
+
+
+def test_what_generate_would_follow_and_this_decoding_does_not_is_named(call_tiny, model_folders):
+    asked = {"no_repeat_ngram_size": 3, "min_p": 0.1, "typical_p": 1.0, "suppress_tokens": None}
+    change(model_folders[0] / "generation_config.json", **asked)
+    assert "generation_config.json asks for no_repeat_ngram_size, min_p, which is not followed" in call_tiny().out
+
+
 def test_a_checkpoint_that_says_it_is_not_quantised_loads(call_tiny, model_folders):
     change(model_folders[0] / "config.json", quantization_config=None)
     assert call_tiny().code == 0
