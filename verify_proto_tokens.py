@@ -1066,16 +1066,13 @@ def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
 
 
 def digest_of(files: list[Path]) -> str:
-    """Return a digest of the files' names and contents. Raises UserError."""
+    """Return a digest of the files' names and contents. Raises OSError."""
     digest = hashlib.sha256()
     for file in files:
         blob = file.resolve().name  # the hub's cache names its large files by their SHA-256
-        try:
-            with file.open("rb") as stream:
-                known = re.fullmatch(r"[0-9a-f]{64}", blob)
-                sha256 = bytes.fromhex(blob) if known else hashlib.file_digest(stream, "sha256").digest()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        with file.open("rb") as stream:
+            known = re.fullmatch(r"[0-9a-f]{64}", blob)
+            sha256 = bytes.fromhex(blob) if known else hashlib.file_digest(stream, "sha256").digest()
         digest.update(file.name.encode() + sha256)
     return digest.hexdigest()
 
@@ -2581,27 +2578,21 @@ def lock_folder(folder: Path) -> int:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what an earlier run of this name left: never a mixture of two runs. Raises UserError."""
-    remove([*(folder / name for name in RESULTS), *frames_in(folder).values()])
+    """Remove what an earlier run of this name left: never a mixture of two runs. Raises OSError."""
+    for file in (*(folder / name for name in RESULTS), *frames_in(folder).values()):
+        file.unlink(missing_ok=True)
     remove_unfinished(folder)
     with contextlib.suppress(OSError):
         (folder / "progress").rmdir()
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what only an interrupted run needs, and what a killed one was writing. Raises UserError."""
+    """Remove what only an interrupted run needs, and what a killed one was writing. Raises OSError."""
     half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
-    remove([folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*"), *half_written])
+    for file in (folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*"), *half_written):
+        file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (folder / UNFINISHED_FOLDER).rmdir()
-
-
-def remove(files: list[Path]) -> None:
-    for file in files:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot remove {file}, of an earlier run: {error.strerror}") from None
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
@@ -3363,7 +3354,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
                 while not learning.finished:
                     learn_batch(learning, record)
                     record.end_batch(learning)
-        except (UserError, Stopped):
+        except (UserError, OSError, Stopped):
             record.save_state(learning)
             raise
         if record.stop_signals:  # in the last step
@@ -3525,6 +3516,8 @@ def main(args: argparse.Namespace) -> None:
         run_experiment(args)
     except UserError as error:
         exit_with_error(error)
+    except OSError as error:  # of a file or folder that nobody else knew more about
+        exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else line_of(error))
     except Stopped as stopped:
         print(f"stopped by {stopped}; --resume goes on from the last saved step", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None

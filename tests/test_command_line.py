@@ -46,7 +46,7 @@ def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
 
 def test_the_config_holds_all_settings_and_versions(demo_run):
     config = config_in(demo_run.folder)
-    assert config.keys() == vpt.DECIDES.keys() - {"prompts", "m_from_fingerprint", "images_fingerprint"}
+    assert config.keys() == vpt.DECIDES.keys() - {"prompts", "m_from_fingerprint", "images_fingerprint", "learned_with"}
     assert config["num_steps"] == 40 and config["cfg_scale"] == 6.0 and config["device"] == "cpu"
     assert config["versions"]["torch"] == torch.__version__
     assert config["codebook_size"] == 625 and config["factor"] == 32
@@ -271,7 +271,7 @@ def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_t
 def test_a_result_that_cannot_be_replaced_is_one_line(call_tiny, tmp_path):
     (tmp_path / "out" / "mine" / "capacity.png").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "summary.json").touch()  # so it is a run's
-    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "cannot remove", "capacity.png")
+    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "capacity.png: Is a directory")
 
 
 @pytest.mark.parametrize("option", ["--save-dir", "--model-path", "--vq-model-ckpt"])
