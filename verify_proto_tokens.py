@@ -3273,13 +3273,18 @@ class Recorder:
         with written_whole(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
-    def give_up(self, learning: Optimisation) -> NoReturn:
-        """Keep the best of an optimisation that diverged. Raises UserError."""
-        why = f"the loss or its gradient is no longer finite at step {learning.step}"
-        remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
-        file = self.folder / PROTO_TOKENS_FILE
-        write_proto_tokens(file, learning.best, self.settings, learning.codes)
-        raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
+    def report_divergence(self, learning: Optimisation) -> None:
+        """Say how many targets diverged; where all did, keep their best proto-tokens and raise UserError."""
+        diverged = learning.targets.diverged
+        if diverged.all():
+            why = f"the loss or its gradient is no longer finite at step {learning.step}"
+            remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
+            file = self.folder / PROTO_TOKENS_FILE
+            write_proto_tokens(file, learning.best, self.settings, learning.codes)
+            raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
+        if diverged.any():
+            lost = f"{int(diverged.sum())} of {len(diverged)} targets"
+            print(f"note: {lost} ended where their loss or its gradient was no longer finite")
 
     def trial(self, trial: dict) -> None:
         """Keep a trial of the search for the capacity."""
@@ -3468,15 +3473,10 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
-        diverged = learning.targets.diverged
-        if diverged.all():
-            record.give_up(learning)
-        if diverged.any():
-            lost = f"{int(diverged.sum())} of {len(diverged)} targets"
-            print(f"note: {lost} ended where their loss or its gradient was no longer finite")
+        record.report_divergence(learning)
         proto_tokens, predictions = learning.best, learning.predictions
         learned = learning.summary()
-        rows = learning.targets.rows(reference.prompts, range(len(diverged)))
+        rows = learning.targets.rows(reference.prompts, range(len(reference.prompts)))
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
