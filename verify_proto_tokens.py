@@ -9,7 +9,7 @@ reconstruct and reports how close it comes.
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which tells it step by step;
-the loop itself is `learn_batch`, its loss `loss_and_gradient`.
+the reference comes from `generate_visual_codes`, the loop is `learn_batch`, its loss `loss_and_gradient`.
 
 Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions in a chunk, F = targets
@@ -1413,7 +1413,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
     losses = F.cross_entropy(logits, target_rows, reduction="none")
     predicted_rows = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
-    # A tie is right where argmax decides it so.
+    # In a tie, argmax decides what is right.
     rank = torch.where(predicted_rows == target_rows, 0, likelier.clamp(min=1))
     visual_logits = logits[:, models.first_code : models.first_code + models.codebook_size]
     predicted_ids = predicted_rows - models.first_code + models.visual_offset
@@ -1455,15 +1455,15 @@ def loss_and_gradient(
     """Run one pass for the targets codes [F, N], and the way back: leave the loss's gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
-    averaged over positions and summed over targets. A target with an m of its own so learns as it would alone. `rows`
+    averaged over positions and summed over targets. So a target with its own m learns as it would alone. `rows`
     [F] are the targets' rows among the proto-tokens; the gradient of other rows is 0.
     """
     proto_tokens.points.grad = None
     parts = []
     for part in slices(len(codes), targets_per_pass):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], rows[part])
-        # Back through the head a chunk of positions at a time, so that its logits can go before the next chunk's come;
-        # then once through the layers.
+        # Back through the head by chunks of positions, so that only one chunk's logits exist; then once through the
+        # layers.
         at_head = hidden_states.detach().requires_grad_()
         all_states, all_codes = at_head.flatten(0, 1), codes[part].flatten()
         for chunk in chunks_of_positions(models, len(all_codes)):
@@ -1527,9 +1527,9 @@ class LBFGS:
     """Limited-memory BFGS for G problems at once, each of L numbers and as it would go alone; a step, one evaluation.
 
     From x, the last point accepted, it goes alpha times along the direction -H g, at most `rate` far (root mean square
-    over the numbers). H comes from the newest pairs: s, a step, and y, the change of the gradient along it. Where the
-    loss falls too little (Armijo's condition) or is not finite, the next step tries a smaller alpha; after TRIES of
-    them the pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all positions and an
+    over the numbers). H comes from the newest pairs of a step s and its change of the gradient, y. If the loss falls
+    too little (Armijo's condition) or is not finite, the next step tries a smaller alpha; after TRIES failures the
+    pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all positions and an
     e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
@@ -1579,9 +1579,9 @@ class LBFGS:
         self.failures = torch.where(accepted, 0, self.failures + 1)
         given_up = (self.failures >= self.TRIES) | vanished
         self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
-        # No way leads back where even steepest descent (no pairs) met a value that is not finite and was given up.
+        # It cannot go back if even steepest descent (no pairs) met a value that is not finite and was given up.
         self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
-        # Of the parabola through the loss and slope at x and the loss tried.
+        # Of the parabola through loss and slope at x and the loss tried, where it is lowest.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
         smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
 
@@ -1608,7 +1608,7 @@ class LBFGS:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
-        # It is 0 without pairs, and rounding can spoil it: then take steepest descent, and carefully.
+        # It is 0 without pairs, and rounding can spoil it: then take steepest descent, half as far.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
@@ -1720,7 +1720,7 @@ class Targets:
             accuracy, loss = accuracy.mean(), loss.mean()
             best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
         higher = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
-        # Those that meet the goal are the best, even if the mean of targets that learn together was higher before.
+        # What meets the goal is the best, even if the joint mean of the targets was higher before.
         better = finite & (met | higher)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
@@ -1960,7 +1960,7 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     """Learn the proto-tokens of the present batch: the optimisation loop.
 
     A target ends after --num-steps, at --target-accuracy, or where its loss or gradient is not finite and its optimiser
-    knows no way back. The numbers of a step belong to the embeddings before its update. Raises Stopped.
+    cannot go back. The numbers of a step belong to the embeddings before its update. Raises Stopped.
     """
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
@@ -1993,8 +1993,8 @@ def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens, rows
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
     """Return a step's numbers by their W&B names; None where nothing is finite.
 
-    Those of the targets are their last ones, also where they have ended; the rate (what the step before changed, root
-    mean square), the norms and the gradient are means over those that learn.
+    Losses and accuracies are the targets' last, also once they have ended; the rate (root-mean-square change of the
+    step before), the norms and the gradient are means over those that learn.
     """
     targets = learning.targets
     row = {
@@ -2080,7 +2080,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Run one forward pass, take the likeliest codes, decode them.
 
-    `predictions`, if given, are those of the learning's own pass, and count: in half precision another pass, over
+    `predictions`, if given, come from the learning's own pass and are used: in half precision another pass, over
     other targets, may round otherwise. A position whose argmax is a text id counts as wrong; the picture shows its
     likeliest visual code.
     """
