@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("lbfgs", "adamw"))
     add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of a step; AdamW: peak rate, a cosine "
         "follows", type=POSITIVE, default=0.2, metavar="RATE")
-    add("--warmup-steps", "result", "AdamW: steps up to the peak rate, at most a tenth of all "
+    add("--warmup-steps", "result", "AdamW: warm-up steps, at most a tenth of all steps "
         f"(default: {ADAMW_OPTIONS['warmup_steps']})", type=COUNT_OR_0, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments "
         f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})", type=BETAS, metavar="B1,B2")
@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=PERCENT, metavar="PERCENT")
     add("--capacity", "result", "find how many tokens of the target, from its beginning, reach --target-accuracy in "
         "--num-steps", **SWITCH)
-    add("--log-every", "result", "steps between two rows of the history; times the number of batches",
+    add("--log-every", "result", "steps between rows of the history, times the number of batches",
         type=COUNT, default=1, metavar="STEPS")
     add("--save-every", "nothing", "steps between two saved states; a stop signal saves one too",
         type=COUNT, default=100, metavar="STEPS")
@@ -329,13 +329,13 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def is_nothing(word: str) -> bool:
-    """Return whether a sweep agent wrote this word for an option that is not given: a null, or its own settings."""
+    """Return whether a sweep agent's word sets no option: its value is a null, or its name is the agent's own."""
     name, equals, value = word.partition("=")
     return name.startswith("--") and bool(equals) and (value == "None" or name == "--_wandb")
 
 
 def as_typed(word: str, options: set[str]) -> str:
-    """`--num_steps=50` of a sweep agent as `--num-steps=50`; values and unknown names keep their underscores."""
+    """Return `--num_steps=50` as `--num-steps=50`; values and unknown names keep their underscores."""
     name, equals, value = word.partition("=")
     hyphened = name.replace("_", "-")
     return hyphened + equals + value if hyphened in options else word
@@ -402,7 +402,7 @@ def read_prompts(file: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"--prompts-file {file} is not in UTF-8 ({error}): save it so") from None
+        raise UserError(f"--prompts-file {file} is not UTF-8 ({error}): convert it") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {file} holds no prompt")
@@ -417,7 +417,7 @@ def choose_models(args: argparse.Namespace) -> None:
 
 
 def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
-    """Raise UserError where a file that the run needs is what git leaves in place of a large one."""
+    """Raise UserError where a file that the run needs is only a git-LFS pointer."""
     files = [*args.prompts_files, *(args.images or [])]
     files += [file for file in (args.m_from, args.from_proto_tokens) if file]
     for folder in (args.model_path, args.vq_model_ckpt):
@@ -448,7 +448,7 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, decides: dict[str, str]) -> str:
     """Return a name such as proto_256px_steps1000_lr02_seed42, then each other setting that is not at its default.
 
-    Settings that decide nothing are left out. Where the name shows a part of a text only, a digest ends it, so that
+    Settings that decide nothing are left out. If the name shows only part of a text, it ends in a digest, so that
     runs of different settings never share a folder.
     """
     rate = re.sub(r"^0\.", "0", in_a_name(args.learning_rate))
@@ -472,12 +472,12 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
         digest = hashlib.sha256("\0".join([name, *texts]).encode(errors="surrogateescape")).hexdigest()
         name = f"{name.encode()[:120].decode(errors='ignore')}-{digest[:6]}"
     if in_sweep() and os.environ.get("WANDB_RUN_ID"):
-        name += f"_{os.environ['WANDB_RUN_ID']}"  # an agent's runs may differ in nothing
+        name += f"_{os.environ['WANDB_RUN_ID']}"  # a sweep may repeat the same settings
     return name
 
 
 def in_a_name(value: object) -> str:
-    """Return a value as it reads in a run's name: of several their number, of a path its last part."""
+    """Return a value for a run's name: several items as their number, a path as its last part."""
     if isinstance(value, tuple):
         return "-".join(map(in_a_name, value))
     if isinstance(value, list):
@@ -494,7 +494,7 @@ class LastingOutput(io.FileIO):
 
     def write(self, content: bytes) -> int:
         with contextlib.suppress(OSError):
-            return super().write(content) or len(content)  # None: it would have to wait
+            return super().write(content) or len(content)  # None: it would block
         return len(content)
 
 
@@ -540,11 +540,11 @@ DECIDES = build_parser().decides | {
 
 
 def deciding(settings: dict, *decided: str) -> dict:
-    """Return those of a run's settings that decide one of these."""
+    """Return the run's settings that decide any of `decided`."""
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
-# Only pictures in memory are drawn: a notebook's backend, which a shell started there inherits, may not even load.
+# Figures are drawn in memory only: a backend inherited by a shell inside a notebook may not even load.
 os.environ["MPLBACKEND"] = "agg"
 # On Intel's processors, products would else depend on where their numbers lie in memory, and so on the process.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -606,9 +606,9 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of each stop signal that comes in here; one that is ignored stays ignored."""
+    """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    listened = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]  # as `nohup` has SIGHUP
+    listened = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in listened:
         signal.signal(number, lambda number, frame: handle(number))
     try:
@@ -640,8 +640,8 @@ def enough_memory_for(what: str) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # frees what the work held: the state is still to be saved
         raise UserError(
-            f"out of memory for {what}: fewer targets, a smaller --image-size, --dtype bfloat16 or "
-            "--gradient-checkpointing on needs less"
+            f"out of memory for {what}: try fewer targets, a smaller --image-size, --dtype bfloat16 or "
+            "--gradient-checkpointing on"
         ) from None
 
 
@@ -818,7 +818,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()
-    except (RuntimeError, AssertionError) as error:  # not known, not there; not built for it
+    except (RuntimeError, AssertionError) as error:  # unknown or absent; not in this build
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
     return probe.device  # with its number, which `cuda` alone lacks
 
@@ -1056,7 +1056,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
             indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
     if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
-        raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are more or fewer")
+        raise UserError("--image: encoder.jit does not belong to decoder.jit: its number of codes differs")
     return codes
 
 
@@ -1124,9 +1124,9 @@ def make_reference(
     pictures: Tensor | None = None,
     interrupted: dict | None = None,
 ) -> Reference:
-    """Return the targets of a run: those of an earlier run or of the interrupted one, or new ones.
+    """Return a run's targets: from the earlier run, from the interrupted run, or new ones.
 
-    Those of an interrupted run are not made again: another device, or another torch, could make others.
+    An interrupted run's targets are not made again: another device or torch could make other codes.
     """
     if args.from_proto_tokens:
         codes, seconds = earlier.codes, None
@@ -1151,7 +1151,7 @@ def new_targets(
     if args.images:
         codes, seconds = encode_pixels(models.vq_encoder, pictures, models.factor).cpu(), None
         if not models.has(codes):
-            raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes are others")
+            raise UserError("--image: encoder.jit does not belong to decoder.jit: codes out of range")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
     if args.control == "shuffled":
@@ -1209,7 +1209,7 @@ def read_picture(file: Path, size: int) -> Tensor:
 
 @dataclass
 class Decoding:
-    """How far B pictures are decoded: 2B sequences over one key/value cache, of which `filled` positions are used."""
+    """The state of decoding B pictures: 2B sequences in one key/value cache, with `filled` positions in use."""
 
     cache: transformers.StaticCache  # of T + N positions
     is_token: Tensor  # [2B, T + N], False where a shorter prompt is padded in front
@@ -1491,9 +1491,9 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """torch's AdamW without decay; it works number by number, so that each of G problems learns as it would alone.
+    """torch's AdamW without weight decay; it is elementwise, so each of G problems learns as it would alone.
 
-    The rate follows `rate_at`, and the gradient of each problem is clipped before, where that is asked for.
+    The rate follows `rate_at`, and with --grad-clip above 0 each problem's gradient is clipped first.
     """
 
     def __init__(self, points: Tensor, args: argparse.Namespace):
@@ -1839,7 +1839,7 @@ class Optimisation:
         self.drop_ended()
 
     def drop_ended(self) -> None:
-        """Have only those targets of the batch learn that have not ended."""
+        """Leave the batch's ended targets out of the next steps."""
         ended = self.targets["ended"].tolist()
         active = [k for k in self.batch if not ended[k]]
         if active == self.active:
@@ -1917,7 +1917,7 @@ class Optimisation:
         }
 
     def results(self) -> dict[str, Tensor]:
-        """Return what all targets have come to, a row a target, or a problem, each."""
+        """Return all targets' results: `best` per problem, the rest per target."""
         return {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
 
     def results_of_batch(self) -> dict[str, Tensor]:
@@ -1929,7 +1929,7 @@ class Optimisation:
             column[first : first + len(results[name])] = results[name].to(column.device)
 
     def state_dict(self) -> dict:
-        """Return all that the next step of this batch depends on, and what the batch has come to."""
+        """Return all that the next step of this batch depends on, and the batch's results."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -2182,7 +2182,7 @@ def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    # The accuracy, too, in place of the one met while learning: it is that of the picture.
+    # `best_accuracy` replaces the one from learning: this one belongs to the picture.
     return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
 
 
@@ -2274,7 +2274,7 @@ def render(figure: Figure) -> Image.Image:
 
 
 def heading_of(prompt: str, width: int, lines: int) -> str:
-    """Return the prompt as a figure's heading, in at most so many lines of at most `width` letters."""
+    """Return the prompt as a figure's heading: at most `lines` lines of at most `width` letters."""
     return "\n".join(textwrap.wrap(prompt, width, max_lines=lines, placeholder=" …"))
 
 
@@ -2578,7 +2578,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what an earlier run of this name left: never a mixture of two runs. Raises OSError."""
+    """Remove what an earlier run of this name left, so that no two runs mix. Raises OSError."""
     for file in (*(folder / name for name in RESULTS), *frames_in(folder).values()):
         file.unlink(missing_ok=True)
     remove_unfinished(folder)
@@ -2656,7 +2656,7 @@ def write_image(file: Path, image: Image.Image) -> None:
 
 
 def write_moving_picture(file: Path, frames: list[Path]) -> None:
-    """Write a GIF of the frames that rests on the last one."""
+    """Write the frames as a GIF that pauses on the last."""
     durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
     pictures = map(Image.open, frames)
     with written_whole(file) as partial:
@@ -2786,7 +2786,7 @@ class ReferenceCache:
 
 # ---- what a run takes from files
 
-# What an earlier run's proto-tokens mean nothing without, and so is taken over from its settings beside its prompts.
+# Settings that an earlier run's proto-tokens mean nothing without: they are taken over, as are its prompts.
 TAKEN_OVER = ("image_size", "seed", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
@@ -2815,7 +2815,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
         earlier = read_earlier_run("--m-from", args.m_from, folder)
         if len(earlier.m) > 1:
             one_each = f"--m-from {args.m_from} holds {len(earlier.m)} m, one for each target"
-            raise UserError(f"{one_each}: name a run that shares one")
+            raise UserError(f"{one_each}: name a run with a shared m")
     if args.images:
         pictures = torch.stack([read_picture(file, args.image_size) for file in args.images])
     return earlier, pictures
@@ -2852,7 +2852,7 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
 
 
 def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with the earlier run's settings where its proto-tokens mean nothing without them."""
+    """Return the arguments with the earlier run's prompts and the settings that its proto-tokens need."""
     taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
     return argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
 
@@ -2979,7 +2979,7 @@ def as_media(value: object) -> object:
 
 
 class Tracker:
-    """Tells Weights & Biases of a run, where that is wanted. A failure of W&B is said once, and never ends the run."""
+    """Reports a run to Weights & Biases, if asked to. A failure of W&B is said once and never ends the run."""
 
     def __init__(self, args: argparse.Namespace):
         """Raises UserError where W&B refuses a setting."""
@@ -3009,8 +3009,8 @@ class Tracker:
         except wandb.Error as error:
             if "already exists" in str(error):
                 raise UserError(
-                    f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id that WANDB_RUN_ID gives to this "
-                    "one: unset it, or go on with that run by --resume"
+                    f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
+                    "variable, or go on with that run by --resume"
                 ) from None
             print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
             wandb.teardown()  # a service that failed once would fail an offline run too
@@ -3110,9 +3110,9 @@ class Tracker:
 
 
 class Recorder:
-    """Writes a run's files as it goes, tells W&B, and saves the state that --resume goes on from.
+    """Writes a run's files as it goes, logs to W&B, and saves the state that --resume goes on from.
 
-    A context: W&B's run, where one is wanted, ends with it, as failed if it is left by an exception.
+    A context manager: leaving it ends the W&B run, if there is one, as failed after an exception.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
@@ -3179,7 +3179,7 @@ class Recorder:
         self.save_state(learning)
 
     def send_missing(self) -> None:
-        """After a resumption, what the interrupted run had not sent."""
+        """Send what the interrupted run had not sent."""
         rows = {row["step"]: row for row in self.history.rows}
         frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
@@ -3317,7 +3317,7 @@ class Recorder:
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
-        """Write them with the ids and accuracies of their targets, and the steps if they were learned here."""
+        """Write the proto-tokens with their targets' ids and accuracies, and steps if learned here."""
         of_targets = {"predicted_ids": predicted_ids}
         for name in ("best_accuracy", "steps"):
             if name in targets[0]:

@@ -155,7 +155,7 @@ def test_prompts_of_a_file_come_after_those_given(tmp_path):
     [
         (b"", "holds no prompt"),
         (b" \n\n", "holds no prompt"),
-        ("löwe".encode("latin-1"), "not in UTF-8"),
+        ("löwe".encode("latin-1"), "not UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )
