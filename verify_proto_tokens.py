@@ -435,8 +435,8 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
     """Fill in the run's name, and W&B's own name, project, tags and mode where the environment does not give them."""
     args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
-    for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group"):
-        if getattr(args, setting) and not wants_wandb(args):
+    for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group", "wandb_mode"):
+        if getattr(args, setting) not in (None, "disabled") and not wants_wandb(args):
             print(f"note: --{setting.replace('_', '-')} has no effect without --use-wandb")
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None and not os.environ.get("WANDB_TAGS"):
@@ -462,6 +462,8 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
         value = getattr(args, setting)
         if decided == "nothing" or setting in shown or value == getattr(defaults, setting):
             continue
+        if isinstance(value, str) and decided == "model" and os.path.isdir(os.path.expanduser(value)):
+            value = Path(os.path.expanduser(value))
         name += f"_{setting.replace('_', '-')}"
         if value is not True:
             name += f"-{in_a_name(value)}"
@@ -470,7 +472,7 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
             texts += [os.path.abspath(item) if isinstance(item, Path) else item for item in items]
     if texts or len(name.encode()) > 128:
         digest = hashlib.sha256("\0".join([name, *texts]).encode(errors="surrogateescape")).hexdigest()
-        name = f"{name.encode()[:120].decode(errors='ignore')}-{digest[:6]}"
+        name = f"{name.encode()[:100].decode(errors='ignore')}-{digest[:6]}"
     if in_sweep() and os.environ.get("WANDB_RUN_ID"):
         name += f"_{os.environ['WANDB_RUN_ID']}"  # a sweep may repeat the same settings
     return name
@@ -485,8 +487,8 @@ def in_a_name(value: object) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, Path):
-        value = value.parent.name if value.name == PROTO_TOKENS_FILE else value.stem
-    return re.sub(r"[^\w.]|_", "-", str(value).rstrip("/").split("/")[-1])[:40].strip("-.")
+        value = value.parent.name if value.name == PROTO_TOKENS_FILE else value.name
+    return re.sub(r"[^\w.]|_", "-", str(value))[:40].strip("-.")
 
 
 class LastingOutput(io.FileIO):
@@ -2839,6 +2841,8 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
             and target_ids.dtype == torch.int64
             and bool(e_t.isfinite().all() and m.isfinite().all())
             and settings.keys() >= set(TAKEN_OVER)
+            and all(isinstance(prompt, str) for prompt in prompts)
+            and all(isinstance(settings[name], int) for name in ("image_size", "seed", "num_e_tokens", "visual_offset"))
         )
         if not fitting:
             raise ValueError
@@ -2941,7 +2945,9 @@ def wandb_settings(args: argparse.Namespace) -> object:
     """Return W&B's settings: those of options, then the environment's. Raises UserError where W&B refuses one."""
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
-    if not os.path.isdir(os.environ.get("HOME", os.path.expanduser("~"))):  # a container's user without a name
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]  # the user's own may be known all the same
+    if not os.path.isdir(os.path.expanduser("~")):  # a container's user without a name
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would end without one
     try:
         import wandb
@@ -2955,7 +2961,8 @@ def wandb_settings(args: argparse.Namespace) -> object:
         "run_tags": args.wandb_tags,
     }
     try:
-        wandb.setup()  # reads the environment, and what `wandb offline` and the like left in a folder
+        # It reads the environment, and what `wandb offline` and the like left in a folder.
+        wandb.setup(wandb.Settings(mode=args.wandb_mode) if args.wandb_mode else None)
         return wandb.Settings(
             **{name: value for name, value in names.items() if value is not None},
             init_timeout=WANDB_START_SECONDS,
@@ -2963,11 +2970,17 @@ def wandb_settings(args: argparse.Namespace) -> object:
             finish_timeout_raises=True,
         )
     except Exception as error:  # of W&B, its settings files or the disk: no common class
-        why = line_of(error)
-        if hasattr(error, "errors"):  # pydantic's
-            details = error.errors()[0]
-            why = f"{details['loc'][0]} is {details['input']!r}: {details['msg']}"
-        raise UserError(f"W&B refuses a setting ({why}): mend the option or the WANDB_ variable") from None
+        raise UserError(
+            f"W&B refuses a setting ({why_refused(error)}): mend the option or the WANDB_ variable"
+        ) from None
+
+
+def why_refused(error: Exception) -> str:
+    """Return the reason of an error of W&B, also where pydantic gives it at length."""
+    if not hasattr(error, "errors"):
+        return line_of(error)
+    details = error.errors()[0]
+    return f"{details['loc'][0]} is {details['input']!r}: {details['msg']}" if details["loc"] else details["msg"]
 
 
 def as_media(value: object) -> object:
@@ -3005,18 +3018,22 @@ class Tracker:
             resume = None  # the server may know of an agent's run before it begins
         start = functools.partial(wandb.init, config=config, id=run_id, resume=resume, settings=self.settings)
         try:
-            self.run = start(mode=self.args.wandb_mode)
-        except wandb.Error as error:
-            if "already exists" in str(error):
-                raise UserError(
-                    f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
-                    "variable, or go on with that run by --resume"
-                ) from None
-            print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
-            wandb.teardown()  # a service that failed once would fail an offline run too
-            self.run = start(mode="offline")
-        except Exception as error:  # of the disk, mostly
-            raise UserError(f"W&B cannot start ({line_of(error)}): set WANDB_DIR to a writable folder") from None
+            try:
+                self.run = start()
+            except wandb.Error as error:
+                if "already exists" in str(error):
+                    raise UserError(
+                        f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
+                        "variable, or go on with that run by --resume"
+                    ) from None
+                print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
+                wandb.teardown()  # a service that failed once would fail an offline run too
+                self.run = start(mode="offline")
+        except UserError:
+            raise
+        except Exception as error:  # of W&B, its settings or the disk: no common class
+            remedy = "mend the WANDB_ variables, or set WANDB_DIR to a writable folder"
+            raise UserError(f"W&B cannot start ({why_refused(error)}): {remedy}") from None
         self.run_id = self.run.id
         self.run.define_metric("optimisation_step", hidden=True)
         self.run.define_metric("capacity/*", step_metric="capacity/num_tokens")

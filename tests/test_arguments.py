@@ -69,7 +69,7 @@ def test_every_setting_that_is_not_at_its_default_stands_in_the_name():
     assert re.fullmatch(rf"{plain}_prompts-a-cat_num-e-tokens-4-\w+", prompted)
     assert name_of("--betas", "0.9,0.999") == f"{plain}_optimizer-adamw_betas-0.9-0.999"
     model = name_of("--model-path", "Daniel0724/SimpleAR-0.5B-RL")
-    assert re.fullmatch(rf"{plain}_model-path-SimpleAR-0.5B-RL-\w+", model)
+    assert re.fullmatch(rf"{plain}_model-path-Daniel0724-SimpleAR-0.5B-RL-\w+", model)
     assert name_of("--dtype", "bfloat16", "--capacity") == f"{plain}_dtype-bfloat16_target-accuracy-99_capacity"
     assert re.fullmatch(rf"{plain}_prompts-2_m-own-\w+", name_of("--prompt", "a", "--prompt", "b", "--m", "own"))
     earlier = f"out/my-run/{vpt.PROTO_TOKENS_FILE}"
@@ -118,6 +118,15 @@ def test_two_models_of_one_folder_name_never_share_a_name(tmp_path):
         names.add(name_of("--model-path", tmp_path / parent / "checkpoint"))
         names.add(name_of("--m-from", tmp_path / parent / "checkpoint" / vpt.PROTO_TOKENS_FILE))
     assert len(names) == 4
+
+
+def test_two_models_that_are_named_alike_in_two_places_never_share_a_name(tmp_path, monkeypatch):
+    names = set()
+    for parent in ("a", "b"):
+        (tmp_path / parent / "model").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / parent)
+        names.add(name_of("--model-path", "model"))
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("rates", [(2.5, 25), (0.25, 25), (0.1234567, 0.1234568), (1e-05, 1e-06)])
@@ -300,6 +309,13 @@ def test_an_option_of_wandb_that_has_no_effect_is_said_at_once(option, capsys):
     for words, note in (([], f"note: {option} has no effect without --use-wandb\n"), (["--use-wandb"], "")):
         vpt.parse_args([option, "mine", *words])
         assert capsys.readouterr().out == note
+
+
+def test_the_mode_of_wandb_has_an_effect_with_use_wandb_alone_or_where_it_is_disabled(capsys):
+    vpt.parse_args(["--wandb-mode", "disabled"])
+    assert capsys.readouterr().out == ""
+    vpt.parse_args(["--wandb-mode", "offline"])
+    assert "--wandb-mode has no effect" in capsys.readouterr().out
 
 
 TEXTS = (

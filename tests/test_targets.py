@@ -108,6 +108,8 @@ def misfit(tensors: dict, settings: dict, change: str) -> None:
         tensors["e_t"] = tensors["e_t"] * torch.nan
     elif change == "prompts":
         settings["prompt"] = ["a", "b"]
+    elif change == "size in words":
+        settings["image_size"] = "256"
     elif change == "no settings":
         settings.clear()
 
@@ -116,7 +118,7 @@ MISFITS = ["flat ids", "ids that are no ids", "ids beyond the codebook", "no squ
 
 
 @pytest.mark.parametrize("option", ["--m-from", "--from-proto-tokens"])
-@pytest.mark.parametrize("change", [*MISFITS, "prompts", "no settings"])
+@pytest.mark.parametrize("change", [*MISFITS, "prompts", "size in words", "no settings"])
 def test_proto_tokens_that_do_not_fit_their_own_settings_are_refused(run_into, call_tiny, tmp_path, option, change):
     file = run_into("mine") / "proto_tokens.safetensors"
     with safe_open(file, "pt") as opened:

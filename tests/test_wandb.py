@@ -79,9 +79,18 @@ def test_a_run_id_that_is_no_artifacts_name_gives_a_name_like_it(call_tiny, tmp_
     assert artifact.name.startswith("proto_tokens_exp__1xxx") and len(artifact.name) == 128
 
 
-def test_a_folder_that_wandb_cannot_write_is_one_line(call_tiny, tmp_path):
+@pytest.mark.parametrize("mode", [("--wandb-mode", "offline"), ()])  # or online without a key, and so offline
+def test_a_folder_that_wandb_cannot_write_is_one_line(call_tiny, tmp_path, mode):
     (tmp_path / "wandb").write_text("a file")
-    refused(call_tiny("--use-wandb", "--wandb-mode", "offline"), "W&B cannot start", "WANDB_DIR")
+    result = call_tiny("--use-wandb", *mode)
+    (line,) = [line for line in result.err.splitlines() if "error:" in line]
+    assert result.code == 2 and "Traceback" not in result.err and "W&B cannot start" in line and "WANDB_DIR" in line
+
+
+@pytest.mark.parametrize("resume", ["allow", None])
+def test_settings_of_wandb_that_contradict_one_another_are_one_line(call_tiny, resume):
+    environment = {"WANDB_FORK_FROM": "abc?_step=1", "WANDB_RESUME": resume, "WANDB_MODE": "offline"}
+    refused(call_tiny("--use-wandb", env=environment), "W&B", "fork_from")
 
 
 def test_a_missing_wandb_is_one_line_that_says_how_to_get_it(call_tiny, monkeypatch):
