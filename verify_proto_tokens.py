@@ -47,7 +47,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -1341,12 +1341,16 @@ class ProtoTokens:
         """[1, D] where the targets share it, else [B, D]"""
         return self.points[:, -self.hidden_size :] if self.given_m is None else self.given_m
 
-    def inputs(self, num_tokens: int, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Return the generator's inputs [e_1 .. e_K, m, ..., m] of some of the targets: [B, N, D]."""
-        e_t = self.e_t[rows]
-        m = self.m if len(self.m) == 1 else self.m[rows]
+    def inputs(self, num_tokens: int, part: slice = slice(None)) -> Tensor:
+        """Return the generator's inputs [e_1 .. e_K, m, ..., m] of a part of the targets: [B, N, D]."""
+        e_t = self.e_t[part]
+        m = self.m if len(self.m) == 1 else self.m[part]
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
+
+    def select(self, kept: Tensor) -> ProtoTokens:
+        """Return the proto-tokens of the problems in `kept` alone, with a leaf of their own."""
+        return replace(self, points=self.points.detach()[kept].requires_grad_())
 
     def learned_numbers(self, num_tokens: int) -> int:
         m_is_learned_and_used = self.given_m is None and num_tokens > self.num_e_tokens
@@ -1380,12 +1384,12 @@ def initial_proto_tokens(
     return proto_tokens_of(e_t, m.repeat(batch if args.m == "own" else 1, 1).to(models.device))
 
 
-def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, rows: slice | Tensor) -> Tensor:
-    """Return the hidden states [B, N, D] of one forward pass over [e_1 .. e_K, m, ..., m].
+def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: slice) -> Tensor:
+    """Return the hidden states [B, N, D] of one forward pass over [e_1 .. e_K, m, ..., m] of a part of the targets.
 
     Position i predicts token i.
     """
-    inputs_embeds = proto_tokens.inputs(num_tokens, rows).to(models.generator.dtype)
+    inputs_embeds = proto_tokens.inputs(num_tokens, part).to(models.generator.dtype)
     mask = {"full_attention": None}  # causal; the library's own mask would make the host wait in each pass
     output = models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
     return output.last_hidden_state
@@ -1451,19 +1455,16 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
     return joined(in_parts_that_fit(predict_part, len(codes), at_once, "the pass"), codes.shape)
 
 
-def loss_and_gradient(
-    models: Models, proto_tokens: ProtoTokens, codes: Tensor, rows: Tensor, targets_per_pass: int
-) -> Predictions:
-    """Run one pass for the targets codes [F, N], and the way back: leave the loss's gradient in `points.grad`.
+def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
+    """Run one pass for the targets codes [B, N], and the way back: leave the loss's gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
-    averaged over positions and summed over targets. So a target with its own m learns as it would alone. `rows`
-    [F] are the targets' rows among the proto-tokens; the gradient of other rows is 0.
+    averaged over positions and summed over targets. So a target with its own m learns as it would alone.
     """
     proto_tokens.points.grad = None
     parts = []
     for part in slices(len(codes), targets_per_pass):
-        hidden_states = one_pass(models, proto_tokens, codes.shape[1], rows[part])
+        hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
         # Back through the head by chunks of positions, so that only one chunk's logits exist; then once through the
         # layers.
         at_head = hidden_states.detach().requires_grad_()
@@ -1477,9 +1478,9 @@ def loss_and_gradient(
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G], which are 0 for a
-# ---- problem that has ended. A new one is a class with `step`, `change`, `can_go_back`, `state_dict` and
-# ---- `load_state_dict`, a branch of `make_optimizer`, a choice of --optimizer and a look at `choose_optimizer`.
+# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G]. A new one is a class
+# ---- with `step`, `keep`, `change`, `can_go_back`, `state_dict` and `load_state_dict`, a branch of `make_optimizer`, a
+# ---- choice of --optimizer and a look at `choose_optimizer`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1516,6 +1517,14 @@ class AdamW:
         before = self.points.clone()
         self.adamw.step()
         self.change = (self.points - before).square().mean(1).sqrt()
+
+    def keep(self, kept: Tensor, points: Tensor) -> None:
+        """Go on with the problems in `kept` alone, whose points these are."""
+        moments = self.adamw.state.pop(self.points)
+        moments = {name: value[kept] if value.dim() else value for name, value in moments.items()}  # `step` has no rows
+        self.adamw.param_groups[0]["params"] = [points]
+        self.adamw.state[points] = moments
+        self.points, self.change, self.can_go_back = points, self.change[kept], self.can_go_back[kept]
 
     def state_dict(self) -> dict:
         return {"steps_done": self.steps_done, "change": self.change, "adamw": self.adamw.state_dict()}
@@ -1615,6 +1624,12 @@ class LBFGS:
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
+
+    def keep(self, kept: Tensor, points: Tensor) -> None:
+        """Go on with the problems in `kept` alone, whose points these are."""
+        self.points = points
+        state = self.state_dict().items()
+        self.load_state_dict({name: value[kept] if isinstance(value, Tensor) else value for name, value in state})
 
     def state_dict(self) -> dict:
         accepted = {"evaluated": self.evaluated, "x": self.x, "loss": self.loss, "gradient": self.gradient}
@@ -1757,11 +1772,13 @@ class Targets:
             p10, p50, p90 = best.quantile(shares).tolist() if len(best) else (0.0, 0.0, 0.0)
             counts = {"targets/ended": self.num_ended, "targets/in_flight": int(begun.sum()) - self.num_ended}
             return counts | {"targets/best_p10": p10, "targets/best_p50": p50, "targets/best_p90": p90}
-        return {
-            f"targets/{k}/{name}": self[name][k].item() if begun[k] else None
-            for name in ("loss", "accuracy", "best_accuracy")
-            for k in range(len(begun))
-        }
+        columns = {}
+        for name in ("loss", "accuracy", "best_accuracy"):
+            values = zip(self[name].tolist(), begun.tolist(), strict=True)
+            columns |= {
+                f"targets/{k}/{name}": value if has_begun else None for k, (value, has_begun) in enumerate(values)
+            }
+        return columns
 
     def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
         """Return rows of targets.csv for some of the targets."""
@@ -1777,27 +1794,20 @@ def mean_of_finite(values: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def numbers_of(
-    predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS, rows: Tensor
-) -> dict[str, Tensor]:
-    """Return a step's numbers of the F targets in `rows`, [F] each: the only copy from the device in a step."""
+def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
+    """Return a step's numbers of each target, [B] each: the only copy from the device in a step."""
     num_targets, num_tokens = predictions.losses.shape
-
-    def of_targets(column: Tensor) -> Tensor:
-        """[F], where the column has one number for all targets, or one for each of the proto-tokens' rows."""
-        return column.expand(num_targets) if len(column) == 1 else column[rows]
-
     columns = {
         "loss": predictions.losses.mean(1),
         "num_correct": predictions.num_correct,
         "num_in_top5": predictions.num_in_top5,
-        "grad_norm": of_targets(proto_tokens.points.grad.norm(dim=1)),
-        "e_t_norm": of_targets(proto_tokens.e_t.norm(dim=-1).mean(1)),
-        "m_norm": of_targets(proto_tokens.m.norm(dim=-1)),
-        "change": of_targets(optimizer.change),
-        "can_go_back": of_targets(optimizer.can_go_back),
-    }
-    values = torch.stack([column.float() for column in columns.values()]).cpu().double()
+        "grad_norm": proto_tokens.points.grad.norm(dim=1),
+        "e_t_norm": proto_tokens.e_t.norm(dim=-1).mean(1),
+        "m_norm": proto_tokens.m.norm(dim=-1),
+        "change": optimizer.change,
+        "can_go_back": optimizer.can_go_back,
+    }  # [B], or [1] of all
+    values = torch.stack([column.float().expand(num_targets) for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
     numbers["top5_accuracy"] = 100 * numbers["num_in_top5"] / num_tokens
@@ -1811,8 +1821,8 @@ class Optimisation:
     """The optimisation of codes [B, N]: what all targets have come to, and the batch of them that learns at present.
 
     Targets that learn one m are one batch, and end together. With a given m or their own, each learns as it would
-    alone, a batch after another. One that has ended is left out of its batch's passes, and keeps its last numbers and
-    its best embeddings; its row in `proto_tokens` means nothing any more.
+    alone, a batch after another. One that has ended drops out of its batch: what is kept of it are its last numbers and
+    its best embeddings.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
@@ -1835,20 +1845,24 @@ class Optimisation:
 
     def begin_batch(self, first: int) -> None:
         """Have the batch of targets from the `first` one on be the one that learns."""
-        self.first, self.batch_step, self.active = first, 0, None
-        self.proto_tokens = initial_proto_tokens(self.models, len(self.batch), self.args, self.given_m)
+        self.first, self.batch_step = first, 0
+        self.active = list(self.batch)  # the targets that learn
+        self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
         self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
-        self.drop_ended()
+        self.active_codes = self.codes[self.active]
 
     def drop_ended(self) -> None:
-        """Leave the batch's ended targets out of the next steps."""
-        ended = self.targets["ended"].tolist()
-        active = [k for k in self.batch if not ended[k]]
-        if active == self.active:
+        """Go on without the targets that have ended, if others go on."""
+        learns = [not ended for ended in self.targets["ended"][self.active].tolist()]
+        if all(learns):
             return
-        self.active = active
-        self.active_rows = torch.tensor(self.active, device=self.models.device) - self.first  # in proto_tokens
-        self.active_codes = self.codes[self.active]  # [F, N]
+        self.active = [k for k, goes_on in zip(self.active, learns, strict=True) if goes_on]
+        if not self.active:
+            return
+        kept = torch.tensor(learns, device=self.models.device).nonzero().flatten()
+        self.active_codes = self.active_codes[kept]
+        self.proto_tokens = self.proto_tokens.select(kept)
+        self.optimizer.keep(kept, self.proto_tokens.points)
 
     @property
     def batch(self) -> range:
@@ -1871,9 +1885,7 @@ class Optimisation:
         while True:
             try:
                 with gradient_checkpointing(self.models.generator, self.recomputes):
-                    return loss_and_gradient(
-                        self.models, self.proto_tokens, self.active_codes, self.active_rows, self.targets_per_pass
-                    )
+                    return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self.need_less_memory():
                     raise
@@ -1897,14 +1909,14 @@ class Optimisation:
         places = better.nonzero().flatten().tolist()  # on the host: nothing waits
         if not places:
             return
+        targets = torch.tensor([self.active[place] for place in places], device=self.models.device)
         places = torch.tensor(places, device=self.models.device)
-        rows = self.active_rows[places]
         for best, present in zip(self.predictions, predictions, strict=True):
-            best[self.first + rows] = present[places]
+            best[targets] = present[places]
         if self.together:  # one problem, whose targets are all better
             self.best.points.copy_(self.proto_tokens.points)
         else:
-            self.best.points[self.first + rows] = self.proto_tokens.points[rows]
+            self.best.points[targets] = self.proto_tokens.points[places]
 
     def summary(self) -> dict:
         """Return what belongs to the last step, and to the whole."""
@@ -1949,6 +1961,7 @@ class Optimisation:
         for index, results in enumerate([*finished, state["results"]]):
             self.put_results_of_batch(index * self.batch_size, results)
         self.begin_batch(state["first"])
+        self.drop_ended()
         self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
         device = self.models.device
@@ -1967,12 +1980,11 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and back
-        proto_tokens, optimizer, rows = learning.proto_tokens, learning.optimizer, learning.active_rows
-        numbers = numbers_of(predictions, proto_tokens, optimizer, rows)  # here the host waits for the device
+        numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # here the host waits
         learning.step, learning.batch_step = learning.step + 1, batch_step
         better = learning.targets.take(learning.active, numbers)  # and which targets have ended
         learning.keep_best(better, predictions)
-        optimizer.step(losses_of_problems(predictions, proto_tokens, rows))  # moves the proto-tokens
+        learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
         learning.drop_ended()
         learning.seconds += time.perf_counter() - started
         record.step(row_of_step(learning, numbers), learning)
@@ -1982,14 +1994,9 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
             raise Stopped(record.stop_signals[0])
 
 
-def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens, rows: Tensor) -> Tensor:
-    """Return the loss of each problem, [G]: the sum of its targets' means over their positions; 0 where none learns."""
-    means = predictions.losses.mean(1)
-    if len(proto_tokens.points) == 1:
-        return means.sum()[None]
-    losses = means.new_zeros(len(proto_tokens.points))
-    losses[rows] = means
-    return losses
+def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> Tensor:
+    """Return the loss of each problem, [G]: the sum over its targets of their means over positions."""
+    return predictions.losses.mean(1).view(len(proto_tokens.points), -1).sum(1)
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:

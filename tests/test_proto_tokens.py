@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_formula_however_it_is_cut(
 ):
     proto_tokens, codes = vpt.initial_proto_tokens(tiny_models, 3, make_args()), random_codes(tiny_models, batch=3)
     monkeypatch.setattr(vpt, "LOGITS_AT_ONCE", logits_at_once)
-    predictions = vpt.loss_and_gradient(tiny_models, proto_tokens, codes, torch.arange(3), targets_per_pass)
+    predictions = vpt.loss_and_gradient(tiny_models, proto_tokens, codes, targets_per_pass)
     logits = tiny_models.generator(inputs_embeds=proto_tokens.inputs(16)).logits.transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(logits, codes + 1401, reduction="none")
     (gradient,) = torch.autograd.grad(losses.mean(1).sum(), proto_tokens.points)
@@ -136,7 +136,7 @@ def test_gradients_in_half_precision_point_where_those_in_float32_do(make_args, 
         models = vpt.load_models(args)
         proto_tokens = vpt.initial_proto_tokens(models, 1, args)
         codes = random_codes(models, num_tokens=1024)
-        vpt.loss_and_gradient(models, proto_tokens, codes, torch.arange(1), targets_per_pass=1)
+        vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
         return proto_tokens.points.grad.flatten()
 
     half, exact = gradient(dtype), gradient("float32")
@@ -619,9 +619,8 @@ def test_a_step_asks_the_device_for_its_numbers_alone(tiny_models, make_args, op
 
     def work_on_the_device() -> None:
         predictions = learning.evaluate()
-        parts = learning.proto_tokens, learning.active_rows
-        vpt.numbers_of(predictions, parts[0], learning.optimizer, parts[1])
-        learning.optimizer.step(vpt.losses_of_problems(predictions, *parts))
+        vpt.numbers_of(predictions, learning.proto_tokens, learning.optimizer)
+        learning.optimizer.step(vpt.losses_of_problems(predictions, learning.proto_tokens))
         learning.keep_best(torch.tensor([True, True]), predictions)
 
     # The one copy of all numbers is none of these; torch's AdamW counts its steps on the host.

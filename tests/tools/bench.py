@@ -50,7 +50,6 @@ from support.contract import CAPTIONS, OTHER_CAPTIONS, SEEDS, USUAL_RECIPE  # no
 import verify_proto_tokens as vpt  # noqa: E402
 
 CPU = torch.device("cpu")
-FIRST = torch.tensor([0])  # the row of the only target
 TEXT_IDS, CODES = 151_672, 64_000
 SHAPES = {
     "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
@@ -349,7 +348,7 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
     """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
     ours = vpt.initial_proto_tokens(models, 1, script_arguments(args, "--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
-    predictions = vpt.loss_and_gradient(models, ours, codes, FIRST, targets_per_pass=1)
+    predictions = vpt.loss_and_gradient(models, ours, codes, targets_per_pass=1)
     loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
     of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
     gradient = torch.cat([parameter.grad.flatten() for parameter in plain])
@@ -466,10 +465,10 @@ def measure_memory(args: argparse.Namespace) -> dict:
         F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
         with mock.patch.object(vpt, "one_pass", lambda _, each, *__: hidden_states + 0 * each.points.sum()):
-            vpt.loss_and_gradient(models, proto_tokens, codes, FIRST, targets_per_pass=1)
+            vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
     else:
         with vpt.gradient_checkpointing(models.generator, args.variant == "checkpointing"):
-            vpt.loss_and_gradient(models, proto_tokens, codes, FIRST, targets_per_pass=1)
+            vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
     return {"bytes": peak_bytes(args.device) - before}
 
 

@@ -121,7 +121,7 @@ def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
     for name, of_loss, of_gradient in (("float32", 1e-4, 0.9999), ("float16", 0.01, 0.99), ("bfloat16", 0.02, 0.98)):
         generator = models.generator.to(getattr(torch, name))
         generator.model.rotary_emb.float()
-        predictions = vpt.loss_and_gradient(models, proto_tokens, codes, bench.FIRST, targets_per_pass=1)
+        predictions = vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
         ours = proto_tokens.points.grad[0].cpu()
         difference = abs(predictions.losses.mean().item() / loss - 1)
         likeness = F.cosine_similarity(ours, gradient, dim=0).item()
