@@ -11,7 +11,7 @@ The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for 
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which tells it step by step;
 the reference comes from `generate_visual_codes`, the loop is `learn_batch`, its loss `loss_and_gradient`.
 
-Shapes in comments: B = targets optimised together (1 unless more are asked for), N = tokens, K = embeddings e_t of a
+Shapes in comments: B = targets (1 unless more are asked for), N = tokens, K = embeddings e_t of a
 target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions in a chunk, F = targets
 that still learn, G = problems (1 where targets learn one m, else one each), L = numbers that a problem learns,
 M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids,
@@ -1144,7 +1144,11 @@ def make_reference(
 def new_targets(
     models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    """Make codes [B, N] as --image and --control ask; return them, and the seconds if the generator decoded them."""
+    """Make codes [B, N] as --image and --control ask; return them, and the seconds if the generator decoded them.
+
+    A new kind of target is a branch here, an option with its checks in `refuse_contradictions` and `choose_targets`,
+    its file in `read_inputs`, and that file's fingerprint in DECIDES and `describe_run`.
+    """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
         index, count = args.shard or (1, 1)
@@ -1319,8 +1323,9 @@ LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 
 class ProtoTokens:
     """The learned embeddings of B targets, float32 whatever the generator's precision.
 
-    What learns is one leaf, `points` [G, L], with a row for each problem. Targets that learn one m are one problem
-    (G = 1), all others are one each (G = B). A row holds e_t of its targets, then m unless that was given.
+    All numbers that learn are in one leaf tensor, `points` [G, L], with a row for each problem. Targets that learn one
+    m are one problem (G = 1), all others are one each (G = B). A row holds e_t of its targets, then m unless that was
+    given.
     """
 
     points: Tensor
@@ -1371,9 +1376,9 @@ def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoToken
 def initial_proto_tokens(
     models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> ProtoTokens:
-    """Return normal values from a random stream of their own: each target starts as it would alone, on any device.
+    """Draw the initial values from a generator seeded on the CPU: the same for every target, on any device.
 
-    `given_m` [1, D], where there is one, stays as it is.
+    `given_m` [1, D], where there is one, is used as it is.
     """
     rng = torch.Generator().manual_seed(args.seed)
     m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
@@ -1399,7 +1404,7 @@ class Predictions(NamedTuple):
     """What the logits of each position say of its target; each [B, N], or [P] of some positions."""
 
     losses: Tensor  # cross-entropy, in nats
-    rank: Tensor  # 0 where the target is the argmax; else how many ids are likelier, and at least 1
+    rank: Tensor  # 0 where the target is the argmax; else the number of likelier ids, 1 if it is only tied
     ids: Tensor  # the argmax, as a token id
     drawable_codes: Tensor  # the likeliest visual code, which is the argmax unless that is a text id
 
@@ -1415,21 +1420,23 @@ class Predictions(NamedTuple):
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Return what hidden_states [P, D] predict, against the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    target_rows = codes + models.first_code
-    losses = F.cross_entropy(logits, target_rows, reduction="none")
-    predicted_rows = logits.argmax(-1)
-    likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
+    targets = codes + models.first_code  # as rows of the head, like the argmax
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    likeliest = logits.argmax(-1)
+    likelier = (logits > logits.gather(-1, targets[:, None])).sum(-1, dtype=torch.int32)
     # In a tie, argmax decides what is right.
-    rank = torch.where(predicted_rows == target_rows, 0, likelier.clamp(min=1))
+    rank = torch.where(likeliest == targets, 0, likelier.clamp(min=1))
     visual_logits = logits[:, models.first_code : models.first_code + models.codebook_size]
-    predicted_ids = predicted_rows - models.first_code + models.visual_offset
+    predicted_ids = likeliest - models.first_code + models.visual_offset
     return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
 def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
     """Return slices of positions that have LOGITS_AT_ONCE logits at most: [B, N, V] of them never exist."""
     num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
-    return slices(num_positions, math.ceil(num_positions / num_chunks))  # of one size: products of few rows are slow
+    return slices(
+        num_positions, math.ceil(num_positions / num_chunks)
+    )  # of equal size: a last chunk of few rows would be slow
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
@@ -1446,7 +1453,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Return what one pass predicts for the targets codes [B, N], as many at a time as learn at once, and fit."""
+    """Return what one pass predicts for the targets codes [B, N], in parts as large as when learning, if they fit."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1456,7 +1463,7 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
 
 
 def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """Run one pass for the targets codes [B, N], and the way back: leave the loss's gradient in `points.grad`.
+    """Run one pass for the targets codes [B, N] and its backward pass: leave the loss's gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
     averaged over positions and summed over targets. So a target with its own m learns as it would alone.
@@ -1479,8 +1486,9 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
 
 
 # ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G]. A new one is a class
-# ---- with `step`, `keep`, `change`, `can_go_back`, `state_dict` and `load_state_dict`, a branch of `make_optimizer`, a
-# ---- choice of --optimizer and a look at `choose_optimizer`.
+# ---- with the methods `step`, `drop_others` (also before the first step), `state_dict` and `load_state_dict` and the
+# ---- tensors `change` and `can_go_back` [G]; a branch of `make_optimizer`; a choice of --optimizer, with its help; a
+# ---- look at `choose_optimizer`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1494,7 +1502,7 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """torch's AdamW without weight decay; it is elementwise, so each of G problems learns as it would alone.
+    """torch's AdamW without weight decay. It updates each number by itself, so G problems learn as they would alone.
 
     The rate follows `rate_at`, and with --grad-clip above 0 each problem's gradient is clipped first.
     """
@@ -1503,8 +1511,8 @@ class AdamW:
         self.points, self.args = points, args
         self.adamw = torch.optim.AdamW([points], betas=args.betas, weight_decay=0.0)
         self.steps_done = 0
-        self.change = points.new_zeros(len(points))  # [G], of the last step: root mean square, per number
-        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # from a loss that is not finite
+        self.change = points.new_zeros(len(points))  # [G], root-mean-square change of the numbers in the last step
+        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # to a finite loss: never
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
@@ -1518,9 +1526,9 @@ class AdamW:
         self.adamw.step()
         self.change = (self.points - before).square().mean(1).sqrt()
 
-    def keep(self, kept: Tensor, points: Tensor) -> None:
-        """Go on with the problems in `kept` alone, whose points these are."""
-        moments = self.adamw.state.pop(self.points)
+    def drop_others(self, kept: Tensor, points: Tensor) -> None:
+        """Go on with the problems in `kept` alone; `points` is their new leaf."""
+        moments = self.adamw.state.pop(self.points, {})  # none before the first step
         moments = {name: value[kept] if value.dim() else value for name, value in moments.items()}  # `step` has no rows
         self.adamw.param_groups[0]["params"] = [points]
         self.adamw.state[points] = moments
@@ -1535,20 +1543,20 @@ class AdamW:
 
 
 class LBFGS:
-    """Limited-memory BFGS for G problems at once, each of L numbers and as it would go alone; a step, one evaluation.
+    """Limited-memory BFGS for G problems of L numbers, each as it would go alone. A step evaluates the loss once.
 
     From x, the last point accepted, it goes alpha times along the direction -H g, at most `rate` far (root mean square
     over the numbers). H comes from the newest pairs of a step s and its change of the gradient, y. If the loss falls
-    too little (Armijo's condition) or is not finite, the next step tries a smaller alpha; after TRIES failures the
-    pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all positions and an
-    e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    too little (Armijo's condition, but for the loss's rounding) or is not finite, the next step tries a smaller alpha;
+    after TRIES failures the pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all
+    positions and an e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
     PAIRS = 60
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
     LEAST_CURVATURE = 1e-6  # cosine of s and y below which the pair is left out
-    SCALES_APART = 30  # the largest ratio between an embedding's scale and that of all
+    SCALES_APART = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """`rounding`: the relative error of a loss in the generator's precision."""
@@ -1560,11 +1568,13 @@ class LBFGS:
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # how much of the direction is being tried
         self.failures = torch.zeros_like(self.loss)  # along the direction
-        self.not_finite = torch.zeros_like(self.loss, dtype=torch.bool)  # whether one of them was not
-        self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; 0 is no pair
+        self.not_finite = torch.zeros_like(
+            self.loss, dtype=torch.bool
+        )  # whether a failure had a loss or gradient that was not
+        self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; a place without a pair is 0
         self.y = torch.zeros_like(self.s)
-        self.change = torch.zeros_like(self.loss)  # [G], of the last step: root mean square, per number
-        self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # from a loss that is not finite
+        self.change = torch.zeros_like(self.loss)  # [G], root-mean-square change of the numbers in the last step
+        self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # to a finite loss, by the next step
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
@@ -1584,7 +1594,7 @@ class LBFGS:
         finite = losses.isfinite() & gradient.isfinite().all(1)
         slope = (self.gradient * self.direction).sum(1)
         enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
-        # Rounding leaves nothing of a step that is too short: give it up.
+        # The step was so short that rounding undid it: give up this direction.
         vanished = (self.failures > 0) & (tried == self.x).all(1)
         accepted = finite & (losses <= enough) & ~vanished
         self.failures = torch.where(accepted, 0, self.failures + 1)
@@ -1592,7 +1602,7 @@ class LBFGS:
         self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
         # It cannot go back if even steepest descent (no pairs) met a value that is not finite and was given up.
         self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
-        # Of the parabola through loss and slope at x and the loss tried, where it is lowest.
+        # The minimum of the parabola through loss and slope at x and the loss tried.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
         smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
 
@@ -1619,14 +1629,14 @@ class LBFGS:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
-        # It is 0 without pairs, and rounding can spoil it: then take steepest descent, half as far.
+        # Without pairs it is 0, and rounding can spoil it: then take steepest descent, half as far as is allowed.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
-    def keep(self, kept: Tensor, points: Tensor) -> None:
-        """Go on with the problems in `kept` alone, whose points these are."""
+    def drop_others(self, kept: Tensor, points: Tensor) -> None:
+        """Go on with the problems in `kept` alone; `points` is their new leaf."""
         self.points = points
         state = self.state_dict().items()
         self.load_state_dict({name: value[kept] if isinstance(value, Tensor) else value for name, value in state})
@@ -1647,7 +1657,11 @@ class LBFGS:
 
 
 def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
-    """Return s'y / y'y of a pair [G, L], each embedding's own where it is positive, and not far from that of all."""
+    """Return the scale of each number in the first guess of H, [G, L], from the newest pair s and y [G, L].
+
+    It is s'y / y'y of its embedding where that is positive, else of all numbers; at most a factor `apart` from that of
+    all.
+    """
     of_all = (s * y).sum(1)[:, None] / y.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
     own_s, own_y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
     own = (own_s * own_y).sum(2) / own_y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
@@ -1665,7 +1679,7 @@ def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor
     scaled = scales[:, None] * y  # [G, M, L]
     s_y, y_y = s @ y.mT, y @ scaled.mT  # [G, M, M]
     curvature = s_y.diagonal(dim1=1, dim2=2)  # [G, M]
-    # A pair that is none gets 1 in place of its curvature, and so takes no part.
+    # A place without a pair gets 1 on the diagonal, and so takes no part.
     triangle = s_y.triu() + torch.diag_embed((curvature == 0).to(s.dtype))
     column = gradient[:, :, None]  # [G, L, 1]
     along_s = torch.linalg.solve_triangular(triangle, s @ column, upper=True)  # [G, M, 1]
@@ -1695,11 +1709,11 @@ class Targets:
 
     def __init__(self, count: int, together: bool, args: argparse.Namespace):
         self.together, self.num_steps = together, args.num_steps
-        self.goal = args.target_accuracy or math.inf  # percent; 0 asks for never ending early
+        self.goal = args.target_accuracy or math.inf  # percent; 0 means never to end early
         zeros = torch.zeros(count, dtype=torch.float64)
         self.table = {
             "steps": torch.zeros(count, dtype=torch.long),
-            "loss": zeros.clone(),  # nats, at the last step, as the next three
+            "loss": zeros.clone(),  # nats, at the last step that was finite, as are the next three
             "num_correct": zeros.clone(),
             "accuracy": zeros.clone(),  # percent
             "top5_accuracy": zeros.clone(),
@@ -1732,13 +1746,13 @@ class Targets:
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
         met = finite & (accuracy >= self.goal)
-        if self.together:  # all are judged by their mean
+        if self.together:  # the best by their mean; the goal is met when each meets it
             finite, met = finite.all().expand(len(rows)), met.all().expand(len(rows))
             accuracy, loss = accuracy.mean(), loss.mean()
             best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
-        higher = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
+        improved = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
         # What meets the goal is the best, even if the joint mean of the targets was higher before.
-        better = finite & (met | higher)
+        better = finite & (met | improved)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
@@ -1765,20 +1779,21 @@ class Targets:
         }
 
     def columns_of_each(self) -> dict[str, float | None]:
-        """Return each target's own numbers by their W&B names, None before it has begun; of many, how they spread."""
+        """Return each target's own numbers by their W&B names, None before it has begun.
+
+        Of more than SHOWN_TARGETS, return how many have ended and percentiles of their best accuracies instead.
+        """
         begun = self.begun
         if len(begun) > SHOWN_TARGETS:
             shares, best = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), self["best_accuracy"][begun]
             p10, p50, p90 = best.quantile(shares).tolist() if len(best) else (0.0, 0.0, 0.0)
             counts = {"targets/ended": self.num_ended, "targets/in_flight": int(begun.sum()) - self.num_ended}
             return counts | {"targets/best_p10": p10, "targets/best_p50": p50, "targets/best_p90": p90}
-        columns = {}
-        for name in ("loss", "accuracy", "best_accuracy"):
-            values = zip(self[name].tolist(), begun.tolist(), strict=True)
-            columns |= {
-                f"targets/{k}/{name}": value if has_begun else None for k, (value, has_begun) in enumerate(values)
-            }
-        return columns
+        return {
+            f"targets/{k}/{name}": self[name][k].item() if begun[k] else None
+            for name in ("loss", "accuracy", "best_accuracy")
+            for k in range(len(begun))
+        }
 
     def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
         """Return rows of targets.csv for some of the targets."""
@@ -1795,7 +1810,7 @@ def mean_of_finite(values: Tensor) -> float | None:
 
 @torch.no_grad()
 def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """Return a step's numbers of each target, [B] each: the only copy from the device in a step."""
+    """Return a step's numbers of the targets that learn, [F] each: the only copy from the device in a step."""
     num_targets, num_tokens = predictions.losses.shape
     columns = {
         "loss": predictions.losses.mean(1),
@@ -1806,7 +1821,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
         "m_norm": proto_tokens.m.norm(dim=-1),
         "change": optimizer.change,
         "can_go_back": optimizer.can_go_back,
-    }  # [B], or [1] of all
+    }  # [F], or [1] of all
     values = torch.stack([column.float().expand(num_targets) for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
@@ -1839,12 +1854,12 @@ class Optimisation:
         nothing = torch.zeros_like(codes)
         nan = torch.full_like(codes, math.nan, dtype=torch.float32)
         self.predictions = Predictions(nan, nothing.int() + 1, nothing, nothing.clone())  # of the best, [B, N]
-        self.step = 0  # steps behind it, of all batches
+        self.step = 0  # steps done, of all batches
         self.seconds = 0.0
         self.begin_batch(0)
 
     def begin_batch(self, first: int) -> None:
-        """Have the batch of targets from the `first` one on be the one that learns."""
+        """Start the batch of targets whose first is `first`."""
         self.first, self.batch_step = first, 0
         self.active = list(self.batch)  # the targets that learn
         self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
@@ -1852,17 +1867,15 @@ class Optimisation:
         self.active_codes = self.codes[self.active]
 
     def drop_ended(self) -> None:
-        """Go on without the targets that have ended, if others go on."""
+        """Go on without the targets that have ended."""
         learns = [not ended for ended in self.targets["ended"][self.active].tolist()]
         if all(learns):
             return
         self.active = [k for k, goes_on in zip(self.active, learns, strict=True) if goes_on]
-        if not self.active:
-            return
         kept = torch.tensor(learns, device=self.models.device).nonzero().flatten()
         self.active_codes = self.active_codes[kept]
         self.proto_tokens = self.proto_tokens.select(kept)
-        self.optimizer.keep(kept, self.proto_tokens.points)
+        self.optimizer.drop_others(kept, self.proto_tokens.points)
 
     @property
     def batch(self) -> range:
@@ -1975,11 +1988,13 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     """Learn the proto-tokens of the present batch: the optimisation loop.
 
     A target ends after --num-steps, at --target-accuracy, or where its loss or gradient is not finite and its optimiser
-    cannot go back. The numbers of a step belong to the embeddings before its update. Raises Stopped.
+    cannot go back; targets that share m end together, once all reach --target-accuracy. The run itself ends early at a
+    stop signal (Stopped), and where memory runs out or a file cannot be written (UserError). The numbers of a step
+    belong to the embeddings before its update.
     """
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
-        predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and back
+        predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and its backward pass
         numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # here the host waits
         learning.step, learning.batch_step = learning.step + 1, batch_step
         better = learning.targets.take(learning.active, numbers)  # and which targets have ended
@@ -2018,13 +2033,13 @@ def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str,
 
 
 def targets_at_once(models: Models, num_tokens: int) -> int:
-    """Return how many targets of so many tokens learn at once, and go into a pass: more gain little speed."""
+    """Return how many targets of `num_tokens` tokens go into one pass: more would hardly be faster."""
     tokens = 1024 if models.device.type == "cpu" else 8192
     return max(1, tokens // num_tokens)
 
 
 def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
-    """Return whether autograd would fill half of a CPU's free memory for a target: a CPU kills, it does not raise."""
+    """Return whether autograd would fill half of a CPU's free memory for a target: without any, a process is killed."""
     config, dtype = models.generator.config, models.generator.dtype
     kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
     return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
@@ -2087,15 +2102,15 @@ class Reconstruction:
 def reconstruct(
     models: Models, proto_tokens: ProtoTokens, codes: Tensor, predictions: Predictions | None = None
 ) -> Reconstruction:
-    """Run one forward pass, take the likeliest codes, decode them.
+    """Decode the likeliest codes: of `predictions`, if given, else of a new pass. Time a pass in any case.
 
-    `predictions`, if given, come from the learning's own pass and are used: in half precision another pass, over
-    other targets, may round otherwise. A position whose argmax is a text id counts as wrong; the picture shows its
+    `predictions` come from the learning's own pass: in half precision another pass, over other targets, may round
+    otherwise. A position whose argmax is a text id counts as wrong; the picture shows its
     likeliest visual code.
     """
     print("reconstruction: one pass over the best proto-tokens")
-    new_predictions, one_pass_seconds = timed_pass(models, proto_tokens, codes)
-    predictions = predictions or new_predictions
+    one_pass_seconds = timed_pass(models, proto_tokens, codes.shape[1])
+    predictions = predictions or predict_in_one_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
     errors, drawn = [], {}
     parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # of many the pictures would not fit into memory
@@ -2108,14 +2123,21 @@ def reconstruct(
     return Reconstruction(predictions, torch.cat(errors), {k: drawn[k] for k in shown}, one_pass_seconds)
 
 
-def timed_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> tuple[Predictions, float]:
-    """Return what one pass predicts and its seconds, the median of as many passes as fit into 2 s, at most six."""
-    seconds = []
+@torch.no_grad()
+def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
+    """Return the seconds in which one pass emits all codes, the median of as many as fit into 2 s, at most six."""
+
+    def emit(part: slice) -> None:
+        hidden_states = one_pass(models, proto_tokens, num_tokens, part).flatten(0, 1)
+        for chunk in chunks_of_positions(models, len(hidden_states)):
+            F.linear(hidden_states[chunk], models.visual_head).argmax(-1)
+
+    batch, at_once, seconds = len(proto_tokens.e_t), targets_at_once(models, num_tokens), []
     while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
         started = time_on(models.device)
-        predictions = predict_in_one_pass(models, proto_tokens, codes)
+        in_parts_that_fit(emit, batch, at_once, "the pass")
         seconds.append(time_on(models.device) - started)
-    return predictions, statistics.median(seconds[1:] or seconds)  # the first warms up
+    return statistics.median(seconds[1:] or seconds)  # the first warms up
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
@@ -2132,13 +2154,32 @@ def psnr(error: float) -> float:
 
 
 @torch.no_grad()
-def teacher_forced_bits(models: Models, text: str, codes: Tensor) -> Tensor:
-    """Return the bits [N] that codes [N] cost one after another behind a text: -log2 p(code | text, codes before)."""
+def teacher_forced(models: Models, text: str, codes: Tensor) -> Tensor:
+    """Return the hidden states [N, D] that predict codes [N] one after another behind a text."""
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    predictions = predict(models, hidden_states[:, len(prompt_ids) - 1 :], codes[None])
-    return predictions.losses[0] / math.log(2)
+    return hidden_states[0, len(prompt_ids) - 1 :]
+
+
+@torch.no_grad()
+def bits_of(models: Models, hidden_states: Tensor, codes: Tensor) -> Tensor:
+    """Return the bits [N] that codes [N] cost under hidden_states [N, D] that predict them: -log2 p(code)."""
+    return predict(models, hidden_states[None], codes[None]).losses[0] / math.log(2)
+
+
+@torch.no_grad()
+def text_ids_ahead(models: Models, cond_states: Tensor, uncond_states: Tensor, cfg_scale: float) -> float:
+    """Return the percent of positions at which, with guidance, a text id is likelier than every visual code.
+
+    The states [N, D] are those under the prompt, and under the negative one.
+    """
+    head, count = models.generator.lm_head.weight, 0
+    for chunk in chunks_of_positions(models, len(cond_states)):
+        cond_logits, uncond_logits = (F.linear(states[chunk], head).float() for states in (cond_states, uncond_states))
+        likeliest = guided_scores(cond_logits, uncond_logits, cfg_scale).argmax(-1) - models.visual_offset
+        count += ((likeliest < 0) | (likeliest >= models.codebook_size)).sum().item()
+    return 100 * count / len(cond_states)
 
 
 def unigram_bits(codes: Tensor) -> list[float]:
@@ -2150,21 +2191,27 @@ def unigram_bits(codes: Tensor) -> list[float]:
     return bits
 
 
-def information(models: Models, reference: Reference, predictions: Predictions) -> dict[str, list[float]]:
+def information(
+    models: Models, reference: Reference, predictions: Predictions, cfg_scale: float
+) -> dict[str, list[float]]:
     """Return what each of B targets costs in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
 
     uniform: N log2(codebook size), what any codes would cost. unigram: N times the entropy of the target's own codes.
-    autoregressive and unprompted: teacher-forced under the prompt, and under the negative one. proto: what remains
-    under one pass over the learned embeddings. The gain, unprompted - proto, is what the embeddings tell the generator
-    of its target.
+    autoregressive and unprompted: teacher-forced behind the prompt, and behind the template without a prompt. proto:
+    what remains under one pass over the learned embeddings. The gain, unprompted - proto, is what the embeddings tell
+    the generator of its target. Return also `text_ids_ahead`.
     """
     batch, num_tokens = reference.codes.shape
     size = models.size_token(num_tokens)
-    prompted, unprompted = [], []
+    prompted, unprompted, ahead = [], [], []
     targets = progress_bar(list(zip(reference.prompts, reference.codes, strict=True)), "bits", "targets")
     for prompt, codes in targets:
-        prompted.append(teacher_forced_bits(models, conditional_prompt(prompt, size), codes).sum().item())
-        unprompted.append(teacher_forced_bits(models, negative_prompt(size), codes).sum().item())
+        cond_states = teacher_forced(models, conditional_prompt(prompt, size), codes)
+        negative_states = teacher_forced(models, negative_prompt(size), codes)
+        unprompted_states = teacher_forced(models, conditional_prompt("", size), codes)
+        prompted.append(bits_of(models, cond_states, codes).sum().item())
+        unprompted.append(bits_of(models, unprompted_states, codes).sum().item())
+        ahead.append(text_ids_ahead(models, cond_states, negative_states, cfg_scale))
     remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
     return {
         "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
@@ -2173,6 +2220,7 @@ def information(models: Models, reference: Reference, predictions: Predictions) 
         "target_bits_unprompted": unprompted,
         "proto_bits": remaining,
         "information_gain_bits": [before - after for before, after in zip(unprompted, remaining, strict=True)],
+        "text_ids_ahead": ahead,
     }
 
 
@@ -2489,7 +2537,7 @@ def draw_results(
 # Files
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 10
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 11
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs beside its state: codes, and batches that are done
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # All that a run writes; what says that the others are whole, or where they stand, is the first to go.
@@ -2796,7 +2844,7 @@ class ReferenceCache:
 # ---- what a run takes from files
 
 # Settings that an earlier run's proto-tokens mean nothing without: they are taken over, as are its prompts.
-TAKEN_OVER = ("image_size", "seed", "control", "num_e_tokens", "m", "m_from", "vocabulary")
+TAKEN_OVER = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -3467,6 +3515,10 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     gained = f"{s['information_gain_bits']:.0f} bits gained of {s['target_bits_unprompted']:.0f} unprompted"
     lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
     lines["likeness"] = likeness(s["psnr"])
+    if s["text_ids_ahead"]:
+        lines["text ids"] = (
+            f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions; never drawn here"
+        )
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
@@ -3504,7 +3556,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     # 3. What do they reconstruct, and what did they tell the generator?
     with enough_memory_for("the reconstruction"):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
-        bits = information(models, reference, reconstruction.predictions)
+        bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
     targets = describe_targets(reconstruction, bits, rows)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
     record.finish(reconstruction, proto_tokens, summary, targets)

@@ -166,16 +166,15 @@ def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monk
 
 @pytest.mark.parametrize(("seconds_a_pass", "passes"), [(0.0, 6), (0.9, 3), (60.0, 1)])
 def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkeypatch, seconds_a_pass, passes):
-    clock, really_predict, count = [0.0], vpt.predict_in_one_pass, []
+    clock, really_pass, count = [0.0], vpt.one_pass, []
 
     def slow(*arguments):
         clock[0] += seconds_a_pass
         count.append(1)
-        return really_predict(*arguments)
+        return really_pass(*arguments)
 
-    monkeypatch.setattr(vpt, "predict_in_one_pass", slow)
+    monkeypatch.setattr(vpt, "one_pass", slow)
     monkeypatch.setattr(vpt, "time_on", lambda device: clock[0])
-    codes = vpt.torch.zeros(1, 16, dtype=vpt.torch.long)
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
-    reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
-    assert len(count) == passes and reconstruction.one_pass_seconds == pytest.approx(seconds_a_pass)
+    assert vpt.timed_pass(tiny_models, proto_tokens, num_tokens=16) == pytest.approx(seconds_a_pass)
+    assert len(count) == passes

@@ -67,6 +67,32 @@ def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, op
         assert torch.equal(second.best.points, whole.best.points)
 
 
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
+def test_a_state_saved_after_some_targets_ended_goes_on_bit_for_bit(tiny_models, make_args, optimizer):
+    """Also after all have ended, the last two of them together."""
+    args = make_args("--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40)
+    codes = torch.stack([torch.zeros(16, dtype=torch.long), torch.arange(16) % 12, torch.arange(16) % 11])
+
+    def optimisation() -> vpt.Optimisation:
+        return vpt.Optimisation(tiny_models, codes, args)
+
+    whole, rows = optimisation(), Rows()
+    learn_all(whole, rows)
+    first_end, *ends = whole.targets["steps"].tolist()
+    assert first_end < 11 and ends == [12, 12]
+    for interruption in (first_end, 11, 12):
+        first, second, after = optimisation(), optimisation(), Rows()
+        before = [take_step(first) for _ in range(interruption)]
+        state = io.BytesIO()
+        torch.save(first.state_dict(), state)
+        state.seek(0)
+        second.load_state_dict(torch.load(state, weights_only=True), [])
+        if not second.finished:
+            learn_all(second, after)
+        assert before + after == rows
+        assert torch.equal(second.best.points, whole.best.points)
+
+
 def test_a_signal_in_the_last_step_loses_nothing(model_folders, call_script, tmp_path):
     arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--log-every", 7, "--save-dir", "out")
     process = start_pausing(tmp_path, 20, *arguments)

@@ -105,7 +105,7 @@ def summary_of(tiny_models, make_args):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes)
-        bits = vpt.information(models, reference, reconstruction.predictions)
+        bits = vpt.information(models, reference, reconstruction.predictions, cfg_scale=6.0)
         targets = vpt.describe_targets(reconstruction, bits, [{"prompt": prompt} for prompt in prompts])
         return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
 
@@ -138,15 +138,32 @@ def test_bits_equal_those_of_one_token_after_another(tiny_models):
         ids = torch.tensor([[*prompt_ids, *(codes[:place] + 1401)]])
         probability = tiny_models.generator(input_ids=ids).logits[0, -1].softmax(-1)
         bits.append(-math.log2(probability[1401 + codes[place]]))
-    assert vpt.teacher_forced_bits(tiny_models, "hello", codes).tolist() == pytest.approx(bits, rel=1e-5)
+    hidden_states = vpt.teacher_forced(tiny_models, "hello", codes)
+    assert vpt.bits_of(tiny_models, hidden_states, codes).tolist() == pytest.approx(bits, rel=1e-5)
 
 
-def test_the_gain_is_what_the_embeddings_save_of_the_bits_under_the_negative_prompt(tiny_models, summary_of):
+def test_text_ids_ahead_are_counted_with_guidance_among_all_ids(tiny_models, make_args):
+    """The plain loop: SimpleAR's own choice among all ids, one token after another."""
+    codes, texts = random_codes(tiny_models)[0], (vpt.conditional_prompt("a cat"), vpt.negative_prompt())
+    prompts = [tiny_models.text_tokenizer(text)["input_ids"] for text in texts]
+    strayed = 0
+    for place in range(16):
+        behind = (codes[:place] + 1401).tolist()
+        logits = [tiny_models.generator(input_ids=torch.tensor([ids + behind])).logits[:, -1] for ids in prompts]
+        strayed += vpt.guided_scores(*logits, cfg_scale=6.0).argmax().item() < 1401
+    states = [vpt.teacher_forced(tiny_models, text, codes) for text in texts]
+    assert vpt.text_ids_ahead(tiny_models, *states, cfg_scale=6.0) == 100 * strayed / 16 > 0
+    tiny_models.generator.lm_head.weight.zero_()[1401:] = 1
+    ones = torch.ones(16, tiny_models.hidden_size)
+    assert vpt.text_ids_ahead(tiny_models, ones, ones, cfg_scale=6.0) == 0
+
+
+def test_the_gain_is_what_the_embeddings_save_of_the_bits_behind_the_template_without_a_prompt(tiny_models, summary_of):
     codes, models = random_codes(tiny_models), dataclasses.replace(tiny_models, vocabulary="visual")
     summary, _ = summary_of(codes, ["a cat"])
     prompted, unprompted = (
-        vpt.teacher_forced_bits(models, text, codes[0]).sum().item()
-        for text in (vpt.conditional_prompt("a cat"), vpt.negative_prompt())
+        vpt.bits_of(models, vpt.teacher_forced(models, text, codes[0]), codes[0]).sum().item()
+        for text in (vpt.conditional_prompt("a cat"), vpt.conditional_prompt(""))
     )
     assert prompted != pytest.approx(unprompted)
     assert summary["target_bits_autoregressive"] == pytest.approx(prompted)

@@ -288,7 +288,8 @@ def found_of_errors(args: argparse.Namespace) -> dict:
         correct.append((tensors["predicted_ids"] == tensors["target_ids"]).numpy())
         occurrences.append((codes[:, :, None] == codes[:, None]).sum(2).numpy())
         for caption, of_target in zip(run.captions, codes, strict=True):
-            bits.append(vpt.teacher_forced_bits(models, vpt.conditional_prompt(caption, size), of_target).numpy())
+            hidden_states = vpt.teacher_forced(models, vpt.conditional_prompt(caption, size), of_target)
+            bits.append(vpt.bits_of(models, hidden_states, of_target).numpy())
     # [captions of all seeds, N] each.
     correct, bits, occurrences = np.concatenate(correct), np.stack(bits), np.concatenate(occurrences)
     edges = np.quantile(bits, np.linspace(0, 1, 9))
