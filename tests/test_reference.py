@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.builders import reference_of
-from transformers import LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from support.tiny_model import save_tiny_generator
+from transformers import LogitsProcessor, Qwen2ForCausalLM, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import verify_proto_tokens as vpt
 
@@ -147,6 +148,47 @@ def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_
     )
     assert (codes + models.visual_offset).tolist() == peer[:, prompt_ids.shape[1] :].tolist()
     assert codes.tolist() != plain.tolist()
+
+
+def plain_codes(generator: Qwen2ForCausalLM, tokenizer, penalty: float) -> list[int]:
+    """The greedy codes of a plain loop over stock Qwen2, without a cache, as SimpleAR's own class decodes."""
+    prompts = [tokenizer(text)["input_ids"] for text in (vpt.conditional_prompt("a cat"), vpt.negative_prompt())]
+    codes = []
+    while len(codes) < 24:
+        ids = [code + 1401 for code in codes]
+        cond, uncond = (
+            generator(input_ids=torch.tensor([prompt + ids])).logits[0, -1, 1401:1413].clone() for prompt in prompts
+        )
+        for code in set(codes):
+            cond[code] = cond[code] / penalty if cond[code] > 0 else cond[code] * penalty
+        cond, uncond = cond.log_softmax(-1), uncond.log_softmax(-1)
+        codes.append((uncond + 6 * (cond - uncond)).argmax().item())
+    return codes
+
+
+@pytest.mark.parametrize("penalty", [0.9, 1.0, 1.3])
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        pytest.param({"tie_word_embeddings": True}, {}, id="tied"),
+        pytest.param({"vocab_size": 1440}, {}, id="padded rows"),
+        pytest.param({"num_key_value_heads": 1}, {}, id="one key/value head"),
+        pytest.param({}, {"max_shard_size": "50KB"}, id="many shards"),
+        pytest.param({"dtype": "bfloat16"}, {}, id="bfloat16 file"),
+    ],
+)
+def test_any_checkpoint_decodes_to_the_tokens_of_a_plain_loop(
+    tmp_path, make_args, monkeypatch, changes, saved, penalty
+):
+    save_tiny_generator(tmp_path, saved, **changes)
+    monkeypatch.setattr(vpt, "fsq_codebook_size", lambda decoder: 12)  # as Cosmos' decoder says, whatever is padded
+    args = make_args("--model-path", tmp_path, "--top-k", 1, "--repetition-penalty", penalty)
+    models = vpt.load_models(args)
+    codes, _ = vpt.generate_visual_codes(models, ["a cat"], 24, args)
+    with torch.no_grad():
+        stock = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert codes[0].tolist() == plain_codes(stock, models.text_tokenizer, penalty)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(saved)
 
 
 def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):

@@ -40,8 +40,8 @@ class TinyEncoder(nn.Module):
         return indices, video, torch.zeros(1)
 
 
-def save_tiny_generator(folder: Path, **changes) -> None:
-    """A random two-layer Qwen2 over the demo's text vocabulary and 12 visual codes."""
+def save_tiny_generator(folder: Path, saved: dict | None = None, **changes) -> None:
+    """A random two-layer Qwen2 over the demo's text vocabulary and 12 visual codes; `saved` is of save_pretrained."""
     settings = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -52,7 +52,8 @@ def save_tiny_generator(folder: Path, **changes) -> None:
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**(settings | changes))).save_pretrained(folder)
+    config = Qwen2Config(**(settings | changes))
+    Qwen2ForCausalLM(config).to(config.dtype).save_pretrained(folder, **(saved or {}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / "generator" / name, folder / name)
 
