@@ -214,9 +214,8 @@ def build_parser() -> argparse.ArgumentParser:
         f"hub id (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
     add("--demo", "model", "use the small demo model kept in the repository; needs no network", **SWITCH)
     add("--device", "nothing", "torch device (default: the first CUDA GPU, else mps, else cpu)", type=TEXT)
-    add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto is bfloat16 on a CUDA "
-        "GPU that has it, else float32, which learns more", choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto")
+    add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto: tf32 where CUDA has "
+        "it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
 
     group = parser.add_argument_group("reference image")
     add("--prompt", "reference", f"what the picture shows; several are learned together (default: {DEFAULT_PROMPT})",
@@ -311,6 +310,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         refuse_contradictions(args)
         for each in (args, defaults):
             fill_in(each)
+        take_shard(args)
         refuse_git_lfs_pointers(args)
         name_for_wandb(args, default_run_name(args, defaults, parser.decides))
     except UserError as error:
@@ -381,18 +381,36 @@ def choose_targets(args: argparse.Namespace) -> None:
         raise UserError(
             f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
         )
-    if len(args.prompts) > 1 and args.m == "shared" and not args.m_from and args.shard:
-        raise UserError("--shard is for targets that learn alone: add --m own or --m-from")
-    if args.shard:
-        args.prompts, args.images = in_shard(args.prompts, args.shard), in_shard(args.images, args.shard)
 
 
-def in_shard(items: list, shard: tuple[int, int]) -> list:
-    """Return every N-th item, beginning with the I-th, counted from 1."""
-    index, count = shard
-    if index > len(items) > 0:
-        raise UserError(f"--shard {index}/{count} has no prompt: only {len(items)} given")
-    return items[index - 1 :: count]
+def take_shard(args: argparse.Namespace) -> None:
+    """Leave the run only every N-th prompt and picture, from the I-th on, as --shard or its launcher says."""
+    rank, num_prompts = launched_rank(), len(args.prompts)
+    if rank and (args.shard or num_prompts == 1):
+        raise UserError(
+            f"the {rank[1]} processes of torchrun or srun share the prompts: give several, and no --shard, or start one"
+        )
+    args.shard = args.shard or rank
+    if not args.shard:
+        return
+    index, count = args.shard
+    if num_prompts > 1 and args.m == "shared" and not args.m_from:
+        raise UserError("--shard and launchers share targets that learn alone among runs: add --m own or --m-from")
+    if index > num_prompts and rank:
+        print(f"there is no prompt left for rank {index} of {count}")
+        raise SystemExit(0)
+    if index > num_prompts:
+        raise UserError(f"--shard {index}/{count} has no prompt: only {num_prompts} given")
+    args.prompts, args.images = args.prompts[index - 1 :: count], args.images[index - 1 :: count]
+
+
+def launched_rank() -> tuple[int, int] | None:
+    """Return this process's rank, from 1, and the number of ranks, where torchrun or srun started several."""
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        numbers = os.environ.get(rank, ""), os.environ.get(count, "")
+        if all(number.isdigit() for number in numbers) and int(numbers[1]) > 1:
+            return int(numbers[0]) + 1, int(numbers[1])
+    return None
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -550,6 +568,8 @@ def deciding(settings: dict, *decided: str) -> dict:
 os.environ["MPLBACKEND"] = "agg"
 # On Intel's processors, products would else depend on where their numbers lie in memory, and so on the process.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# CUDA's products, too, are the same each time only where their workspace is.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if __name__ == "__main__":
     keep_outputs_open()
@@ -587,6 +607,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -621,9 +643,10 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Return the line of an error's message that says what happened: TorchScript's last line, else the first."""
+    """Return the line of an error's message that says what happened; in TorchScript's it stands behind a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "TorchScript" in str(error) else 0].rstrip(".")
+    named = [line for line in lines if re.match(r"\w+Error: ", line)] if "TorchScript" in str(error) else []
+    return (named or lines)[0].rstrip(".")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -723,6 +746,7 @@ class Models:
     visual_offset: int
     codebook_size: int
     factor: int  # pixels a latent cell spans, in each direction
+    precision: str  # of the generator: float32, tf32, bfloat16 or float16
     repetition_penalty: float  # of decoding: the checkpoint's own unless another is asked for
     generator_fingerprint: str
     vq_fingerprint: str
@@ -765,6 +789,7 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 def load_models(args: argparse.Namespace) -> Models:
     """Load all that stays frozen, first the parts that load fast and can be wrong. Raises UserError."""
     device = pick_device(args.device)
+    precision = pick_precision(args.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what torch says of precisions, and its graphs, are of the current one
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
@@ -792,9 +817,9 @@ def load_models(args: argparse.Namespace) -> Models:
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     print(f"loading the generator from {generator_folder}")
-    generator = load_generator(generator_folder, pick_dtype(args.dtype, device), device)
+    generator = load_generator(generator_folder, precision, device)
     print(
-        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {name_of(generator.dtype)} on {device}; "
+        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}; "
         f"{visual_offset} text ids + {codebook_size} visual codes"
     )
     return Models(
@@ -806,6 +831,7 @@ def load_models(args: argparse.Namespace) -> Models:
         visual_offset=visual_offset,
         codebook_size=codebook_size,
         factor=factor,
+        precision=precision,
         repetition_penalty=repetition_penalty,
         generator_fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
         vq_fingerprint=fingerprint_of(vq_folder, (VQ_DECODER,)),
@@ -814,9 +840,12 @@ def load_models(args: argparse.Namespace) -> Models:
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
-        name = "cuda:0"
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0  # of torchrun, of srun
+        name = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if os.path.exists("/dev/nvidia0"):
+            print("note: torch cannot use the NVIDIA GPU here; its driver may be older than torch's CUDA")
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()
@@ -830,16 +859,26 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto" and device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        print("note: this GPU has no arithmetic in bfloat16: computing in float32 (in float16 Qwen2 can overflow)")
-    return torch.float32 if name == "auto" else getattr(torch, name)
+def pick_precision(name: str, device: torch.device) -> str:
+    """Return the precision that --dtype means on this device. Raises UserError."""
+    has_tf32 = device.type == "cuda" and torch.cuda.is_tf32_supported()
+    if name == "tf32" and not has_tf32:
+        raise UserError(f"--dtype tf32 needs a CUDA GPU that has it, not {device_name(device)}: try --dtype float32")
+    if name == "auto":
+        return "tf32" if has_tf32 else "float32"
+    return name
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@contextlib.contextmanager
+def tf32_if_asked(models: Models) -> Iterator[None]:
+    """Compute float32 products in TF32 where that is the generator's precision; the optimiser's need all their bits."""
+    before = torch.get_float32_matmul_precision()
+    if models.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
@@ -929,7 +968,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return text_tokenizer
 
 
-def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qwen2ForCausalLM:
+def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2ForCausalLM:
     """Load the generator and freeze it. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -938,8 +977,8 @@ def load_generator(folder: Path, dtype: torch.dtype, device: torch.device) -> Qw
         # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
         generator, report = Qwen2ForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
+            dtype="float32" if precision == "tf32" else precision,
+            attn_implementation="sdpa_without_gqa",
             attention_dropout=0.0,
             use_safetensors=True,
             output_loading_info=True,
@@ -966,6 +1005,26 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
             f"{len(report['mismatched_keys'])} of another shape ({examples}): the download is incomplete or of another "
             "model, or the config.json is"
         )
+
+
+def attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """Do what transformers' "sdpa" does; in float32, repeat the keys and values [B, heads, N, d] that queries share.
+
+    With enable_gqa, CUDA has only its slowest kernel for float32, which keeps all weights [B, heads, N, N].
+    """
+    if query.dtype == torch.float32 and query.shape[2] > 1:
+        key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+        states = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=attention_mask is None, scale=options["scaling"]
+        )
+        return states.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+transformers.AttentionInterface.register("sdpa_without_gqa", attention)
+transformers.AttentionMaskInterface.register("sdpa_without_gqa", sdpa_mask)
 
 
 def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
@@ -1181,7 +1240,8 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
             decoded[prompt] = row, seconds if len(codes) == 1 else None
             cache.write(prompt, *decoded[prompt])
 
-    in_parts_that_fit(decode, len(missing), BATCH_WITHOUT_GRADIENTS, "the references")
+    with tf32_if_asked(models):
+        in_parts_that_fit(decode, len(missing), BATCH_WITHOUT_GRADIENTS, "the references")
     codes = torch.stack([decoded[prompt][0] for prompt in args.prompts])
     return codes, decoded[args.prompts[0]][1] if len(args.prompts) == 1 else None
 
@@ -1897,7 +1957,7 @@ class Optimisation:
         """
         while True:
             try:
-                with gradient_checkpointing(self.models.generator, self.recomputes):
+                with tf32_if_asked(self.models), gradient_checkpointing(self.models.generator, self.recomputes):
                     return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self.need_less_memory():
@@ -2688,7 +2748,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "vq_fingerprint": models.vq_fingerprint,
         "device": str(models.device),
         "device_name": device_name(models.device),
-        "dtype": name_of(models.generator.dtype),
+        "dtype": models.precision,
         "torch_version": torch.__version__,
         "versions": versions,
     }
@@ -3425,7 +3485,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
         record.start_learning(learning)
-    with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals:
+    with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals, repeatable(models.device):
         try:
             with enough_memory_for("a step of the optimisation"):
                 while not learning.finished:
@@ -3437,6 +3497,22 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
         if record.stop_signals:  # in the last step
             raise Stopped(record.stop_signals[0])
     return learning
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Let the same settings give the same history: some of a GPU's backward passes else add in an order of chance."""
+    if device.type == "mps":  # not tried there
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def progress_bar_of(learning: Optimisation) -> tqdm:
@@ -3554,7 +3630,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         learned = learning.summary()
         rows = learning.targets.rows(reference.prompts, range(len(reference.prompts)))
     # 3. What do they reconstruct, and what did they tell the generator?
-    with enough_memory_for("the reconstruction"):
+    with enough_memory_for("the reconstruction"), tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
     targets = describe_targets(reconstruction, bits, rows)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.builders import memory_for, optimise, random_codes, reference_of, take_step
 from support.contract import USUAL_RECIPE
+from support.tiny_model import save_tiny_generator
 
 import verify_proto_tokens as vpt
 
@@ -657,10 +658,63 @@ def test_a_device_named_without_its_number_is_given_one(monkeypatch):
     assert vpt.pick_device("cuda") == torch.device("cuda:0")
 
 
-@pytest.mark.parametrize(("computes", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_bfloat16_is_the_default_of_gpus_that_compute_in_it(monkeypatch, capsys, computes, dtype):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: computes and not including_emulation
-    )
-    assert vpt.pick_dtype("auto", torch.device("cuda")) == dtype
-    assert ("no arithmetic in bfloat16" in capsys.readouterr().out) != computes
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_attention_gives_what_stock_sdpa_gives(tmp_path, make_args, num_key_value_heads):
+    save_tiny_generator(tmp_path, num_key_value_heads=num_key_value_heads)
+    args = make_args("--model-path", tmp_path)
+    models = vpt.load_models(args)
+    codes, found = random_codes(models), []
+    for implementation in ("sdpa_without_gqa", "sdpa"):
+        models.generator.set_attn_implementation(implementation)
+        proto_tokens = vpt.initial_proto_tokens(models, 1, args)
+        predictions = vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
+        decoded, _ = vpt.generate_visual_codes(models, ["a cat", "a"], 16, args)  # of which one is padded
+        found.append((predictions.losses, proto_tokens.points.grad, decoded))
+    for ours, stock in zip(*found, strict=True):
+        assert torch.allclose(ours, stock, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [(), ("--optimizer", "adamw", "--m", "own"), ("--gradient-checkpointing", "on")])
+def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(call_tiny, monkeypatch, options):
+    """While learning, torch refuses an operation that has no repeatable form: a step has none such."""
+    modes = {}
+
+    def note(name: str) -> None:
+        def noted(*arguments):
+            modes[name] = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+            return really(*arguments)
+
+        really = getattr(vpt, name)
+        monkeypatch.setattr(vpt, name, noted)
+
+    for name in ("generate_visual_codes", "loss_and_gradient", "losses_of_problems", "information"):
+        note(name)
+    monkeypatch.setattr(vpt, "pick_precision", lambda name, device: "tf32")
+    assert call_tiny("--prompt", "a", "--prompt", "b", *options).code == 0
+    assert modes == {
+        "generate_visual_codes": (False, "high"),
+        "loss_and_gradient": (True, "high"),
+        "losses_of_problems": (True, "highest"),  # and so what the optimiser does with them
+        "information": (False, "high"),
+    }
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"LOCAL_RANK": "3"}, {"SLURM_LOCALID": "1"}, {"SLURM_LOCALID": "1", "LOCAL_RANK": ""}]
+)
+def test_each_local_rank_takes_a_gpu_of_its_own(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(cpu=lambda: None, device=device))
+    assert vpt.pick_device(None) == "cuda:1"
+
+
+@pytest.mark.parametrize(("has_tf32", "precision"), [(True, "tf32"), (False, "float32")])
+def test_a_gpu_computes_in_tf32_where_it_can_unless_told_otherwise(monkeypatch, has_tf32, precision):
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: has_tf32)
+    assert vpt.pick_precision("auto", torch.device("cuda")) == precision
+    assert vpt.pick_precision("bfloat16", torch.device("cuda")) == "bfloat16"
+    assert vpt.pick_precision("auto", torch.device("cpu")) == "float32"

@@ -69,7 +69,7 @@ def test_what_is_checked_on_a_gpu_holds_on_a_cpu(tmp_path):
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert end.code == 0, [finding for finding in found["findings"] if not finding["holds"]]
     assert len(found["findings"]) == 9 and all(row["steps/s"] > 0 for row in found["figures"])
-    assert "| demo | 16 |" in end.out
+    assert "| demo | float32 | 16 |" in end.out
 
 
 def test_the_benches_of_step_and_decoding_give_ratios_to_their_peers(capsys, monkeypatch):

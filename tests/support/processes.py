@@ -115,12 +115,16 @@ def start_code(code: str, folder: Path, *arguments, env: dict[str, str] | None =
     return Forked(process, outputs)
 
 
-def start_pausing(folder: Path, pause_after: int, *arguments, env: dict[str, str] | None = None) -> Forked:
-    """Starts the script, and returns when it has done so many steps and waits."""
+def start_pausing(folder: Path, pause_after: int, *arguments, env: dict | None = None, seconds: float = 60) -> Forked:
+    """Starts the script, and returns when it has done so many steps and waits; kills it after so many seconds."""
     for name in ("paused", "go_on"):
         (folder / name).unlink(missing_ok=True)
     process = start_code(PAUSING, folder, pause_after, *arguments, env=env)
-    wait_for((folder / "paused").exists, process)
+    try:
+        wait_for((folder / "paused").exists, process, seconds)
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 

@@ -71,7 +71,7 @@ def build_models(args: argparse.Namespace) -> vpt.Models:
         config = Qwen2Config(
             vocab_size=text_ids + codes, num_key_value_heads=2, tie_word_embeddings=False, **SHAPES[args.shape]
         )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa_without_gqa"
     torch.manual_seed(0)
     with torch.device("meta"):
         generator = Qwen2ForCausalLM(config)
@@ -92,6 +92,7 @@ def build_models(args: argparse.Namespace) -> vpt.Models:
         visual_offset=text_ids,
         codebook_size=codes,
         factor=16,
+        precision=args.precision,
         repetition_penalty=1.0,
         generator_fingerprint="",
         vq_fingerprint="",
@@ -312,7 +313,9 @@ def bench_step(args: argparse.Namespace) -> dict:
     seconds = interleaved(candidates, args.repeats, args.device)
     rate = product_rate(args)
     least = step_operations(models, num_tokens) / rate
-    title = f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, {args.dtype}"
+    title = (
+        f"one optimisation step, shape {args.shape}, N = {num_tokens}, vocabulary {args.vocabulary}, {args.precision}"
+    )
     return report(title, seconds, args.device, least, f"{rate / 1e12:.3g} TFLOP/s of a large product") | agreement
 
 
@@ -416,7 +419,7 @@ def bench_decode(args: argparse.Namespace) -> dict:
     candidates = {"ours": ours, "usual": usual, "floor": floor}
     seconds = interleaved(candidates, args.repeats, args.device, warm_up=0)
     same, rate = int((outputs["ours"][0] == outputs["usual"]).sum()), read_rate(args)
-    title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, {args.dtype}"
+    title = f"decoding {num_tokens} tokens with guidance, greedy, shape {args.shape}, {args.precision}"
     least, peak = num_tokens * weight_bytes(models) / rate, f"{rate / 1e9:.3g} GB/s of reading"
     result = report(title, seconds, args.device, least, peak, "tokens/s", lambda value: num_tokens / value)
     print(f"{same} of {num_tokens} greedy tokens are those of `generate`")
@@ -434,7 +437,7 @@ def bench_prompts(args: argparse.Namespace) -> dict:
             rates.setdefault(batch, []).append(batch * num_tokens / seconds)
     medians = {batch: statistics.median(values) for batch, values in rates.items()}
     rows = [(batch, rate, rate / medians[1]) for batch, rate in medians.items()]
-    title = f"decoding {num_tokens} tokens of several prompts together, shape {args.shape}, {args.dtype}"
+    title = f"decoding {num_tokens} tokens of several prompts together, shape {args.shape}, {args.precision}"
     table(title, rows, ("prompts", "tokens/s", "gain"), args.device)
     return {"tokens_a_second": medians}
 
@@ -477,7 +480,7 @@ def bench_memory(args: argparse.Namespace) -> dict:
     found = {}
     for variant in ("loss", "usual loss", "step", "checkpointing", "usual"):
         command = [sys.executable, __file__, "memory", "--shape", args.shape, "--num-tokens", str(num_tokens)]
-        command += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype)]
+        command += ["--device", str(args.device), "--dtype", args.precision]
         # Large blocks go back to the system at once, for all variants alike: what is measured is what a step holds, not
         # what the allocator keeps for later.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
@@ -485,7 +488,7 @@ def bench_memory(args: argparse.Namespace) -> dict:
         lines = output.stdout.strip().splitlines()
         found[variant] = json.loads(lines[-1])["bytes"] if output.returncode == 0 else math.inf
     rows = [(name, value / gib, found["usual"] / value) for name, value in found.items()]
-    title = f"peak memory that a step adds, shape {args.shape}, N = {num_tokens}, full vocabulary, {args.dtype}"
+    title = f"peak memory that a step adds, shape {args.shape}, N = {num_tokens}, full vocabulary, {args.precision}"
     table(title, rows, ("", "GiB", "usual / this"), args.device)
     return {
         "bytes": found,
@@ -514,7 +517,14 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
         recipes = {options or "ours": options for options in args.candidates}
     generator = ("--model-path", args.model_path, "--vq-model-ckpt", vpt.DEMO_FOLDER / "vq")
     chosen = [str(word) for word in (generator if args.model_path else ("--demo",))]
-    chosen += ["--device", str(args.device), "--dtype", vpt.name_of(args.dtype), "--image-size", str(args.image_size)]
+    chosen += [
+        "--device",
+        str(args.device),
+        "--dtype",
+        args.precision,
+        "--image-size",
+        str(args.image_size),
+    ]
     chosen += ["--num-steps", str(args.num_steps), *args.options.split()]
     models = vpt.load_models(vpt.parse_args(chosen))
     goals, marks = (90, 95, 99), [step for step in (50, 100, 200, 400, 1000) if step <= args.num_steps]
@@ -575,7 +585,7 @@ def bench_targets(args: argparse.Namespace) -> dict:
         found = interleaved({"step": step}, args.repeats, args.device)
         seconds[batch] = statistics.median(found["step"])
     rows = [(batch, value, value / batch, seconds[1] / (value / batch)) for batch, value in seconds.items()]
-    title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, {args.dtype}"
+    title = f"one step for B targets at once, shape {args.shape}, N = {num_tokens}, {args.precision}"
     table(title, rows, ("B", "s a step", "s a step and target", "gain"), args.device)
     return {"seconds": seconds}
 
@@ -666,7 +676,7 @@ def bench_limit(args: argparse.Namespace) -> dict:
     units = {"matmul": "GFLOP/s, a product", "convolution": "GFLOP/s, as a 1x1 convolution", "read": "GB/s"}
     figures = {name: spread(values) for name, values in rates.items()}
     rows = [(units[name], *figure.values()) for name, figure in figures.items()]
-    table(f"the device alone, {args.dtype}", rows, ("", "median", "min", "max"), args.device)
+    table(f"the device alone, {args.precision}", rows, ("", "median", "min", "max"), args.device)
     return figures
 
 
@@ -674,7 +684,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--device", type=torch.device, default=CPU, help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "tf32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -698,7 +708,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.dtype = getattr(torch, args.dtype)
+    args.precision = args.dtype
+    args.dtype = torch.float32 if args.precision == "tf32" else getattr(torch, args.precision)
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device.index or 0)  # graphs and streams are the current one's
     if args.variant:
