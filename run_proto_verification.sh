@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Runs the experiment with the settings below. Each can be set in the environment; further arguments go to the script:
 #
-#   bash run_proto_verification.sh --demo
+#   bash run_proto_verification.sh --demo --prompt "a penguin on green grass"
 #   USE_WANDB=true NUM_STEPS=500 bash run_proto_verification.sh --wandb-mode offline
 #
 # Where the current Python lacks the packages, or has older major versions of them, a virtual environment is made in
 # .venv (once) from requirements.txt.
 set -euo pipefail
 
-PROMPT="${PROMPT:-}"                 # empty: a red apple on a wooden table, or what --image files are named
 IMAGE_SIZE="${IMAGE_SIZE:-256}"
 NUM_STEPS="${NUM_STEPS:-1000}"
 LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the script's default
@@ -49,14 +48,6 @@ fi
 
 arguments=(--image-size "$IMAGE_SIZE" --num-steps "$NUM_STEPS" --seed "$SEED"
     --save-dir "$SAVE_DIR" --use-wandb "$USE_WANDB")
-# Prompts add up: one that comes as an argument replaces the one above.
-own_prompt=false
-for argument in "$@"; do
-    case "$argument" in
-    --prompt | --prompt=* | --prompts[-_]file | --prompts[-_]file=*) own_prompt=true ;;
-    esac
-done
-if [ -n "$PROMPT" ] && [ "$own_prompt" = false ]; then arguments+=(--prompt "$PROMPT"); fi
 if [ -n "$LEARNING_RATE" ]; then arguments+=(--learning-rate "$LEARNING_RATE"); fi
 if [ -n "$MODEL_PATH" ]; then arguments+=(--model-path "$MODEL_PATH"); fi
 if [ -n "$VQ_MODEL_CKPT" ]; then arguments+=(--vq-model-ckpt "$VQ_MODEL_CKPT"); fi

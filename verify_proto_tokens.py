@@ -614,10 +614,9 @@ from transformers.masking_utils import sdpa_mask
 # Errors and small helpers
 
 
-# SIGHUP is a lost terminal, SIGUSR1 and SIGUSR2 a scheduler's warning before the end. Windows lacks some.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+# SIGHUP is a lost terminal; SIGUSR1, SIGUSR2 and SIGXCPU are a scheduler's warnings. Windows lacks some.
+STOP_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNAL_NAMES if hasattr(signal, name)]
 
 
 class Stopped(BaseException):

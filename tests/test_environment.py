@@ -136,7 +136,7 @@ def default_handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 @pytest.mark.usefixtures("default_handlers")
 def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, name):
     number, folder = getattr(signal, name), tmp_path / "out" / "run"
