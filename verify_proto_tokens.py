@@ -42,6 +42,7 @@ import statistics
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import warnings
@@ -416,12 +417,15 @@ def launched_rank() -> tuple[int, int] | None:
 def read_prompts(file: Path) -> list[str]:
     """Return the prompts of a text file, one per line; empty lines do not count."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        text = file.read_text(encoding="utf-8")
+        if "\0" in text:
+            raise ValueError("it has null bytes")
     except OSError as error:
         raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"--prompts-file {file} is not UTF-8 ({error}): convert it") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in text.replace("\ufeff", "").split("\n")]  # byte order marks
+    prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"--prompts-file {file} holds no prompt")
     return prompts
@@ -564,8 +568,23 @@ def deciding(settings: dict, *decided: str) -> dict:
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
+@contextlib.contextmanager
+def one_line_for_imports() -> Iterator[None]:
+    """Turn what a library refuses while it is imported, such as a variable of the environment, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if __name__ != "__main__":
+            raise
+        here = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+        why = textwrap.shorten(str(error), 250) or type(error).__name__
+        exit_with_error(f"`{here[-1]}` fails ({why}): mend what it names, or install requirements.txt")
+
+
 # Figures are drawn in memory only: a backend inherited by a shell inside a notebook may not even load.
 os.environ["MPLBACKEND"] = "agg"
+os.environ["PYTORCH_JIT"] = "1"  # the VQ tokenizer is TorchScript
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a few prompts need no threads, which may not be allowed
 # On Intel's processors, products would else depend on where their numbers lie in memory, and so on the process.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # CUDA's products, too, are the same each time only where their workspace is.
@@ -573,6 +592,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if __name__ == "__main__":
     keep_outputs_open()
+    try:
+        os.getcwd()
+    except OSError as gone:
+        exit_with_error(f"the working folder cannot be used ({gone.strerror}): go to another one")
     ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the loop Ctrl-C has nothing to save or to explain
@@ -580,35 +603,36 @@ if __name__ == "__main__":
 # A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
-import matplotlib
-import matplotlib.style
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
-from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+with one_line_for_imports():
+    import matplotlib
+    import matplotlib.style
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+    from safetensors.torch import save as to_safetensors
+    from torch import Tensor
+    from tqdm import tqdm
+    from transformers import (
+        AutoTokenizer,
+        PreTrainedTokenizerBase,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        RepetitionPenaltyLogitsProcessor,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -629,7 +653,13 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored."""
+    """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored.
+
+    In a thread that is not the main one, signals stay what they are: Python allows no other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     listened = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in listened:
@@ -674,9 +704,9 @@ def one_line_for(failure: str, remedy: str) -> Iterator[None]:
     """Turn whatever a foreign file makes its library raise, but for running out of memory, into a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of the tokenizers is no Exception
         if is_out_of_memory(error):
             raise
         raise UserError(f"{failure} ({line_of(error)}): {remedy}") from None
@@ -722,8 +752,11 @@ def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 
-CONFIGURATION_FILES = ("*.json", "merges.txt")
-GENERATOR_FILES = (*CONFIGURATION_FILES, "*.safetensors")
+CONFIGURATION_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
+GENERATOR_FILES = (*CONFIGURATION_FILES, "model.safetensors.index.json", "model*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
 NOT_FOLLOWED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")  # of generate
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
@@ -887,6 +920,9 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     """
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
+        for file in folder.iterdir():
+            if not file.exists() and any(file.match(pattern) for pattern in patterns):
+                raise UserError(f"{option}: {file} is a link to a file that is not there")
         return folder
     if os.path.exists(folder):
         raise UserError(f"{option} {name} is a file: name the folder that holds it")
@@ -914,8 +950,8 @@ def read_config(folder: Path) -> Qwen2Config:
         kind, _ = fields["model_type"], fields["vocab_size"]  # the library has defaults for both
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): is --model-path a model's folder?") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged or no model configuration: download it again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged or no model configuration ({line_of(error)}): download it again") from None
     if kind != "qwen2":
         raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
     if fields.get("quantization_config"):
@@ -944,12 +980,11 @@ def read_repetition_penalty(folder: Path) -> float:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         penalty = float(fields.get("repetition_penalty") or 1)
-    except (OSError, ValueError, TypeError, AttributeError):
-        fields, penalty = {}, math.nan
-    if not 0.01 <= penalty <= 100:
-        raise UserError(
-            f"{file} is damaged, or its repetition_penalty is not from 0.01 to 100: see --repetition-penalty"
-        )
+        if not 0.01 <= penalty <= 100:
+            raise ValueError(f"its repetition_penalty is {penalty:g}, not from 0.01 to 100")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        why = line_of(error)
+        raise UserError(f"{file} cannot be used ({why}): mend it, or give a --repetition-penalty") from None
     if penalty != 1:
         print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 would be none")
     ignored = [name for name in NOT_FOLLOWED if fields.get(name) not in (None, 0, 1, [])]
@@ -993,17 +1028,23 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raise UserError where the files lack tensors that config.json promises, or have them in another shape."""
-    if report["missing_keys"] or report["mismatched_keys"]:
-        shapes = [
-            f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
-        ]
-        examples = "; ".join([*shapes, *sorted(report["missing_keys"])][:2])
+    """Raise UserError where the files have not the tensors that config.json promises, or layers that it does not."""
+    wrong_shape = [
+        f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
+    ]
+    missing, others = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    more_layers = [
+        f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)
+    ]
+    if missing or wrong_shape or more_layers:
+        examples = "; ".join([*wrong_shape, *missing[:1], *more_layers[:1], *others[:1]][:2])
         raise UserError(
-            f"the weights in {folder} lack {len(report['missing_keys'])} of the tensors of its config.json and have "
-            f"{len(report['mismatched_keys'])} of another shape ({examples}): the download is incomplete or of another "
-            "model, or the config.json is"
+            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing, "
+            f"{len(wrong_shape)} have another shape, {len(others)} are not known ({examples}): the download is "
+            "incomplete or of another model, or the config.json is"
         )
+    if others:
+        print(f"note: {len(others)} tensors in {folder} are no part of a Qwen2 model and not used, such as {others[0]}")
 
 
 def attention(
@@ -1048,8 +1089,9 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
     with (
         one_line_for(f"{file} is no TorchScript file, or a damaged one", "download it again"),
         warnings.catch_warnings(action="ignore", category=DeprecationWarning),
+        file.open("rb") as stream,  # torch cannot open every name
     ):
-        return torch.jit.load(file, map_location=device).eval()
+        return torch.jit.load(stream, map_location=device).eval()
 
 
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
@@ -1129,7 +1171,7 @@ def digest_of(files: list[Path]) -> str:
     """Return a digest of the files' names and contents. Raises OSError."""
     digest = hashlib.sha256()
     for file in files:
-        blob = file.resolve().name  # the hub's cache names its large files by their SHA-256
+        blob = os.path.basename(os.path.realpath(file))  # the hub's cache names its large files by their SHA-256
         with file.open("rb") as stream:
             known = re.fullmatch(r"[0-9a-f]{64}", blob)
             sha256 = bytes.fromhex(blob) if known else hashlib.file_digest(stream, "sha256").digest()
@@ -1927,11 +1969,12 @@ class Optimisation:
 
     def drop_ended(self) -> None:
         """Go on without the targets that have ended."""
-        learns = [not ended for ended in self.targets["ended"][self.active].tolist()]
-        if all(learns):
+        ended = self.targets["ended"][self.active].tolist()
+        kept = [place for place, has_ended in enumerate(ended) if not has_ended]
+        if len(kept) == len(self.active):
             return
-        self.active = [k for k, goes_on in zip(self.active, learns, strict=True) if goes_on]
-        kept = torch.tensor(learns, device=self.models.device).nonzero().flatten()
+        self.active = [self.active[place] for place in kept]
+        kept = torch.tensor(kept, dtype=torch.long, device=self.models.device)
         self.active_codes = self.active_codes[kept]
         self.proto_tokens = self.proto_tokens.select(kept)
         self.optimizer.drop_others(kept, self.proto_tokens.points)
@@ -2648,7 +2691,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     try:
         made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
         for path in (folder, cache):
-            path.mkdir(parents=True, exist_ok=True)
+            os.makedirs(os.path.realpath(path), exist_ok=True)  # also where a link leads that leads nowhere
             with tempfile.TemporaryFile(dir=path):
                 pass
         lock = lock_folder(folder)
@@ -2939,7 +2982,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
 
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     """Read the proto-tokens of an earlier run. Raises UserError where they do not fit, or lie in this run's folder."""
-    if file.resolve().parent == folder.resolve():
+    if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
         raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
     try:
         with safe_open(file, "pt") as stored:
@@ -3053,10 +3096,14 @@ def batch_file(index: int) -> str:
 
 # Together they keep the time that a run can lose to a dead server under a minute.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
+WANDB_LOGIN_SECONDS = 30  # to answer its question for a key
 
 
-def wandb_settings(args: argparse.Namespace) -> object:
-    """Return W&B's settings: those of options, then the environment's. Raises UserError where W&B refuses one."""
+def wandb_settings(args: argparse.Namespace) -> object | None:
+    """Return W&B's settings, those of options, then the environment's; None where its service does not start.
+
+    Raises UserError where W&B refuses a setting.
+    """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     if os.environ.get("HOME") == "":
@@ -3065,6 +3112,7 @@ def wandb_settings(args: argparse.Namespace) -> object:
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would end without one
     try:
         import wandb
+        from wandb import Settings  # which a wandb.py beside the script has not
     except ImportError as error:
         raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     names = {
@@ -3074,19 +3122,24 @@ def wandb_settings(args: argparse.Namespace) -> object:
         "run_group": args.wandb_group,
         "run_tags": args.wandb_tags,
     }
+    with contextlib.suppress(ImportError, AttributeError):  # its telemetry of errors: a service that does not start
+        wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # would make it wait without end
     try:
         # It reads the environment, and what `wandb offline` and the like left in a folder.
-        wandb.setup(wandb.Settings(mode=args.wandb_mode) if args.wandb_mode else None)
-        return wandb.Settings(
+        mode = {"mode": args.wandb_mode} if args.wandb_mode else {}
+        wandb.setup(Settings(login_timeout=WANDB_LOGIN_SECONDS, **mode))
+        return Settings(
             **{name: value for name, value in names.items() if value is not None},
             init_timeout=WANDB_START_SECONDS,
             finish_timeout=WANDB_FINISH_SECONDS,
             finish_timeout_raises=True,
         )
-    except Exception as error:  # of W&B, its settings files or the disk: no common class
-        raise UserError(
-            f"W&B refuses a setting ({why_refused(error)}): mend the option or the WANDB_ variable"
-        ) from None
+    except (ValueError, wandb.errors.UsageError) as error:
+        why, remedy = why_refused(error), "mend the option, the WANDB_ variable or the file wandb/settings"
+        raise UserError(f"W&B refuses a setting ({why}): {remedy}") from None
+    except Exception as error:  # of its service process or the disk: no common class
+        print(f"W&B cannot start ({line_of(error)}); the run goes on without it", file=sys.stderr)
+        return None
 
 
 def why_refused(error: Exception) -> str:

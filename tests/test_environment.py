@@ -2,16 +2,19 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import types
 
 import matplotlib
 import pytest
 from PIL import Image
 from support.contract import FILES
-from support.processes import run_script_in, start_script
-from support.results import results_of, summary_in
+from support.processes import SCRIPT, ended, run_script_in, start, start_script
+from support.results import refused, results_of, summary_in
 from support.tiny_model import tiny_arguments
 
 import verify_proto_tokens as vpt
@@ -38,7 +41,7 @@ def hostile(tiny_folder, tmp_path_factory):
     (folder / "trap").mkdir()
     (folder / "trap" / "wandb.py").write_text("raise SystemExit('wandb was imported')")
     env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "cp1252"}
-    env["PYTHONPATH"] = str(folder / "trap")
+    env |= {"PYTHONPATH": str(folder / "trap"), "PYTORCH_JIT": "0"}
     arguments = (
         *tiny_arguments(tiny_folder),
         "--prompt",
@@ -178,3 +181,84 @@ def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkey
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
     assert vpt.timed_pass(tiny_models, proto_tokens, num_tokens=16) == pytest.approx(seconds_a_pass)
     assert len(count) == passes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What libraries refuse
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TQDM_MININTERVAL", "slow"),
+        ("TQDM_NCOLS", "auto"),
+        ("HF_HUB_ETAG_TIMEOUT", "30s"),
+        ("TORCH_LOGS", "bogus"),
+        ("MATPLOTLIBRC", "latin-1"),
+        ("PYTHONPATH", "shadow"),
+    ],
+)
+def test_what_a_library_refuses_while_it_is_imported_is_one_line(run_script, tmp_path, name, value):
+    (tmp_path / "latin-1").write_bytes(b"# \xe9\n")
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "numpy.py").write_text("")
+    refused(run_script("--demo", env={name: value}), "import ", "fails", "mend")
+    assert run_script("--help", env={name: value}).code == 0
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && exec {sys.executable} {SCRIPT} --demo --save-dir {tmp_path}"
+    end = ended(start(["bash", "-c", command], tmp_path))
+    refused(end, "the working folder cannot be used", "go to another one")
+
+
+def test_torchscript_cannot_be_switched_off(hostile):
+    result, _ = hostile
+    assert result.code == 0, result.err
+
+
+def test_a_module_that_only_has_wandbs_name_is_said_to_be_none(call_tiny, monkeypatch):
+    shadow = types.ModuleType("wandb")
+    shadow.teardown = lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", shadow)
+    refused(call_tiny("--use-wandb"), "--use-wandb", "cannot import name 'Settings'")
+
+
+def test_a_folder_whose_name_is_no_utf8_works(call_script, tiny_folder, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/models\xe9"
+    shutil.copytree(tiny_folder, os.fsdecode(folder))
+    (tmp_path / "models").symlink_to(os.fsdecode(folder))
+    assert call_script(*tiny_arguments(tmp_path / "models")).code == 0
+
+
+def test_a_save_dir_through_a_link_to_nowhere_is_made_there(call_tiny, tmp_path):
+    (tmp_path / "link").symlink_to("disk")
+    assert call_tiny("--save-dir", "link", "--wandb-run-name", "run").code == 0
+    assert (tmp_path / "disk" / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--from-proto-tokens", "--m-from", "--prompts-file", "--image"])
+def test_a_link_to_itself_is_one_line(call_tiny, tmp_path, option):
+    (tmp_path / "loop").symlink_to("loop")
+    refused(call_tiny(option, "loop"), option)
+
+
+@pytest.mark.parametrize("text", ["a cat\n".encode("utf-16-le"), b"a\0cat"])
+def test_a_prompts_file_with_null_bytes_is_refused(call_tiny, tmp_path, text):
+    (tmp_path / "prompts.txt").write_bytes(text)
+    refused(call_tiny("--prompts-file", "prompts.txt"), "--prompts-file", "null bytes")
+
+
+def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\ufeff\n\ufeffa dog\n", encoding="utf-8")
+    assert vpt.read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+
+
+def test_a_run_in_a_thread_of_another_program_works(tiny_folder, tmp_path):
+    args = vpt.parse_args([*tiny_arguments(tiny_folder), "--save-dir", str(tmp_path), "--wandb-run-name", "run"])
+    thread = threading.Thread(target=vpt.main, args=[args])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -77,6 +77,45 @@ def test_a_tensor_that_is_missing_is_named(call_tiny, model_folders):
     refused(call_tiny(), "model.layers.1.mlp.up_proj.weight", "incomplete")
 
 
+def test_a_checkpoint_of_more_layers_than_its_config_says_is_refused(call_tiny, model_folders):
+    """Else the last ones would be dropped without a word."""
+    change(model_folders[0] / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    refused(call_tiny(), "0 tensors are missing", "model.layers.1", "one too many")
+
+
+def test_a_prefix_of_every_tensor_is_named(call_tiny, model_folders):
+    weights = load_file(model_folders[0] / "model.safetensors")
+    prefixed = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    save_file(prefixed, model_folders[0] / "model.safetensors", {"format": "pt"})
+    refused(call_tiny(), f"{len(weights)} are not known", "_orig_mod.")
+
+
+def test_a_tensor_of_something_else_is_not_used_and_named(call_tiny, model_folders):
+    weights = load_file(model_folders[0] / "model.safetensors") | {"vision_tower.weight": torch.zeros(2)}
+    save_file(weights, model_folders[0] / "model.safetensors", {"format": "pt"})
+    result = call_tiny()
+    assert result.code == 0 and "note: 1 tensors" in result.out and "vision_tower.weight" in result.out
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "special_tokens_map.json"])
+def test_a_broken_link_among_the_files_is_said_to_be_one(call_tiny, model_folders, name):
+    (model_folders[0] / name).unlink(missing_ok=True)
+    (model_folders[0] / name).symlink_to("nowhere")
+    refused(call_tiny(), "--model-path", name, "a link to a file that is not there")
+
+
+def test_a_config_with_a_byte_order_mark_is_said_to_have_one(call_tiny, model_folders):
+    config = model_folders[0] / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    refused(call_tiny(), "config.json", "BOM")
+
+
+def test_a_generation_config_that_cannot_be_read_is_said_to_be_so(call_tiny, model_folders):
+    (model_folders[0] / "generation_config.json").unlink(missing_ok=True)
+    (model_folders[0] / "generation_config.json").mkdir()
+    refused(call_tiny(), "generation_config.json", "Is a directory")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("initializer_range", 1), ("hidden_size", "32"), ("rms_norm_eps", "x"), ("max_position_embeddings", "many")],

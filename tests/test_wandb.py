@@ -98,6 +98,11 @@ def test_a_missing_wandb_is_one_line_that_says_how_to_get_it(call_tiny, monkeypa
     refused(call_tiny("--use-wandb"), "--use-wandb", "pip install")
 
 
+def test_a_run_whose_wandb_service_does_not_start_goes_on_without_it(run_tiny):
+    result = run_tiny("--use-wandb", env={"WANDB_X_SERVICE_WAIT": "0.001", "WANDB_MODE": "offline"})
+    assert result.code == 0 and "W&B cannot start" in result.err and "goes on without it" in result.err
+
+
 def test_a_run_whose_wandb_client_dies_goes_on_without_it(model_folders, tmp_path):
     arguments = (*tiny_arguments(tmp_path), "--num-steps", 9, "--target-accuracy", 0, "--save-dir", "out")
     process = start_pausing(tmp_path, 4, *arguments, "--use-wandb", env={"WANDB_MODE": "offline"})
