@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.builders import memory_for, optimise, random_codes, reference_of, take_step
-from support.contract import USUAL_RECIPE
+from support.builders import linear_in_tf32, memory_for, optimise, random_codes, reference_of, take_step, ten_bits
+from support.contract import CAPTIONS, USUAL_RECIPE
 from support.tiny_model import save_tiny_generator
 
 import verify_proto_tokens as vpt
@@ -698,6 +698,26 @@ def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(
         "information": (False, "high"),
     }
     assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_tf32_rounds_to_ten_bits_of_mantissa():
+    numbers = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-12, -1 - 3 * 2**-12, 3e-20])
+    assert ten_bits(numbers).tolist() == [1, 1 + 2**-10, 1, -1 - 2**-10, pytest.approx(3e-20, rel=2**-11)]
+
+
+def test_learning_256_tokens_with_products_in_tf32_loses_nothing(monkeypatch):
+    """The accuracy after some steps is within two points of float32's."""
+    words = ["--demo", "--device", "cpu", "--image-size", "512", "--num-steps", "40"]
+    args = vpt.parse_args([*words, "--m", "own", *(f"--prompt={caption}" for caption in CAPTIONS[:2])])
+    models = vpt.load_models(args)
+    codes, _ = vpt.generate_visual_codes(models, args.prompts, 256, args)
+    exact, rows = optimise(models, args, codes)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear_in_tf32)
+    rounded, rounded_rows = optimise(models, args, codes)
+    assert rounded_rows[0]["train/loss"] == pytest.approx(rows[0]["train/loss"], rel=1e-3)
+    assert rounded_rows[0]["train/loss"] != rows[0]["train/loss"]
+    means = [learning.targets["best_accuracy"].mean().item() for learning in (exact, rounded)]
+    assert means[0] > 25 and abs(means[0] - means[1]) <= 2
 
 
 @pytest.mark.parametrize(
