@@ -230,9 +230,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-size", "result", "width and height", type=IMAGE_SIZE, default=256, metavar="PIXELS")
     add("--cfg-scale", "reference", "classifier-free guidance; 1 is none", type=UP_TO_1000, default=6.0, metavar="S")
     add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
-    add("--top-k", "reference", "sample among the K likeliest codes; 1 is greedy (default: all codes)",
-        type=COUNT, metavar="K")
-    add("--top-p", "reference", "sample among the likeliest codes that together have the probability P",
+    add("--top-k", "reference", "sample among the K likeliest visual codes, which alone compete; 1 is greedy (default: "
+        "all)", type=COUNT, metavar="K")
+    add("--top-p", "reference", "sample among the likeliest visual codes that together have the probability P",
         type=PROBABILITY, default=1.0, metavar="P")
     add("--repetition-penalty", "reference", "penalty on codes that the picture already has, as in transformers "
         "(default: that of generation_config.json, else 1, none)", type=PENALTY, metavar="P")
@@ -2662,8 +2662,13 @@ RESULTS = [
 ]
 
 
-def cannot_write(file: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {file}: {error.strerror or line_of(error)}")
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn an OSError, which may not name the file, into a UserError that does."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or line_of(error)}") from None
 
 
 @contextlib.contextmanager
@@ -2674,11 +2679,10 @@ def written_whole(file: Path) -> Iterator[Path]:
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)  # another run that left the reference cache empty removed it
-        yield partial
-        os.replace(partial, file)
-    except OSError as error:
-        raise cannot_write(file, error) from None
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)  # another run that left the reference cache empty removed it
+            yield partial
+            os.replace(partial, file)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -2710,12 +2714,20 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 def refuse_foreign(folder: Path) -> None:
     """Raise UserError where a run would replace files of something else, for example of a model."""
     there = [name for name in RESULTS if (folder / name).exists()]
-    try:
-        is_run = "generator_fingerprint" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):  # missing or damaged, as a run's own may be
+    settings = read_settings(folder)
+    if settings is None:  # missing or damaged, as a run's own may be
         is_run = not {"config.json", STATE_FILE, "summary.json"}.isdisjoint(there)
+    else:
+        is_run = "generator_fingerprint" in settings
     if there and not is_run:
         raise UserError(f"{folder} is no run's folder, and its {there[0]} would be lost: choose another --save-dir")
+
+
+def read_settings(folder: Path) -> dict | None:
+    """Return what the folder's config.json holds; None where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return None
 
 
 def lock_folder(folder: Path) -> int:
@@ -2855,11 +2867,8 @@ def append_to_table(file: Path, rows: list[dict]) -> None:
     if not file.exists():
         write_table(file, rows)
         return
-    try:
-        with file.open("a", newline="", encoding="utf-8", errors="backslashreplace") as table:
-            csv.DictWriter(table, list(rows[0]), lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise cannot_write(file, error) from None
+    with writing(file), file.open("a", newline="", encoding="utf-8", errors="backslashreplace") as table:
+        csv.DictWriter(table, list(rows[0]), lineterminator="\n").writerows(rows)
 
 
 class HistoryFile:
@@ -2869,25 +2878,20 @@ class HistoryFile:
         """Open the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
         self.file, self.size = file, size
         self.rows = read_history(file, size) if size else []
-        try:
+        with writing(file):
             self.stream = file.open("ab" if size else "wb", buffering=0)
             if size:
                 self.stream.truncate(size)
-        except OSError as error:
-            raise cannot_write(file, error) from None
 
     def append(self, row: dict[str, float]) -> None:
         head = "" if self.size else ",".join(row) + "\n"
         line = ",".join("" if value is None else str(value) for value in row.values()) + "\n"
         content = (head + line).encode()
-        try:
+        with writing(self.file):
             written = self.stream.write(content)
             if written < len(content):
-                raise OSError("the disk is full")
-        except OSError as error:
-            with contextlib.suppress(OSError):
                 self.stream.truncate(self.size)  # no half a row
-            raise cannot_write(self.file, error) from None
+                raise OSError("the disk is full")
         self.size += written
         self.rows.append(row)
 
@@ -3044,10 +3048,9 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     """Raise UserError where the run to go on with has other settings."""
     if not (folder / STATE_FILE).exists() and not is_finished(folder):
         return
-    try:
-        stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew") from None
+    stored = read_settings(folder)
+    if stored is None:
+        raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew")
     compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the others were written
     changed = [
         f"{name} ({shortened(stored.get(name))}, now {shortened(value)})"

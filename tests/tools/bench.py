@@ -40,6 +40,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,6 +359,60 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
     of_gradient = ((ours.points.grad[0] - gradient).norm() / gradient.norm()).item()
     print(f"against the plain step, loss differs by {of_loss:.1e}, gradient by {of_gradient:.1e} (relative)")
     return {"loss_difference": of_loss, "gradient_difference": of_gradient}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that are a kernel's launch on a GPU: all but views and tensors without values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view and "empty" not in operation.name()
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_of(work: Callable) -> int:
+    work()  # what only the first call does
+    with Operations() as operations:
+        work()
+    return operations.count
+
+
+def bench_launches(args: argparse.Namespace) -> dict:
+    """Operations of a step and of a decoded token: what a GPU would be asked to launch. A CPU can count them."""
+    models, num_tokens = build_models(args), args.num_tokens or 256
+    codes = random_codes(models, num_tokens)
+    parameters = [torch.randn(1, models.hidden_size, device=args.device).requires_grad_() for _ in range(2)]
+    optimizer, options = torch.optim.AdamW(parameters, lr=0.01), script_arguments(args)
+    learning = vpt.Optimisation(models, codes, options)
+    take_step(learning)
+    predictions = learning.evaluate()
+
+    def usual() -> None:
+        reference_step(models.generator, parameters, optimizer, codes + models.visual_offset)
+
+    def rest_of_step() -> None:
+        vpt.numbers_of(predictions, learning.proto_tokens, learning.optimizer)
+        learning.keep_best(torch.tensor([True]), predictions)
+        learning.optimizer.step(vpt.losses_of_problems(predictions, learning.proto_tokens))
+
+    decodings = [
+        operations_of(lambda n=n: vpt.generate_visual_codes(models, ["a red apple"], n, options)) for n in (4, 12)
+    ]
+    counts = {
+        "the evaluation of a step": operations_of(learning.evaluate),
+        "its numbers, best embeddings and update": operations_of(rest_of_step),
+        "a step of the usual recipe": operations_of(usual),
+        "a decoded token": (decodings[1] - decodings[0]) / 8,
+    }
+    table(f"operations, shape {args.shape}, N = {num_tokens}", list(counts.items()), ("", "launches"), args.device)
+    return counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -728,6 +783,7 @@ MODES |= {
     "limit": bench_limit,
     "targets": bench_targets,
     "start": bench_start,
+    "launches": bench_launches,
 }
 
 if __name__ == "__main__":
