@@ -1,22 +1,21 @@
-"""Can a frozen autoregressive image generator emit a whole image in one forward pass from two learned embeddings?
+"""Test whether a frozen autoregressive image generator emits a whole image in one pass from two learned embeddings.
 
-The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer) frozen (see `freeze`),
+The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer), freezes it (`freeze`),
 generates a reference image from a prompt, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
-one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes what the two embeddings
-reconstruct and reports how close it comes.
+one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes the predicted tokens to an
+image and reports how close this reconstruction is to the reference.
 
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
-(arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which tells it step by step;
-the reference comes from `generate_visual_codes`, the loop is `learn_batch`, its loss `loss_and_gradient`.
+(arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which shows all steps in
+order. `generate_visual_codes` makes the reference, `learn_batch` is the training loop, `loss_and_gradient` its loss.
 
-Shapes in comments: B = targets (1 unless more are asked for), N = tokens, K = embeddings e_t of a
-target (1 likewise), D = hidden size, V = ids that compete, C = visual codes, P = positions in a chunk, F = targets
-that still learn, G = problems (1 where targets learn one m, else one each), L = numbers that a problem learns,
-M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are visual codes 0 .. C - 1 throughout; token ids,
-code + visual_offset, are only what the generator reads, what it finds likeliest, and what proto_tokens.safetensors
-holds.
+Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
+D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, F = targets
+that are still learning, G = problems (1 if all targets share m, else one per target), L = learned numbers per problem,
+M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are always visual codes, 0 .. C - 1. Token ids,
+code + visual_offset, occur only in the generator's input, in its likeliest ids, and in proto_tokens.safetensors.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ CACHE_FOLDER = "reference_cache"
 
 
 class UserError(Exception):
-    """Something the user can put right: `main` prints it as one line and exits with code 2."""
+    """Report an error that the user can fix: `main` prints it as one line and exits with code 2."""
 
 
 def exit_with_error(message: object) -> NoReturn:
@@ -80,12 +79,12 @@ def exit_with_error(message: object) -> NoReturn:
 
 
 def checked(parse: Callable, holds: Callable | None, what: str) -> Callable:
-    """Return an argparse type: what `parse` makes of the text, refused as "must be {what}" unless it `holds`."""
+    """Return an argparse type that applies `parse`; it reports "must be {what}" if `parse` or `holds` fails."""
 
     def convert(text: str):
         try:
             text.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        except UnicodeEncodeError:  # the command line has bytes that are not UTF-8
             raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {text!r}") from None
         with contextlib.suppress(ValueError, KeyError, OverflowError):
             value = parse(text)
@@ -97,7 +96,7 @@ def checked(parse: Callable, holds: Callable | None, what: str) -> Callable:
 
 
 def whole(text: str) -> int:
-    """Return a whole number, also one written as sweeps write it: 500.0, 1e3."""
+    """Parse a whole number; accept also the notations of sweep agents, such as 500.0 and 1e3."""
     with contextlib.suppress(ValueError):
         return int(text)
     number = float(text)
@@ -107,7 +106,7 @@ def whole(text: str) -> int:
 
 
 def listed(text: str) -> list[str]:
-    """Return the items of a list as sweeps write it, ['a', 'b'] or [0.9, 0.99]; of any other text, the text alone."""
+    """Parse a list as sweep agents write it, ['a', 'b'] or [0.9, 0.99]; return any other text as the only item."""
     with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         items = ast.literal_eval(text.strip()) if text.strip().startswith("[") else [text]
         if isinstance(items, list):
@@ -118,24 +117,24 @@ def listed(text: str) -> list[str]:
 def as_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # no such user, or no home
+    except RuntimeError:  # ~ names no user, or one without a home folder
         raise ValueError from None
 
 
 def as_proto_tokens(text: str) -> Path:
-    """Return the proto-tokens file of an earlier run, which may be named by its folder."""
+    """Return the path of an earlier run's proto-tokens file; `text` names the file or its folder."""
     path = as_path(text)
     return path / PROTO_TOKENS_FILE if os.path.isdir(path) else path
 
 
-# Not a number fails every comparison.
+# NaN fails every comparison, so these types reject it.
 COUNT = checked(whole, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
 COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 IMAGE_SIZE = checked(whole, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
 TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
-PENALTY = checked(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100; 1 is none")
+PENALTY = checked(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100; 1 means no penalty")
 UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
 PROBABILITY = checked(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 PERCENT = checked(float, lambda x: 0 <= x <= 100, "a number from 0 to 100")
@@ -155,11 +154,11 @@ PROMPTS = checked(
     lambda prompts: prompts and all(prompts),
     "a few words that describe the picture",
 )
-A_PATH = "a path, whose ~ has a home"
+A_PATH = "a path (a ~ must name a home folder)"
 FILE = checked(as_path, None, A_PATH)
 PROTO_TOKENS = checked(as_proto_tokens, None, A_PATH)
 FILES = checked(lambda text: [as_path(item) for item in listed(text)], bool, A_PATH)
-# A run's name is also that of a folder inside the save directory.
+# The run's folder inside the save directory has the same name as the run.
 RUN_NAME = checked(
     str.strip,
     lambda name: (
@@ -183,14 +182,14 @@ SWITCH = {
 }
 
 
-# One row an option, as a table reads best.
+# One row per option: a table is easiest to read.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; its `decides` says what each setting decides, by the word in the second column.
+    """Return the parser; its `decides` maps each setting to what it affects, the word in the second column.
 
-    "model": which models are used; "reference": the reference, and so all that follows; "result": what is learned from
-    it; "nothing": only how the run works and reports. From this follow the default name of a run, config.json, the key
-    of the reference cache, and what --resume compares.
+    "model": which models are used; "reference": the reference, and so everything after it; "result": what is learned
+    from the reference; "nothing": only how the run works and reports. These words determine a run's default name,
+    config.json, the key of the reference cache, and the settings that --resume compares.
     """
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -219,89 +218,89 @@ def build_parser() -> argparse.ArgumentParser:
         "it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
 
     group = parser.add_argument_group("reference image")
-    add("--prompt", "reference", f"what the picture shows; several are learned together (default: {DEFAULT_PROMPT})",
+    add("--prompt", "reference", f"what the picture shows; several: learned together (default: {DEFAULT_PROMPT})",
         type=PROMPTS, action="extend", metavar="TEXT", dest="prompts")
     add("--prompts-file", "nothing", "further prompts, one per line",
         type=FILES, action="extend", metavar="FILE", dest="prompts_files")
-    add("--shard", "result", "take every N-th prompt from the I-th on: one of N runs that share the work",
+    add("--shard", "result", "share the prompts among N runs: this one takes every N-th, beginning with the I-th",
         type=SHARD, metavar="I/N")
-    add("--image", "result", "take the middle square of a picture as the target; --prompt says what it shows (default: "
-        "its file's name)", type=FILES, action="extend", metavar="FILE", dest="images")
+    add("--image", "result", "use the middle square of a picture as the target; --prompt says what it shows (default: "
+        "the file's name)", type=FILES, action="extend", metavar="FILE", dest="images")
     add("--image-size", "result", "width and height", type=IMAGE_SIZE, default=256, metavar="PIXELS")
-    add("--cfg-scale", "reference", "classifier-free guidance; 1 is none", type=UP_TO_1000, default=6.0, metavar="S")
+    add("--cfg-scale", "reference", "classifier-free guidance; 1 means off", type=UP_TO_1000, default=6.0, metavar="S")
     add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
-    add("--top-k", "reference", "sample among the K likeliest visual codes, which alone compete; 1 is greedy (default: "
-        "all)", type=COUNT, metavar="K")
+    add("--top-k", "reference", "sample from the K likeliest visual codes only; 1 is greedy (default: "
+        "all visual codes)", type=COUNT, metavar="K")
     add("--top-p", "reference", "sample among the likeliest visual codes that together have the probability P",
         type=PROBABILITY, default=1.0, metavar="P")
-    add("--repetition-penalty", "reference", "penalty on codes that the picture already has, as in transformers "
-        "(default: that of generation_config.json, else 1, none)", type=PENALTY, metavar="P")
+    add("--repetition-penalty", "reference", "penalty on codes that the picture already has, as in transformers; "
+        "1 means no penalty (default: from generation_config.json, else 1)", type=PENALTY, metavar="P")
     add("--force-generate", "nothing", "generate the reference even if it is cached", **SWITCH)
     add("--seed", "reference", "seed of the reference and of the initial proto-tokens", type=COUNT_OR_0, default=42)
-    add("--control", "result", "a harder target: random codes, the reference's codes shuffled, or the reference for an "
-        "untrained generator", choices=("random", "shuffled", "untrained"))
+    add("--control", "result", "a harder target: random codes, the reference's codes in random order, or the reference "
+        "with an untrained generator", choices=("random", "shuffled", "untrained"))
 
     group = parser.add_argument_group("optimisation of the proto-tokens")
-    add("--num-steps", "result", "most steps of a target", type=COUNT, default=1000, metavar="STEPS")
-    add("--num-e-tokens", "result", "embeddings e_t of a target: [e_1 .. e_K, m, ..., m]",
+    add("--num-steps", "result", "maximum number of steps for a target", type=COUNT, default=1000, metavar="STEPS")
+    add("--num-e-tokens", "result", "number of embeddings e_t per target: [e_1 .. e_K, m, ..., m]",
         type=COUNT, default=1, metavar="K")
     add("--m", "result", "whether several targets share one m or learn one each",
         choices=("shared", "own"), default="shared")
-    add("--m-from", "result", "take m, frozen, from the folder or proto_tokens.safetensors of an earlier run",
+    add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
-    add("--optimizer", "result", "(default: adamw if an option of AdamW is given, else lbfgs)",
+    add("--optimizer", "result", "optimiser (default: adamw if an option of AdamW is given, else lbfgs)",
         choices=("lbfgs", "adamw"))
-    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of a step; AdamW: peak rate, a cosine "
-        "follows", type=POSITIVE, default=0.2, metavar="RATE")
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change per step; AdamW: peak rate, followed by "
+        "a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
     add("--warmup-steps", "result", "AdamW: warm-up steps, at most a tenth of all steps "
         f"(default: {ADAMW_OPTIONS['warmup_steps']})", type=COUNT_OR_0, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments "
         f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})", type=BETAS, metavar="B1,B2")
-    add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 is off "
+    add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping "
         f"(default: {ADAMW_OPTIONS['grad_clip']:g})", type=AT_LEAST_0, metavar="NORM")
     add("--initial-scale", "result", "standard deviation of the initial values",
         type=UP_TO_1000, default=0.25, metavar="STD")
-    add("--vocabulary", "result", "ids that compete: all of the model, text included, or only the visual codes",
+    add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
         choices=("full", "visual"), default="full")
-    add("--gradient-checkpointing", "nothing", "recompute the layers on the way back: less memory, more time; auto: "
-        "when memory runs out", choices=("auto", "on", "off"), default="auto")
-    add("--target-accuracy", "result", "stop at this token accuracy; 0 is never (default: 100; with --capacity 99)",
+    add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
+        "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
+    add("--target-accuracy", "result", "stop at this token accuracy; 0 means never (default: 100; with --capacity 99)",
         type=PERCENT, metavar="PERCENT")
-    add("--capacity", "result", "find how many tokens of the target, from its beginning, reach --target-accuracy in "
+    add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
         "--num-steps", **SWITCH)
-    add("--log-every", "result", "steps between rows of the history, times the number of batches",
+    add("--log-every", "result", "steps between two rows of the history (multiplied by the number of batches)",
         type=COUNT, default=1, metavar="STEPS")
-    add("--save-every", "nothing", "steps between two saved states; a stop signal saves one too",
+    add("--save-every", "nothing", "steps between two saved states; a stop signal also saves the state",
         type=COUNT, default=100, metavar="STEPS")
-    add("--resume", "nothing", "go on with the interrupted run of this name and these settings, if there is one",
+    add("--resume", "nothing", "continue the interrupted run with this name and these settings, if there is one",
         **SWITCH)
-    add("--from-proto-tokens", "result", "learn nothing: reconstruct the picture of an earlier run from its folder or "
-        "its proto_tokens.safetensors, with its models", type=PROTO_TOKENS, metavar="FILE")
+    add("--from-proto-tokens", "result", "learn nothing: reconstruct an earlier run's picture, with its models; give "
+        "its folder or proto_tokens.safetensors", type=PROTO_TOKENS, metavar="FILE")
 
     group = parser.add_argument_group("output")
-    add("--save-dir", "nothing", "results go to FOLDER/<run name>/, the cached references beside them",
+    add("--save-dir", "nothing", "save results in FOLDER/<run name>/ and cached references in FOLDER/reference_cache/",
         type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER")
 
     group = parser.add_argument_group("Weights & Biases")
-    add("--use-wandb", "nothing", "log to W&B; runs of a sweep agent always do", **SWITCH)
-    add("--wandb-project", "nothing", f"(default: WANDB_PROJECT of the environment, else {DEFAULT_PROJECT})",
+    add("--use-wandb", "nothing", "log to W&B; always on in runs of a sweep agent", **SWITCH)
+    add("--wandb-project", "nothing", f"W&B project (default: from WANDB_PROJECT if set, else {DEFAULT_PROJECT})",
         type=TEXT, metavar="NAME")
     add("--wandb-entity", "nothing", "user or team (default: W&B's own default)", type=TEXT, metavar="NAME")
-    add("--wandb-run-name", "nothing", "name of the run and its folder (default: from the settings, as in "
+    add("--wandb-run-name", "nothing", "name of the run and its folder (default: made from the settings, such as "
         "proto_256px_steps1000_lr02_seed42)", type=RUN_NAME, metavar="NAME")
-    add("--wandb-tags", "nothing", "(default: WANDB_TAGS of the environment, else proto-tokens)",
+    add("--wandb-tags", "nothing", "tags of the run (default: from WANDB_TAGS if set, else proto-tokens)",
         type=TAGS, metavar="TAG,TAG")
     add("--wandb-group", "nothing", "group of the run", type=TEXT, metavar="NAME")
-    add("--image-every", "nothing", "draw the reconstruction every so many steps: progress.gif, in W&B with a slider "
+    add("--image-every", "nothing", "draw the reconstruction every STEPS steps: progress.gif; in W&B with a slider "
         "(default: never)", type=COUNT, metavar="STEPS")
-    add("--wandb-mode", "nothing", "offline: sync later (default: WANDB_MODE of the environment, else online)",
+    add("--wandb-mode", "nothing", "offline: sync later (default: from WANDB_MODE if set, else online)",
         choices=("online", "offline", "disabled"))
     return parser
 # fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; a mistake ends the process with one line on stderr and exit code 2."""
+    """Parse the command line; on a mistake, print one line on stderr and exit with code 2."""
     parser = build_parser()
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
@@ -320,7 +319,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Set what was not given and follows from what was. Raises UserError."""
+    """Set the options that were not given and depend on other options. Raises UserError."""
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
     args.prompts_files = args.prompts_files or []
@@ -330,13 +329,13 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def is_nothing(word: str) -> bool:
-    """Return whether a sweep agent's word sets no option: its value is a null, or its name is the agent's own."""
+    """Return whether a word sets no option: its value is None, or it is the sweep agent's own --_wandb."""
     name, equals, value = word.partition("=")
     return name.startswith("--") and bool(equals) and (value == "None" or name == "--_wandb")
 
 
 def as_typed(word: str, options: set[str]) -> str:
-    """Return `--num_steps=50` as `--num-steps=50`; values and unknown names keep their underscores."""
+    """Change `--num_steps=50` to `--num-steps=50`; values and unknown names keep their underscores."""
     name, equals, value = word.partition("=")
     hyphened = name.replace("_", "-")
     return hyphened + equals + value if hyphened in options else word
@@ -344,11 +343,11 @@ def as_typed(word: str, options: set[str]) -> str:
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
     if args.demo and (args.model_path or args.vq_model_ckpt):
-        raise UserError("--demo names both models already: leave out --model-path and --vq-model-ckpt")
+        raise UserError("--demo already sets both models: leave out --model-path and --vq-model-ckpt")
     if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
         raise UserError("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
     if args.control == "random" and args.images:
-        raise UserError("--control random draws codes of its own: leave out --image")
+        raise UserError("--control random draws its own codes: leave out --image")
     if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
         raise UserError("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
@@ -356,11 +355,11 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 
 
 def choose_optimizer(args: argparse.Namespace) -> None:
-    """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError where these contradict."""
+    """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError if they contradict."""
     given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
     if given and args.optimizer not in (None, "adamw"):
         option = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{option} is an option of AdamW: leave it out, or --optimizer {args.optimizer}")
+        raise UserError(f"{option} is an option of AdamW: leave out either it or --optimizer {args.optimizer}")
     if args.optimizer is None:
         args.optimizer = "adamw" if given else "lbfgs"
     for name, default in ADAMW_OPTIONS.items():
@@ -369,7 +368,7 @@ def choose_optimizer(args: argparse.Namespace) -> None:
 
 
 def choose_targets(args: argparse.Namespace) -> None:
-    """Replace the prompts and pictures that were given by those of this run's shard."""
+    """Fill in all prompts, from the options, the prompts files or the pictures' names. Raises UserError."""
     args.images = args.images or []
     args.prompts = args.prompts or []
     for file in args.prompts_files:
@@ -380,23 +379,23 @@ def choose_targets(args: argparse.Namespace) -> None:
         args.prompts = [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
         raise UserError(
-            f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one each"
+            f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one prompt per image"
         )
 
 
 def take_shard(args: argparse.Namespace) -> None:
-    """Leave the run only every N-th prompt and picture, from the I-th on, as --shard or its launcher says."""
+    """Keep only this run's prompts and pictures: every N-th from the I-th on, by --shard or launcher rank."""
     rank, num_prompts = launched_rank(), len(args.prompts)
     if rank and (args.shard or num_prompts == 1):
         raise UserError(
-            f"the {rank[1]} processes of torchrun or srun share the prompts: give several, and no --shard, or start one"
+            f"the {rank[1]} processes of torchrun or srun share the prompts: give several without --shard, or start one"
         )
     args.shard = args.shard or rank
     if not args.shard:
         return
     index, count = args.shard
     if num_prompts > 1 and args.m == "shared" and not args.m_from:
-        raise UserError("--shard and launchers share targets that learn alone among runs: add --m own or --m-from")
+        raise UserError("--shard and launchers split the targets, which then cannot share m: add --m own or --m-from")
     if index > num_prompts and rank:
         print(f"there is no prompt left for rank {index} of {count}")
         raise SystemExit(0)
@@ -406,7 +405,7 @@ def take_shard(args: argparse.Namespace) -> None:
 
 
 def launched_rank() -> tuple[int, int] | None:
-    """Return this process's rank, from 1, and the number of ranks, where torchrun or srun started several."""
+    """Return this process's rank, from 1, and the number of ranks if torchrun or srun started several, else None."""
     for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         numbers = os.environ.get(rank, ""), os.environ.get(count, "")
         if all(number.isdigit() for number in numbers) and int(numbers[1]) > 1:
@@ -415,7 +414,7 @@ def launched_rank() -> tuple[int, int] | None:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Return the prompts of a text file, one per line; empty lines do not count."""
+    """Return the prompts of a text file, one per line, without empty lines. Raises UserError."""
     try:
         text = file.read_text(encoding="utf-8")
         if "\0" in text:
@@ -439,22 +438,22 @@ def choose_models(args: argparse.Namespace) -> None:
 
 
 def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
-    """Raise UserError where a file that the run needs is only a git-LFS pointer."""
+    """Raise UserError if a file that the run needs is only a git-LFS pointer."""
     files = [*args.prompts_files, *(args.images or [])]
     files += [file for file in (args.m_from, args.from_proto_tokens) if file]
     for folder in (args.model_path, args.vq_model_ckpt):
         for kind in ("*.json", "*.txt", "*.safetensors", "*.jit"):
             files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), kind))
     for file in files:
-        if not os.path.isfile(file):  # a pipe can be read but once
+        if not os.path.isfile(file):  # skip pipes: they can be read only once
             continue
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
-                raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` beside it")
+                raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
-    """Fill in the run's name, and W&B's own name, project, tags and mode where the environment does not give them."""
+    """Fill in the run's name and the W&B settings from the options, the environment and the defaults."""
     args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
     for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group", "wandb_mode"):
@@ -468,10 +467,10 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
 
 
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, decides: dict[str, str]) -> str:
-    """Return a name such as proto_256px_steps1000_lr02_seed42, then each other setting that is not at its default.
+    """Return a name such as proto_256px_steps1000_lr02_seed42, followed by each other setting not at its default.
 
-    Settings that decide nothing are left out. If the name shows only part of a text, it ends in a digest, so that
-    runs of different settings never share a folder.
+    Settings that decide "nothing" are left out. If the name shows only part of a text, it ends in a digest, so that
+    runs with different settings never share a folder.
     """
     rate = re.sub(r"^0\.", "0", in_a_name(args.learning_rate))
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
@@ -501,7 +500,7 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
 
 
 def in_a_name(value: object) -> str:
-    """Return a value for a run's name: several items as their number, a path as its last part."""
+    """Format a value for a run's name: a list of several items as their count, a path as its last part."""
     if isinstance(value, tuple):
         return "-".join(map(in_a_name, value))
     if isinstance(value, list):
@@ -514,19 +513,19 @@ def in_a_name(value: object) -> str:
 
 
 class LastingOutput(io.FileIO):
-    """A stream's file; what it does not take (the reader of a pipe is gone, the disk is full) is dropped."""
+    """Write to a stream's file; drop what cannot be written (the pipe's reader is gone, the disk is full)."""
 
     def write(self, content: bytes) -> int:
         with contextlib.suppress(OSError):
-            return super().write(content) or len(content)  # None: it would block
+            return super().write(content) or len(content)  # None means that the write would block
         return len(content)
 
 
 def keep_outputs_open() -> None:
-    """Escape characters that the terminal cannot show; ignore a closed pipe or a full disk behind an output."""
+    """Escape characters that the terminal cannot show; ignore a closed pipe or a full disk."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # neither a closed one nor a notebook's own
+        if isinstance(stream, io.TextIOWrapper):  # skip closed streams and those of a notebook
             buffer = io.BufferedWriter(LastingOutput(stream.fileno(), "w", closefd=False))
             lasting = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, lasting)
@@ -541,8 +540,8 @@ def in_sweep() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-# Everything that config.json holds, and what it decides: the options, as in build_parser, and what they come to. The
-# "environment" decides the reference, too, but an interrupted run may go on in another one.
+# Each entry of config.json and what it decides: the options (see `build_parser`) and values derived from them. The
+# "environment" also decides the reference, but an interrupted run may continue in another environment.
 DECIDES = build_parser().decides | {
     "prompt": "reference",
     "num_tokens": "reference",
@@ -558,7 +557,7 @@ DECIDES = build_parser().decides | {
     "factor": "result",
     "hidden_size": "result",
     "vq_fingerprint": "result",
-    "learned_with": "nothing",  # the settings of the run that learned what --from-proto-tokens reconstructs
+    "learned_with": "nothing",  # settings of the earlier run given by --from-proto-tokens
     "versions": "nothing",
 }
 
@@ -570,7 +569,7 @@ def deciding(settings: dict, *decided: str) -> dict:
 
 @contextlib.contextmanager
 def one_line_for_imports() -> Iterator[None]:
-    """Turn what a library refuses while it is imported, such as a variable of the environment, into one line."""
+    """Turn an error during an import, such as a bad environment variable, into a one-line message."""
     try:
         yield
     except Exception as error:
@@ -581,13 +580,13 @@ def one_line_for_imports() -> Iterator[None]:
         exit_with_error(f"`{here[-1]}` fails ({why}): mend what it names, or install requirements.txt")
 
 
-# Figures are drawn in memory only: a backend inherited by a shell inside a notebook may not even load.
+# Figures are drawn in memory only. A shell inside a notebook may inherit a backend that does not load.
 os.environ["MPLBACKEND"] = "agg"
 os.environ["PYTORCH_JIT"] = "1"  # the VQ tokenizer is TorchScript
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a few prompts need no threads, which may not be allowed
-# On Intel's processors, products would else depend on where their numbers lie in memory, and so on the process.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a few prompts need no threads; some systems forbid threads
+# Without this, products on Intel processors depend on memory addresses, so they differ between processes.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# CUDA's products, too, are the same each time only where their workspace is.
+# CUDA products are reproducible only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if __name__ == "__main__":
@@ -596,13 +595,13 @@ if __name__ == "__main__":
         os.getcwd()
     except OSError as gone:
         exit_with_error(f"the working folder cannot be used ({gone.strerror}): go to another one")
-    ARGUMENTS = parse_args()  # here, so that --help and a mistyped option answer before the heavy imports
+    ARGUMENTS = parse_args()  # before the slow imports, for a fast --help and fast option errors
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the loop Ctrl-C has nothing to save or to explain
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save outside the training loop
 
-# A matplotlibrc can ask for things that are not there; of each, the library speaks at import and with each letter.
+# A matplotlibrc can name missing things; matplotlib warns about each of them at import and for each letter drawn.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
 with one_line_for_imports():
     import matplotlib
     import matplotlib.style
@@ -644,7 +643,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNAL_NAMES if hasattr(s
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it passes every `except Exception`."""
+    """Stop the run at a signal; its state is saved. Like KeyboardInterrupt, it is not caught by `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -655,7 +654,7 @@ class Stopped(BaseException):
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
     """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored.
 
-    In a thread that is not the main one, signals stay what they are: Python allows no other.
+    Outside the main thread, do nothing: Python sets signal handlers only in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -672,27 +671,27 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Return the line of an error's message that says what happened; in TorchScript's it stands behind a traceback."""
+    """Return the line of an error's message that says what happened; TorchScript puts it after a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     named = [line for line in lines if re.match(r"\w+Error: ", line)] if "TorchScript" in str(error) else []
     return (named or lines)[0].rstrip(".")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognise it also in the words of TorchScript, cuBLAS and the host's allocator."""
+    """Return whether memory ran out; recognise also the messages of TorchScript, cuBLAS and the host's allocator."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
 def enough_memory_for(what: str) -> Iterator[None]:
-    """Turn running out of memory, on the device or the host, into a UserError that says during what."""
+    """Turn an out-of-memory error, of the device or the host, into a UserError that names the work, `what`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # frees what the work held: the state is still to be saved
+        traceback.clear_frames(error.__traceback__)  # frees the work's memory: the state must still be saved
         raise UserError(
             f"out of memory for {what}: try fewer targets, a smaller --image-size, --dtype bfloat16 or "
             "--gradient-checkpointing on"
@@ -701,12 +700,12 @@ def enough_memory_for(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_for(failure: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a foreign file makes its library raise, but for running out of memory, into a UserError."""
+    """Turn any error that a library raises on a bad file, except out of memory, into a UserError."""
     try:
         yield
     except (UserError, Stopped, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the tokenizers is no Exception
+    except BaseException as error:  # a panic in tokenizers is not an Exception
         if is_out_of_memory(error):
             raise
         raise UserError(f"{failure} ({line_of(error)}): {remedy}") from None
@@ -717,7 +716,7 @@ def slices(count: int, at_once: int) -> list[slice]:
 
 
 def in_parts_that_fit(work: Callable[[slice], object], count: int, at_once: int, what: str) -> list:
-    """Call `work` on slices of `count` things, `at_once` at a time, and half as many where memory runs out."""
+    """Call `work` on slices of `count` items, `at_once` per slice; halve the slice if memory runs out."""
     results, done = [], 0
     while done < count:
         part = slice(done, min(done + at_once, count))
@@ -734,7 +733,7 @@ def in_parts_that_fit(work: Callable[[slice], object], count: int, at_once: int,
 
 
 def time_on(device: torch.device) -> float:
-    """Wait until the device has finished its work; return the seconds on a clock."""
+    """Wait until the device has finished its work, then return the current time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -743,7 +742,7 @@ def time_on(device: torch.device) -> float:
 
 
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
-    """Return a bar that is lively on a terminal and adds a line every half-minute to a log file."""
+    """Return a progress bar that updates often on a terminal and every 30 seconds in a log file."""
     lively = sys.stderr.isatty()
     interval = 0.1 if lively else 30
     return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
@@ -758,28 +757,28 @@ CONFIGURATION_FILES = (
 )
 GENERATOR_FILES = (*CONFIGURATION_FILES, "model.safetensors.index.json", "model*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
-NOT_FOLLOWED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")  # of generate
+NOT_FOLLOWED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")  # options of generate
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen generator with its text tokenizer, the VQ tokenizer, and how their vocabularies fit together.
+    """Hold the frozen generator, its text tokenizer, the VQ tokenizer, and the mapping between their vocabularies.
 
     Visual code k (0 .. codebook_size - 1) is token id visual_offset + k of the generator, and row first_code + k of
-    `head`, the rows of the generator's head whose ids compete.
+    `head`. `head` holds the rows of the generator's head for the ids that compete.
     """
 
     generator: Qwen2ForCausalLM
     text_tokenizer: PreTrainedTokenizerBase
     vq_decoder: torch.jit.ScriptModule
-    vq_encoder: torch.jit.ScriptModule | None  # only where there are pictures to encode
-    vocabulary: str  # "full": every id competes; "visual": the codes alone
+    vq_encoder: torch.jit.ScriptModule | None  # loaded only if there are pictures to encode
+    vocabulary: str  # "full": all ids compete; "visual": only the visual codes
     visual_offset: int
     codebook_size: int
-    factor: int  # pixels a latent cell spans, in each direction
+    factor: int  # pixels per latent cell, in each direction
     precision: str  # of the generator: float32, tf32, bfloat16 or float16
-    repetition_penalty: float  # of decoding: the checkpoint's own unless another is asked for
+    repetition_penalty: float  # for decoding: --repetition-penalty, else the checkpoint's
     generator_fingerprint: str
     vq_fingerprint: str
 
@@ -793,12 +792,12 @@ class Models:
 
     @property
     def visual_head(self) -> Tensor:
-        """[C, D]"""
+        """Return the head's rows for the visual codes, [C, D]."""
         return self.generator.lm_head.weight[self.visual_offset : self.visual_offset + self.codebook_size]
 
     @property
     def head(self) -> Tensor:
-        """[V, D]"""
+        """Return the head's rows for the ids that compete, [V, D]."""
         return self.visual_head if self.vocabulary == "visual" else self.generator.lm_head.weight
 
     @property
@@ -809,7 +808,7 @@ class Models:
         return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
 
     def has(self, codes: Tensor) -> bool:
-        """Return whether all are visual codes."""
+        """Return whether all `codes` are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
 
 
@@ -819,11 +818,11 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 
 @enough_memory_for("the models")
 def load_models(args: argparse.Namespace) -> Models:
-    """Load all that stays frozen, first the parts that load fast and can be wrong. Raises UserError."""
+    """Load the frozen models, and check the parts that load fast before the generator. Raises UserError."""
     device = pick_device(args.device)
     precision = pick_precision(args.dtype, device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what torch says of precisions, and its graphs, are of the current one
+        torch.cuda.set_device(device)  # torch's precision checks and graphs use the current device
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     vocabulary_rows = config.vocab_size
@@ -837,7 +836,7 @@ def load_models(args: argparse.Namespace) -> Models:
     factor = downsampling_factor(vq_decoder, device)
     if vq_encoder:
         small = torch.zeros(1, 3, 2 * factor, 2 * factor)
-        encode_pixels(vq_encoder, small, factor)  # else what is wrong with it comes to light after the generator loaded
+        encode_pixels(vq_encoder, small, factor)  # finds a bad encoder before the generator loads
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     refuse_too_few_positions(config, text_tokenizer, args, factor)
     codebook_size = fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
@@ -872,7 +871,7 @@ def load_models(args: argparse.Namespace) -> Models:
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0  # of torchrun, of srun
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0  # torchrun, srun
         name = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -883,19 +882,19 @@ def pick_device(name: str | None) -> torch.device:
         probe.cpu()
     except (RuntimeError, AssertionError) as error:  # unknown or absent; not in this build
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
-    return probe.device  # with its number, which `cuda` alone lacks
+    return probe.device  # includes the device number, unlike `cuda`
 
 
 def device_name(device: torch.device) -> str:
-    """Return what computes; the same seed gives other references on another GPU."""
+    """Return the GPU's name or the device type; one seed gives different references on different GPUs."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Return the precision that --dtype means on this device. Raises UserError."""
+    """Return the precision that --dtype selects on this device. Raises UserError."""
     has_tf32 = device.type == "cuda" and torch.cuda.is_tf32_supported()
     if name == "tf32" and not has_tf32:
-        raise UserError(f"--dtype tf32 needs a CUDA GPU that has it, not {device_name(device)}: try --dtype float32")
+        raise UserError(f"--dtype tf32 needs a CUDA GPU with TF32, not {device_name(device)}: try --dtype float32")
     if name == "auto":
         return "tf32" if has_tf32 else "float32"
     return name
@@ -903,7 +902,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def tf32_if_asked(models: Models) -> Iterator[None]:
-    """Compute float32 products in TF32 where that is the generator's precision; the optimiser's need all their bits."""
+    """Compute products in TF32 inside the block if the generator uses it; the optimiser needs full float32."""
     before = torch.get_float32_matmul_precision()
     if models.precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -914,7 +913,7 @@ def tf32_if_asked(models: Models) -> Iterator[None]:
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
-    """Return the folder itself, or the local snapshot of a hub repository, downloaded where needed.
+    """Return the folder itself, or the local snapshot of a hub repository, downloaded if needed.
 
     Raises UserError.
     """
@@ -925,10 +924,10 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
                 raise UserError(f"{option}: {file} is a link to a file that is not there")
         return folder
     if os.path.exists(folder):
-        raise UserError(f"{option} {name} is a file: name the folder that holds it")
+        raise UserError(f"{option} {name} is a file: give the folder that contains it")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        no_id = f"this is no hub id such as {DEFAULT_MODEL}"
-        raise UserError(f"{option} {name}: there is no such folder, and {no_id}; name a local folder, or try --demo")
+        no_id = f"it is not a hub id such as {DEFAULT_MODEL}"
+        raise UserError(f"{option} {name}: there is no such folder, and {no_id}; give a local folder, or try --demo")
     print(f"{option}: fetching {', '.join(patterns)} of {name} from the Hugging Face hub, unless they are cached")
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
@@ -936,18 +935,18 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
     except RepositoryNotFoundError:
         why = "the Hugging Face hub has no such repository that you may read (a private one needs `hf auth login`)"
-    except Exception as error:  # of the hub client, its HTTP library or the disk: no common class
+    except Exception as error:  # from the hub client, HTTP library or disk: no common base class
         why = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(line_of(error), 160)}): check the "
         why += "network, and HF_TOKEN if it is set"
-    raise UserError(f"{option} {name}: there is no such folder, and {why}; name a local folder, or try --demo")
+    raise UserError(f"{option} {name}: there is no such folder, and {why}; give a local folder, or try --demo")
 
 
 def read_config(folder: Path) -> Qwen2Config:
-    """Read the checkpoint's configuration. Raises UserError where it is no plain Qwen2 model."""
+    """Read the checkpoint's configuration. Raises UserError if it is not a plain Qwen2 model."""
     file = folder / "config.json"
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind, _ = fields["model_type"], fields["vocab_size"]  # the library has defaults for both
+        kind, _ = fields["model_type"], fields["vocab_size"]  # both required: the library would use defaults
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): is --model-path a model's folder?") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -970,9 +969,9 @@ def read_config(folder: Path) -> Qwen2Config:
 
 
 def read_repetition_penalty(folder: Path) -> float:
-    """Read the repetition penalty that the checkpoint asks for, 1 where it asks for none. Raises UserError.
+    """Read the checkpoint's repetition penalty; return 1 if it sets none. Raises UserError.
 
-    As in SimpleAR, it stands in config.json where there is no generation_config.json.
+    As in SimpleAR, it is read from config.json if there is no generation_config.json.
     """
     file = folder / "generation_config.json"
     if not file.exists():
@@ -986,7 +985,7 @@ def read_repetition_penalty(folder: Path) -> float:
         why = line_of(error)
         raise UserError(f"{file} cannot be used ({why}): mend it, or give a --repetition-penalty") from None
     if penalty != 1:
-        print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 would be none")
+        print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 means no penalty")
     ignored = [name for name in NOT_FOLLOWED if fields.get(name) not in (None, 0, 1, [])]
     if ignored:
         print(f"note: {file.name} asks for {', '.join(ignored)}, which is not followed")
@@ -1008,7 +1007,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
     transformers.utils.logging.disable_progress_bar()
     remedy = "download them again, or take a SimpleAR checkpoint"
     with one_line_for(f"the weights in {folder} do not load as a Qwen2 model", remedy):
-        # By class: config.json may name SimpleAR's own class, which no library ships; its weights are plain Qwen2.
+        # Load by class: config.json may name SimpleAR's own class, which no library has; the weights are plain Qwen2.
         generator, report = Qwen2ForCausalLM.from_pretrained(
             folder,
             dtype="float32" if precision == "tf32" else precision,
@@ -1016,7 +1015,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
             attention_dropout=0.0,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # but for saying which they are, below
+            ignore_mismatched_sizes=True,  # so that the error below can name them
         )
         refuse_misfitting_weights(folder, report)
         if generator.config.tie_word_embeddings and generator.lm_head.weight is not generator.model.embed_tokens.weight:
@@ -1028,7 +1027,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raise UserError where the files have not the tensors that config.json promises, or layers that it does not."""
+    """Raise UserError if the files lack tensors of config.json, have them in another shape, or have too many layers."""
     wrong_shape = [
         f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
     ]
@@ -1040,8 +1039,8 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
         examples = "; ".join([*wrong_shape, *missing[:1], *more_layers[:1], *others[:1]][:2])
         raise UserError(
             f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing, "
-            f"{len(wrong_shape)} have another shape, {len(others)} are not known ({examples}): the download is "
-            "incomplete or of another model, or the config.json is"
+            f"{len(wrong_shape)} have another shape, {len(others)} are not known ({examples}): the weights or the "
+            "config.json are incomplete or belong to another model; download them again"
         )
     if others:
         print(f"note: {len(others)} tensors in {folder} are no part of a Qwen2 model and not used, such as {others[0]}")
@@ -1050,9 +1049,9 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
 def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """Do what transformers' "sdpa" does; in float32, repeat the keys and values [B, heads, N, d] that queries share.
+    """Compute attention like transformers' "sdpa"; in float32, repeat the shared keys and values [B, heads, N, d].
 
-    With enable_gqa, CUDA has only its slowest kernel for float32, which keeps all weights [B, heads, N, N].
+    With enable_gqa, CUDA has only its slowest kernel for float32, which stores all attention weights [B, heads, N, N].
     """
     if query.dtype == torch.float32 and query.shape[2] > 1:
         key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
@@ -1068,13 +1067,13 @@ transformers.AttentionMaskInterface.register("sdpa_without_gqa", sdpa_mask)
 
 
 def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """From here on no parameter of the generator learns: none has requires_grad."""
+    """Freeze the generator: from here on, no parameter learns, since none has requires_grad."""
     return generator.eval().requires_grad_(False)
 
 
 @enough_memory_for("the untrained model")
 def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
-    """Give the generator the random weights that it has before training, for the control."""
+    """Replace the generator's weights with random ones, as before training, for --control untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
@@ -1082,14 +1081,14 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Load a part of the VQ tokenizer, in its own precision: casts are traced in as constants. Raises UserError."""
+    """Load a part of the VQ tokenizer. Keep its precision, since its traced casts are constants. Raises UserError."""
     if not file.is_file():
         offline = "without a network, the hub's cache may lack it"
-        raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, as a Cosmos tokenizer does; {offline}")
+        raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, a part of a Cosmos tokenizer; {offline}")
     with (
         one_line_for(f"{file} is no TorchScript file, or a damaged one", "download it again"),
         warnings.catch_warnings(action="ignore", category=DeprecationWarning),
-        file.open("rb") as stream,  # torch cannot open every name
+        file.open("rb") as stream,  # torch cannot open every file name
     ):
         return torch.jit.load(stream, map_location=device).eval()
 
@@ -1114,7 +1113,7 @@ def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> N
 def refuse_too_few_positions(
     config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, factor: int
 ) -> None:
-    """Raise UserError where the model has too few positions for a prompt followed by the image's N tokens."""
+    """Raise UserError if the model has too few positions for the longest prompt and the N tokens of the image."""
     size, num_tokens = size_token(text_tokenizer, args.image_size), num_tokens_of(args.image_size, factor)
     texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
     lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
@@ -1123,12 +1122,12 @@ def refuse_too_few_positions(
         which = shortened([*args.prompts, "guidance's own"][lengths.index(longest)])
         raise UserError(
             f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
-            f"within the model's {config.max_position_embeddings}; shorten the prompt, or lower --image-size"
+            f"within the model's {config.max_position_embeddings} positions; shorten the prompt, or lower --image-size"
         )
 
 
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
-    """Return the product of the FSQ levels in a Cosmos decoder's state; None where it has none."""
+    """Return the codebook size, the product of the FSQ levels in a Cosmos decoder; None if it has no levels."""
     for name, buffer in vq_decoder.named_buffers():
         if name.endswith("quantizer._levels"):
             return int(buffer.prod())
@@ -1140,7 +1139,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Decode codes [B, N] of square images in raster order to pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
-    # Unoptimised: from a second call on, fused kernels could round the same codes to other pixels.
+    # Do not optimise: from the second call on, fused kernels could round the same codes to other pixels.
     with torch.jit.optimized_execution(False):
         # A few at a time: the decoder needs far more memory than its pictures.
         videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
@@ -1163,7 +1162,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Identify a model by its files' names and contents: a hub's snapshot and a copy of it are the same model."""
+    """Return a digest of a model's file names and contents, the same for a hub snapshot and a copy of it."""
     return digest_of(sorted({file for pattern in patterns for file in folder.glob(pattern)}))
 
 
@@ -1188,7 +1187,7 @@ NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
 )
-Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses twice as many; these need some 6 GB of memory
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses pictures above twice this, which need some 6 GB of memory
 
 
 @dataclass(frozen=True)
@@ -1196,23 +1195,23 @@ class Reference:
     """The targets: visual codes and prompts, and the pixels of the first few."""
 
     codes: Tensor  # [B, N]
-    autoregressive_seconds: float | None  # of decoding a single target alone; of several together it says nothing
+    autoregressive_seconds: float | None  # to decode a single target alone; None in all other cases
     pixels: Tensor  # [SHOWN_TARGETS or fewer, 3, H, W] in [0, 1]
     prompts: list[str]
 
 
 def conditional_prompt(prompt: str, size: str = "") -> str:
-    """Return the prompt in SimpleAR's template, with the `size_token` of a generator that knows one."""
+    """Return the prompt in SimpleAR's template, with the `size_token` if the generator has one."""
     return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{size}{START_OF_IMAGE}"
 
 
 def negative_prompt(size: str = "") -> str:
-    """Return SimpleAR's unconditional prompt, which guidance leads away from."""
+    """Return SimpleAR's unconditional prompt, from which guidance moves away."""
     return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size}{START_OF_IMAGE}"
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
-    """Return the token that tells a generator the size, `<|512px|>`; nothing where it knows none, as SimpleAR's."""
+    """Return the token for the image size, such as `<|512px|>`; empty if the tokenizer has none, like SimpleAR's."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
 
@@ -1228,7 +1227,7 @@ def make_reference(
 ) -> Reference:
     """Return a run's targets: from the earlier run, from the interrupted run, or new ones.
 
-    An interrupted run's targets are not made again: another device or torch could make other codes.
+    The targets of an interrupted run are not made again: another device or torch version could make other codes.
     """
     if args.from_proto_tokens:
         codes, seconds = earlier.codes, None
@@ -1244,10 +1243,10 @@ def make_reference(
 def new_targets(
     models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    """Make codes [B, N] as --image and --control ask; return them, and the seconds if the generator decoded them.
+    """Make the codes [B, N] that --image and --control ask for; return them and the seconds of decoding, or None.
 
-    A new kind of target is a branch here, an option with its checks in `refuse_contradictions` and `choose_targets`,
-    its file in `read_inputs`, and that file's fingerprint in DECIDES and `describe_run`.
+    To add a kind of target, add a branch here, an option with its checks in `refuse_contradictions` and
+    `choose_targets`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
@@ -1266,9 +1265,9 @@ def new_targets(
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float | None]:
-    """Take the codes of prompts from the cache, where it has them for these settings, and decode the others.
+    """Read the codes of prompts from the cache, if it has them for these settings, and decode the other prompts.
 
-    Return codes [B, N], and the seconds that decoding took, now or earlier, where a single prompt was decoded alone.
+    Return codes [B, N] and the seconds that decoding took, now or earlier; None unless one prompt was decoded alone.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1290,15 +1289,15 @@ def generate_or_reuse(models: Models, args: argparse.Namespace, cache: Reference
 def read_picture(file: Path, size: int) -> Tensor:
     """Read a picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
 
-    Scaled as in SimpleAR's data preparation: halved by box averages while twice too large, then bicubic.
-    Turned as its EXIF orientation says; transparent parts are white.
+    Turn it as its EXIF orientation says, and make transparent parts white. Scale it as SimpleAR's data preparation
+    does: halve it by box averages while it is at least twice too large, then resize it with a bicubic filter.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # warnings are of damaged EXIF
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # such as for damaged EXIF
             if image.mode.startswith(("I", "F")):  # Pillow would clip them
                 raise ValueError("its pixels have more than 8 bits a channel: convert it")
-            image.load()  # a damaged picture is an error here; below, damaged EXIF is none
-            with contextlib.suppress(Exception):  # whatever its bytes suggest; the picture turns before it is rewritten
+            image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
+            with contextlib.suppress(Exception):  # damaged EXIF; the picture turns before EXIF is rewritten
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -1319,14 +1318,14 @@ class Decoding:
     """The state of decoding B pictures: 2B sequences in one key/value cache, with `filled` positions in use."""
 
     cache: transformers.StaticCache  # of T + N positions
-    is_token: Tensor  # [2B, T + N], False where a shorter prompt is padded in front
+    is_token: Tensor  # [2B, T + N], False for the padding before a shorter prompt
     position_ids: Tensor  # [2B, T + N]
     cache_positions: Tensor  # [T + N]
     filled: int = 0
 
 
 def start_decoding(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Decoding]:
-    """Return prompt ids [2B, T], the B conditional prompts and as often the negative one, and an empty cache."""
+    """Return prompt ids [2B, T], of the B conditional prompts and then B negative ones, and an empty cache."""
     size = models.size_token(num_tokens)
     texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
     ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
@@ -1346,7 +1345,7 @@ def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
     """Feed the next ids [2B, n], a prompt or one token, to the generator; return its last hidden states [2B, D]."""
     newest = slice(decoding.filled, decoding.filled + ids.shape[1])
     behind = decoding.cache_positions[newest, None] - decoding.cache_positions  # [n, T + N]
-    seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # itself too: padding must see something
+    seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # each sees itself: padding must see something
     output = models.generator.model(
         input_ids=ids,
         position_ids=decoding.position_ids[:, newest].contiguous(),
@@ -1362,17 +1361,17 @@ def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
 def generate_visual_codes(
     models: Models, prompts: list[str], num_tokens: int, args: argparse.Namespace
 ) -> tuple[Tensor, float]:
-    """Sample visual codes [B, N] with classifier-free guidance, one after another; return them and the seconds it took.
+    """Sample visual codes [B, N] one after another with classifier-free guidance; return them and the seconds it took.
 
-    Only the visual rows of the head are computed: text ids can never be sampled. Raises UserError.
+    Compute only the visual rows of the head, so that text ids are never sampled. Raises UserError.
     """
-    # A stream for each target: its picture does not depend on the others'.
+    # One random generator per target, so that its picture does not depend on the other targets.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, decoding = start_decoding(models, prompts, num_tokens)
-    for shape in (ids, ids[:, -1:]):  # a GPU loads kernels, and chooses some, by shape: no clock is to pay for that
+    for shape in (ids, ids[:, -1:]):  # before timing, since a GPU loads and chooses kernels for each shape
         feed(models, decoding, shape)
     decoding.cache.reset()
     decoding.filled = 0
@@ -1385,7 +1384,7 @@ def generate_visual_codes(
             cond_logits = penalise(codes[:, :position], cond_logits)
         scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
         all_finite = all_finite & scores.isfinite().all()
-        if position in (0, num_tokens - 1) and not all_finite:  # not at each: the device would have to wait
+        if position in (0, num_tokens - 1) and not all_finite:  # not at each: each check makes the device wait
             raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         scores = torch.where(scores.isfinite(), scores, 0)
         codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
@@ -1394,13 +1393,13 @@ def generate_visual_codes(
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
-    """Apply classifier-free guidance to log-probabilities, as SimpleAR: uncond + cfg_scale * (cond - uncond)."""
+    """Apply classifier-free guidance to log-probabilities, as SimpleAR does: uncond + cfg_scale * (cond - uncond)."""
     cond, uncond = cond_logits.log_softmax(-1), uncond_logits.log_softmax(-1)
     return uncond + cfg_scale * (cond - uncond)
 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
-    """Draw one index per row of scores [B, C], each by its own generator; scores equal to the k-th stay in."""
+    """Sample one index per row of scores [B, C], each with its own generator; keep scores that tie with the k-th."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -1409,7 +1408,7 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     probability = scores.softmax(-1)
     # Same as torch.multinomial, without its host synchronisation.
     noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
-    # On MPS it can be 0, and 0 / 0 would be the largest: pytorch/pytorch#192577.
+    # On MPS the noise can be 0, and argmax would take 0 / 0 as the largest: pytorch/pytorch#192577.
     return (probability / torch.stack(noise).clamp(min=torch.finfo(torch.float32).tiny)).argmax(-1)
 
 
@@ -1417,16 +1416,16 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-LOGITS_AT_ONCE = 2**25  # that exist at a time; in float32, a few copies of 128 MB
+LOGITS_AT_ONCE = 2**25  # in memory at a time; in float32, a few copies of 128 MiB
 
 
 @dataclass
 class ProtoTokens:
-    """The learned embeddings of B targets, float32 whatever the generator's precision.
+    """The learned embeddings of B targets, in float32 for any precision of the generator.
 
-    All numbers that learn are in one leaf tensor, `points` [G, L], with a row for each problem. Targets that learn one
-    m are one problem (G = 1), all others are one each (G = B). A row holds e_t of its targets, then m unless that was
-    given.
+    All numbers that learn are in one leaf tensor, `points` [G, L], with one row per problem. If the targets learn one
+    m together, they form one problem (G = 1); otherwise each target is a problem (G = B). A row holds the e_t of its
+    targets, then m unless m was given.
     """
 
     points: Tensor
@@ -1436,7 +1435,7 @@ class ProtoTokens:
 
     @property
     def e_t(self) -> Tensor:
-        """[B, K, D]"""
+        """Return e_t of all targets, [B, K, D]."""
         vectors = self.points.unflatten(1, (-1, self.hidden_size))  # [G, L / D, D]
         if self.given_m is None:
             vectors = vectors[:, :-1]
@@ -1444,7 +1443,7 @@ class ProtoTokens:
 
     @property
     def m(self) -> Tensor:
-        """[1, D] where the targets share it, else [B, D]"""
+        """Return m, [1, D] if the targets share it, else [B, D]."""
         return self.points[:, -self.hidden_size :] if self.given_m is None else self.given_m
 
     def inputs(self, num_tokens: int, part: slice = slice(None)) -> Tensor:
@@ -1455,7 +1454,7 @@ class ProtoTokens:
         return torch.cat((e_t, filler), dim=1)
 
     def select(self, kept: Tensor) -> ProtoTokens:
-        """Return the proto-tokens of the problems in `kept` alone, with a leaf of their own."""
+        """Return the proto-tokens of only the problems in `kept`, with a new leaf tensor."""
         return replace(self, points=self.points.detach()[kept].requires_grad_())
 
     def learned_numbers(self, num_tokens: int) -> int:
@@ -1464,7 +1463,7 @@ class ProtoTokens:
 
 
 def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoTokens:
-    """Return the proto-tokens that have these e_t [B, K, D] and m, [1, D] or [B, D]."""
+    """Return proto-tokens with the given e_t [B, K, D] and m, [1, D] or [B, D]."""
     if not m_learns:
         points = e_t.flatten(1)
     elif len(m) < len(e_t):
@@ -1477,9 +1476,9 @@ def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoToken
 def initial_proto_tokens(
     models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> ProtoTokens:
-    """Draw the initial values from a generator seeded on the CPU: the same for every target, on any device.
+    """Draw the initial values with a seeded CPU generator: the same for every target and on any device.
 
-    `given_m` [1, D], where there is one, is used as it is.
+    If there is a `given_m` [1, D], use it unchanged as m.
     """
     rng = torch.Generator().manual_seed(args.seed)
     m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
@@ -1502,12 +1501,12 @@ def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: s
 
 
 class Predictions(NamedTuple):
-    """What the logits of each position say of its target; each [B, N], or [P] of some positions."""
+    """The predictions at each position, compared with its target; each [B, N], or [P] for some positions."""
 
     losses: Tensor  # cross-entropy, in nats
-    rank: Tensor  # 0 where the target is the argmax; else the number of likelier ids, 1 if it is only tied
+    rank: Tensor  # 0 if the target is the argmax; else the number of likelier ids, or 1 if it only ties
     ids: Tensor  # the argmax, as a token id
-    drawable_codes: Tensor  # the likeliest visual code, which is the argmax unless that is a text id
+    drawable_codes: Tensor  # the likeliest visual code: the argmax, unless the argmax is a text id
 
     @property
     def num_correct(self) -> Tensor:
@@ -1519,7 +1518,7 @@ class Predictions(NamedTuple):
 
 
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
-    """Return what hidden_states [P, D] predict, against the targets `codes` [P]."""
+    """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
     targets = codes + models.first_code  # as rows of the head, like the argmax
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -1533,7 +1532,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
 
 
 def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
-    """Return slices of positions that have LOGITS_AT_ONCE logits at most: [B, N, V] of them never exist."""
+    """Return slices of positions with about LOGITS_AT_ONCE logits each, since all logits [B, N, V] may not fit."""
     num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
     return slices(
         num_positions, math.ceil(num_positions / num_chunks)
@@ -1541,20 +1540,20 @@ def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
-    """Return what hidden_states [B, N, D] predict, against the targets codes [B, N]."""
+    """Compare the predictions of hidden_states [B, N, D] with the targets codes [B, N]."""
     all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
     chunks = chunks_of_positions(models, len(all_codes))
     return joined([predict_positions(models, all_states[chunk], all_codes[chunk]) for chunk in chunks], codes.shape)
 
 
 def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
-    """Return the predictions of all parts of the positions, each [B, N]."""
+    """Join the predictions of all parts of the positions; each field becomes [B, N]."""
     return Predictions(*(torch.cat(values).view(shape) for values in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Return what one pass predicts for the targets codes [B, N], in parts as large as when learning, if they fit."""
+    """Predict the targets codes [B, N] in one pass; its parts are as large as in learning, if they fit into memory."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1564,17 +1563,17 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
 
 
 def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """Run one pass for the targets codes [B, N] and its backward pass: leave the loss's gradient in `points.grad`.
+    """Run a forward and a backward pass for the targets codes [B, N]; leave the loss gradient in `points.grad`.
 
-    loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete: cross-entropy,
-    averaged over positions and summed over targets. So a target with its own m learns as it would alone.
+    loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete. This is
+    cross-entropy, averaged over positions and summed over targets: targets with their own m learn independently.
     """
     proto_tokens.points.grad = None
     parts = []
     for part in slices(len(codes), targets_per_pass):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
-        # Back through the head by chunks of positions, so that only one chunk's logits exist; then once through the
-        # layers.
+        # Backpropagate through the head in chunks of positions, so that only the logits of one chunk exist; then
+        # once through the layers.
         at_head = hidden_states.detach().requires_grad_()
         all_states, all_codes = at_head.flatten(0, 1), codes[part].flatten()
         for chunk in chunks_of_positions(models, len(all_codes)):
@@ -1582,18 +1581,18 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
             predictions.losses.sum().backward()
             parts.append(predictions._replace(losses=predictions.losses.detach()))
         hidden_states.backward(at_head.grad)
-    proto_tokens.points.grad /= codes.shape[1]  # here, in float32: small gradients vanish in half precision
+    proto_tokens.points.grad /= codes.shape[1]  # only here, in float32: small gradients vanish in half precision
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: each moves its points [G, L] by `step`, from their gradient and the losses [G]. A new one is a class
+# ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [G]. To add one, write a class
 # ---- with the methods `step`, `drop_others` (also before the first step), `state_dict` and `load_state_dict` and the
-# ---- tensors `change` and `can_go_back` [G]; a branch of `make_optimizer`; a choice of --optimizer, with its help; a
-# ---- look at `choose_optimizer`.
+# ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
+# ---- --optimizer. Check `choose_optimizer`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
-    """Return the rate of a step, counted from 1: linear warm-up, then a cosine from `peak` down to FINAL_RATE."""
+    """Return the learning rate of a step (from 1): linear warm-up, then a cosine from `peak` down to FINAL_RATE."""
     warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
@@ -1603,9 +1602,9 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """torch's AdamW without weight decay. It updates each number by itself, so G problems learn as they would alone.
+    """torch's AdamW without weight decay. It updates each number separately, so the G problems are independent.
 
-    The rate follows `rate_at`, and with --grad-clip above 0 each problem's gradient is clipped first.
+    The rate follows `rate_at`. If --grad-clip is above 0, the gradient of each problem is clipped first.
     """
 
     def __init__(self, points: Tensor, args: argparse.Namespace):
@@ -1613,7 +1612,7 @@ class AdamW:
         self.adamw = torch.optim.AdamW([points], betas=args.betas, weight_decay=0.0)
         self.steps_done = 0
         self.change = points.new_zeros(len(points))  # [G], root-mean-square change of the numbers in the last step
-        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # to a finite loss: never
+        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # AdamW never returns to a finite loss
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
@@ -1628,9 +1627,9 @@ class AdamW:
         self.change = (self.points - before).square().mean(1).sqrt()
 
     def drop_others(self, kept: Tensor, points: Tensor) -> None:
-        """Go on with the problems in `kept` alone; `points` is their new leaf."""
+        """Keep only the problems in `kept`; `points` is their new leaf tensor."""
         moments = self.adamw.state.pop(self.points, {})  # none before the first step
-        moments = {name: value[kept] if value.dim() else value for name, value in moments.items()}  # `step` has no rows
+        moments = {name: value[kept] if value.dim() else value for name, value in moments.items()}  # `step` is a scalar
         self.adamw.param_groups[0]["params"] = [points]
         self.adamw.state[points] = moments
         self.points, self.change, self.can_go_back = points, self.change[kept], self.can_go_back[kept]
@@ -1644,13 +1643,13 @@ class AdamW:
 
 
 class LBFGS:
-    """Limited-memory BFGS for G problems of L numbers, each as it would go alone. A step evaluates the loss once.
+    """Limited-memory BFGS for G independent problems of L numbers each. A step evaluates the loss once.
 
-    From x, the last point accepted, it goes alpha times along the direction -H g, at most `rate` far (root mean square
-    over the numbers). H comes from the newest pairs of a step s and its change of the gradient, y. If the loss falls
-    too little (Armijo's condition, but for the loss's rounding) or is not finite, the next step tries a smaller alpha;
-    after TRIES failures the pairs are forgotten. Each embedding has a scale of its own, since m stands at nearly all
-    positions and an e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    From the last accepted point x, it moves by -alpha H g, at most `rate` far (root mean square over the numbers). H is
+    built from the newest pairs: a step s and the change y of the gradient. If the loss falls too little (Armijo's
+    condition, with a tolerance for rounding) or is not finite, the next step tries a smaller alpha; after TRIES
+    failures, all pairs are discarded. Each embedding has its own scale, since m is the input at nearly all positions
+    and each e_t at only one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
     PAIRS = 60
@@ -1660,22 +1659,22 @@ class LBFGS:
     SCALES_APART = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
-        """`rounding`: the relative error of a loss in the generator's precision."""
+        """Start at `points`; `rounding` is the relative error of a loss in the generator's precision."""
         self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
-        self.evaluated = False  # at x
+        self.evaluated = False  # whether loss and gradient at x are known
         self.x = points.detach().clone()  # [G, L], the last point accepted
-        self.loss = points.new_zeros(len(points))  # [G], there
+        self.loss = points.new_zeros(len(points))  # [G], the loss at x
         self.gradient = torch.zeros_like(self.x)
         self.direction = torch.zeros_like(self.x)
-        self.alpha = torch.zeros_like(self.loss)  # how much of the direction is being tried
-        self.failures = torch.zeros_like(self.loss)  # along the direction
+        self.alpha = torch.zeros_like(self.loss)  # the trial moves by alpha times the direction
+        self.failures = torch.zeros_like(self.loss)  # number of failed trials along the direction
         self.not_finite = torch.zeros_like(
             self.loss, dtype=torch.bool
-        )  # whether a failure had a loss or gradient that was not
+        )  # whether a failed trial had a loss or gradient that was not finite
         self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; a place without a pair is 0
         self.y = torch.zeros_like(self.s)
         self.change = torch.zeros_like(self.loss)  # [G], root-mean-square change of the numbers in the last step
-        self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # to a finite loss, by the next step
+        self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # the next step can return to a finite loss
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
@@ -1691,7 +1690,7 @@ class LBFGS:
         self.change = (self.points - tried).square().mean(1).sqrt()
 
     def judge(self, tried: Tensor, gradient: Tensor, losses: Tensor) -> None:
-        """Accept the points tried, [G, L], or choose a smaller alpha, or a new direction from x without pairs."""
+        """Accept the tried points [G, L]; else choose a smaller alpha, or discard the pairs and restart from x."""
         finite = losses.isfinite() & gradient.isfinite().all(1)
         slope = (self.gradient * self.direction).sum(1)
         enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
@@ -1701,9 +1700,9 @@ class LBFGS:
         self.failures = torch.where(accepted, 0, self.failures + 1)
         given_up = (self.failures >= self.TRIES) | vanished
         self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
-        # It cannot go back if even steepest descent (no pairs) met a value that is not finite and was given up.
+        # It cannot go back if even steepest descent (no pairs) was given up after a value that is not finite.
         self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
-        # The minimum of the parabola through loss and slope at x and the loss tried.
+        # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
         smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
 
@@ -1719,7 +1718,7 @@ class LBFGS:
         self.not_finite = self.not_finite & ~given_up
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
-        """Take the pair in where its point was accepted and the loss curves upwards; forget all where given up."""
+        """Store the pair if its point was accepted and the loss curves upwards; discard all pairs if given up."""
         new = accepted & ((s * y).sum(1) > self.LEAST_CURVATURE * s.norm(dim=1) * y.norm(dim=1))
         self.s = torch.where(new[:, None, None], torch.cat((self.s[:, 1:], s[:, None]), dim=1), self.s)
         self.y = torch.where(new[:, None, None], torch.cat((self.y[:, 1:], y[:, None]), dim=1), self.y)
@@ -1730,14 +1729,14 @@ class LBFGS:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
-        # Without pairs it is 0, and rounding can spoil it: then take steepest descent, half as far as is allowed.
+        # Without pairs the direction is 0, and rounding can spoil it: then use steepest descent, half the allowed way.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
     def drop_others(self, kept: Tensor, points: Tensor) -> None:
-        """Go on with the problems in `kept` alone; `points` is their new leaf."""
+        """Keep only the problems in `kept`; `points` is their new leaf tensor."""
         self.points = points
         state = self.state_dict().items()
         self.load_state_dict({name: value[kept] if isinstance(value, Tensor) else value for name, value in state})
@@ -1758,10 +1757,10 @@ class LBFGS:
 
 
 def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
-    """Return the scale of each number in the first guess of H, [G, L], from the newest pair s and y [G, L].
+    """Return the scale of each number in the initial H, [G, L], from the newest pair s and y [G, L].
 
-    It is s'y / y'y of its embedding where that is positive, else of all numbers; at most a factor `apart` from that of
-    all.
+    The scale is s'y / y'y over the numbers of its embedding if that is positive, else over all numbers. It differs from
+    the value over all numbers by at most a factor `apart`.
     """
     of_all = (s * y).sum(1)[:, None] / y.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
     own_s, own_y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
@@ -1771,16 +1770,16 @@ def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float
 
 
 def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor) -> Tensor:
-    """Return the BFGS matrix of pairs s and y [G, M, L], zero where there is none, times gradient [G, L].
+    """Multiply gradient [G, L] by the inverse BFGS matrix H of pairs s and y [G, M, L]; missing pairs are zero.
 
-    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with S and Y of the
-    pairs as columns, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
+    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with the pairs as
+    columns of S and Y, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
     H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'.
     """
     scaled = scales[:, None] * y  # [G, M, L]
     s_y, y_y = s @ y.mT, y @ scaled.mT  # [G, M, M]
     curvature = s_y.diagonal(dim1=1, dim2=2)  # [G, M]
-    # A place without a pair gets 1 on the diagonal, and so takes no part.
+    # A place without a pair gets 1 on the diagonal: R stays invertible, and the place contributes 0.
     triangle = s_y.triu() + torch.diag_embed((curvature == 0).to(s.dtype))
     column = gradient[:, :, None]  # [G, L, 1]
     along_s = torch.linalg.solve_triangular(triangle, s @ column, upper=True)  # [G, M, 1]
@@ -1797,15 +1796,15 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
     return AdamW(points, args)
 
 
-# ---- what targets come to
+# ---- results of the targets
 
 
 class Targets:
-    """What each of B targets has come to: a table of columns [B], on the host.
+    """The results of B targets so far: a table of columns [B], on the host.
 
-    The best are those with the highest accuracy, and among equals the lowest loss: for all targets together where they
-    learn one m, else for each on its own. A target `reached` the accuracy asked for; it has `ended` when it learns no
-    more, for that or another reason.
+    The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that learn one m have
+    one best step together; otherwise each target has its own. `reached`: the target got to the target accuracy;
+    `ended`: it stopped learning, for this or another reason.
     """
 
     def __init__(self, count: int, together: bool, args: argparse.Namespace):
@@ -1814,7 +1813,7 @@ class Targets:
         zeros = torch.zeros(count, dtype=torch.float64)
         self.table = {
             "steps": torch.zeros(count, dtype=torch.long),
-            "loss": zeros.clone(),  # nats, at the last step that was finite, as are the next three
+            "loss": zeros.clone(),  # nats, at the last finite step, like the next three
             "num_correct": zeros.clone(),
             "accuracy": zeros.clone(),  # percent
             "top5_accuracy": zeros.clone(),
@@ -1838,21 +1837,21 @@ class Targets:
 
     @property
     def diverged(self) -> Tensor:
-        """Which ended because their loss or gradient was not finite and no way led back."""
+        """Return which targets ended because the loss or gradient was not finite and they could not go back."""
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
     def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
-        """Take in the numbers [F] of a step of the targets `rows`; return whose embeddings are the best yet, [F]."""
+        """Record a step's numbers [F] for the targets `rows`; return which targets have their best step yet, [F]."""
         accuracy, loss = numbers["accuracy"], numbers["loss"]
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
         met = finite & (accuracy >= self.goal)
-        if self.together:  # the best by their mean; the goal is met when each meets it
+        if self.together:  # the best by the mean; the goal is met when all targets meet it
             finite, met = finite.all().expand(len(rows)), met.all().expand(len(rows))
             accuracy, loss = accuracy.mean(), loss.mean()
             best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
         improved = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
-        # What meets the goal is the best, even if the joint mean of the targets was higher before.
+        # A step that meets the goal is the best, even if the joint mean of the targets was higher before.
         better = finite & (met | improved)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
@@ -1869,7 +1868,7 @@ class Targets:
         self[name][rows] = torch.where(where, values, self[name][rows])
 
     def means(self) -> dict[str, float]:
-        """Return means over the targets that have begun; the best accuracy is over all, so that it never falls."""
+        """Return means over begun targets, a sum for correct tokens; best accuracy is over all, so it never falls."""
         begun = self.begun
         return {
             "train/loss": self["loss"][begun].mean().item(),
@@ -1880,9 +1879,9 @@ class Targets:
         }
 
     def columns_of_each(self) -> dict[str, float | None]:
-        """Return each target's own numbers by their W&B names, None before it has begun.
+        """Return the numbers of each target by their W&B names; None before the target has begun.
 
-        Of more than SHOWN_TARGETS, return how many have ended and percentiles of their best accuracies instead.
+        For more than SHOWN_TARGETS, return instead how many ended, how many learn, and percentiles of the best.
         """
         begun = self.begun
         if len(begun) > SHOWN_TARGETS:
@@ -1904,14 +1903,14 @@ class Targets:
 
 
 def mean_of_finite(values: Tensor) -> float | None:
-    """Return the mean of those numbers that are finite; None where none is."""
+    """Return the mean of the finite numbers, or None if there are none."""
     finite = [value for value in values.tolist() if math.isfinite(value)]
     return statistics.fmean(finite) if finite else None
 
 
 @torch.no_grad()
 def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """Return a step's numbers of the targets that learn, [F] each: the only copy from the device in a step."""
+    """Copy a step's numbers of the learning targets, [F] each, to the host: the only such copy in a step."""
     num_targets, num_tokens = predictions.losses.shape
     columns = {
         "loss": predictions.losses.mean(1),
@@ -1922,7 +1921,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
         "m_norm": proto_tokens.m.norm(dim=-1),
         "change": optimizer.change,
         "can_go_back": optimizer.can_go_back,
-    }  # [F], or [1] of all
+    }  # [F], or [1] for all
     values = torch.stack([column.float().expand(num_targets) for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
@@ -1934,11 +1933,11 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
 
 
 class Optimisation:
-    """The optimisation of codes [B, N]: what all targets have come to, and the batch of them that learns at present.
+    """The optimisation of codes [B, N]: the results of all targets, and the batch that learns at present.
 
-    Targets that learn one m are one batch, and end together. With a given m or their own, each learns as it would
-    alone, a batch after another. One that has ended drops out of its batch: what is kept of it are its last numbers and
-    its best embeddings.
+    Targets that learn one m form one batch and end together. Targets with a given m, or each with its own, learn
+    independently, one batch after another. A target that has ended leaves its batch; its last numbers and its best
+    embeddings are kept.
     """
 
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
@@ -1960,7 +1959,7 @@ class Optimisation:
         self.begin_batch(0)
 
     def begin_batch(self, first: int) -> None:
-        """Start the batch of targets whose first is `first`."""
+        """Start the batch that begins with target `first`."""
         self.first, self.batch_step = first, 0
         self.active = list(self.batch)  # the targets that learn
         self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
@@ -1968,7 +1967,7 @@ class Optimisation:
         self.active_codes = self.codes[self.active]
 
     def drop_ended(self) -> None:
-        """Go on without the targets that have ended."""
+        """Remove the targets that have ended from those that learn."""
         ended = self.targets["ended"][self.active].tolist()
         kept = [place for place, has_ended in enumerate(ended) if not has_ended]
         if len(kept) == len(self.active):
@@ -1993,9 +1992,9 @@ class Optimisation:
         return math.ceil(len(self.codes) / self.batch_size)
 
     def evaluate(self) -> Predictions:
-        """Compute loss and gradient of the targets that learn, in a way that needs less memory where it runs out.
+        """Compute loss and gradient of the targets that learn; if memory runs out, retry in a way that needs less.
 
-        First the layers are recomputed, unless the user said otherwise, then half as many targets go into a pass.
+        First recompute the layers, unless the user said otherwise; then halve the number of targets in a pass.
         """
         while True:
             try:
@@ -2006,7 +2005,7 @@ class Optimisation:
                     raise
 
     def need_less_memory(self) -> bool:
-        """Choose the next way to take a step that needs less memory, and say so; False where there is none."""
+        """Choose the next way to use less memory in a step, and print it; return False if no way is left."""
         at_once = min(self.targets_per_pass, len(self.active))
         if not self.recomputes and self.args.gradient_checkpointing == "auto":
             self.recomputes = True
@@ -2020,21 +2019,21 @@ class Optimisation:
 
     @torch.no_grad()
     def keep_best(self, better: Tensor, predictions: Predictions) -> None:
-        """Keep the active targets' embeddings, and what they predict, where they are the best yet, [F]."""
-        places = better.nonzero().flatten().tolist()  # on the host: nothing waits
+        """Keep the embeddings and predictions of the active targets for which `better` [F] is true."""
+        places = better.nonzero().flatten().tolist()  # `better` is on the host, so this waits for no device
         if not places:
             return
         targets = torch.tensor([self.active[place] for place in places], device=self.models.device)
         places = torch.tensor(places, device=self.models.device)
         for best, present in zip(self.predictions, predictions, strict=True):
             best[targets] = present[places]
-        if self.together:  # one problem, whose targets are all better
+        if self.together:  # one problem, so `better` is true for all targets
             self.best.points.copy_(self.proto_tokens.points)
         else:
             self.best.points[targets] = self.proto_tokens.points[places]
 
     def summary(self) -> dict:
-        """Return what belongs to the last step, and to the whole."""
+        """Return the final accuracies and loss, the best step, and the steps and seconds of all batches."""
         last = self.targets.means()
         return {
             "final_accuracy": last["train/accuracy"],
@@ -2046,19 +2045,19 @@ class Optimisation:
         }
 
     def results(self) -> dict[str, Tensor]:
-        """Return all targets' results: `best` per problem, the rest per target."""
+        """Return the results of all targets: `best` has a row per problem, the rest have a row per target."""
         return {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
 
     def results_of_batch(self) -> dict[str, Tensor]:
         batch = slice(self.first, self.batch.stop)
-        return {name: column[batch].clone() for name, column in self.results().items()}  # torch would save all rows
+        return {name: column[batch].clone() for name, column in self.results().items()}  # a view would save all rows
 
     def put_results_of_batch(self, first: int, results: dict[str, Tensor]) -> None:
         for name, column in self.results().items():
             column[first : first + len(results[name])] = results[name].to(column.device)
 
     def state_dict(self) -> dict:
-        """Return all that the next step of this batch depends on, and the batch's results."""
+        """Return everything that the next step of this batch needs, and the results of the batch."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -2071,7 +2070,7 @@ class Optimisation:
         }
 
     def load_state_dict(self, state: dict, finished: list[dict[str, Tensor]]) -> None:
-        """Go on from a state, and the results of the batches before it."""
+        """Restore a saved state, and the results of the batches finished before it."""
         self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
         for index, results in enumerate([*finished, state["results"]]):
             self.put_results_of_batch(index * self.batch_size, results)
@@ -2087,19 +2086,19 @@ class Optimisation:
 
 
 def learn_batch(learning: Optimisation, record: Recorder) -> None:
-    """Learn the proto-tokens of the present batch: the optimisation loop.
+    """Run the optimisation loop, which learns the proto-tokens of the current batch.
 
-    A target ends after --num-steps, at --target-accuracy, or where its loss or gradient is not finite and its optimiser
-    cannot go back; targets that share m end together, once all reach --target-accuracy. The run itself ends early at a
-    stop signal (Stopped), and where memory runs out or a file cannot be written (UserError). The numbers of a step
-    belong to the embeddings before its update.
+    A target ends after --num-steps steps, when it reaches --target-accuracy, or when its loss or gradient is not finite
+    and its optimiser cannot go back. Targets that share m end together, once all reach --target-accuracy. The run ends
+    early at a stop signal (raises Stopped), or if memory runs out or a file cannot be written (raises UserError). The
+    numbers of a step describe the embeddings before its update.
     """
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and its backward pass
-        numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # here the host waits
+        numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
         learning.step, learning.batch_step = learning.step + 1, batch_step
-        better = learning.targets.take(learning.active, numbers)  # and which targets have ended
+        better = learning.targets.take(learning.active, numbers)  # also marks the targets that end
         learning.keep_best(better, predictions)
         learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
         learning.drop_ended()
@@ -2112,15 +2111,15 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
 
 
 def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> Tensor:
-    """Return the loss of each problem, [G]: the sum over its targets of their means over positions."""
+    """Return the loss of each problem, [G]: the mean over positions, summed over the targets of the problem."""
     return predictions.losses.mean(1).view(len(proto_tokens.points), -1).sum(1)
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
-    """Return a step's numbers by their W&B names; None where nothing is finite.
+    """Return the numbers of a step by W&B name; a number is None if no target has a finite value.
 
-    Losses and accuracies are the targets' last, also once they have ended; the rate (root-mean-square change of the
-    step before), the norms and the gradient are means over those that learn.
+    Losses and accuracies are means of the targets' last values, including targets that have ended. The rate
+    (root-mean-square change in the step before) and the norms are means over the targets that still learn.
     """
     targets = learning.targets
     row = {
@@ -2141,14 +2140,14 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
 
 
 def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
-    """Return whether autograd would fill half of a CPU's free memory for a target: without any, a process is killed."""
+    """Return whether autograd for one target needs over half of a CPU's free memory. Running out kills the process."""
     config, dtype = models.generator.config, models.generator.dtype
     kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
     return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
 
 
 def free_memory() -> float:
-    """Return the bytes of free memory of this machine; infinity where it does not say."""
+    """Return this machine's free memory in bytes, or infinity if it is unknown."""
     with contextlib.suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     return math.inf
@@ -2156,7 +2155,7 @@ def free_memory() -> float:
 
 @contextlib.contextmanager
 def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[None]:
-    """Recompute layer by layer. Transformers does so in training mode alone; dropout, its other effect, is off."""
+    """Recompute layer by layer in the backward pass. Transformers needs training mode for this; dropout stays off."""
     if not on:
         yield
         return
@@ -2170,10 +2169,10 @@ def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[No
 
 
 def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
-    """Return how many tokens to try next: twice as many until that fails, then between what held and what failed.
+    """Return how many tokens to try next: double the number until a trial fails, then bisect.
 
-    None where the capacity is known: the largest `num_tokens` of the trials that `reached` the target accuracy. A
-    longer prefix is assumed to be no easier.
+    Return None once the capacity is known. It is the largest `num_tokens` of the trials that `reached` the target
+    accuracy. This assumes that a longer prefix is never easier.
     """
     held = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
     failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
@@ -2192,11 +2191,11 @@ SUCCESS, PARTIAL_SUCCESS = 99.0, 80.0  # percent of tokens
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one forward pass over proto-tokens emits: what it says of the targets [B, N], and what it draws of some."""
+    """Hold the output of one forward pass over proto-tokens: predictions [B, N] for all targets, pictures of some."""
 
     predictions: Predictions
-    errors: Tensor  # [B], mean squared, of pixels in [0, 1]
-    pictures: dict[int, Tensor]  # of the targets in figures, original and reconstruction: [2, 3, H, W] in [0, 1]
+    errors: Tensor  # [B], mean squared error of pixels in [0, 1]
+    pictures: dict[int, Tensor]  # by target, for those in figures: original and reconstruction, [2, 3, H, W]
     one_pass_seconds: float
 
 
@@ -2204,18 +2203,18 @@ class Reconstruction:
 def reconstruct(
     models: Models, proto_tokens: ProtoTokens, codes: Tensor, predictions: Predictions | None = None
 ) -> Reconstruction:
-    """Decode the likeliest codes: of `predictions`, if given, else of a new pass. Time a pass in any case.
+    """Decode the likeliest codes of `predictions`, or of a new pass if none are given. Time a pass in both cases.
 
-    `predictions` come from the learning's own pass: in half precision another pass, over other targets, may round
-    otherwise. A position whose argmax is a text id counts as wrong; the picture shows its
-    likeliest visual code.
+    `predictions` come from a pass made while learning, because in half precision a pass over another set of targets
+    may round differently. If the argmax of a position is a text id, the position counts as wrong, and the picture
+    shows its likeliest visual code.
     """
     print("reconstruction: one pass over the best proto-tokens")
     one_pass_seconds = timed_pass(models, proto_tokens, codes.shape[1])
     predictions = predictions or predict_in_one_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
     errors, drawn = [], {}
-    parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # of many the pictures would not fit into memory
+    parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # pictures of many targets would not fit into memory
     for some in progress_bar(parts, "pictures", "parts"):
         originals = decode_codes(models.vq_decoder, codes[some])
         pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
@@ -2227,7 +2226,7 @@ def reconstruct(
 
 @torch.no_grad()
 def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
-    """Return the seconds in which one pass emits all codes, the median of as many as fit into 2 s, at most six."""
+    """Return the median seconds of a pass that emits all codes, repeated until 2 s have passed or six times."""
 
     def emit(part: slice) -> None:
         hidden_states = one_pass(models, proto_tokens, num_tokens, part).flatten(0, 1)
@@ -2239,11 +2238,11 @@ def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> fl
         started = time_on(models.device)
         in_parts_that_fit(emit, batch, at_once, "the pass")
         seconds.append(time_on(models.device) - started)
-    return statistics.median(seconds[1:] or seconds)  # the first warms up
+    return statistics.median(seconds[1:] or seconds)  # without the first, a warm-up, if there are others
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
-    """Return the first targets, and of the others those with the most errors, num_errors [B]."""
+    """Return the first SHOWN_TARGETS targets, then up to SHOWN_WORST others with the most errors, num_errors [B]."""
     rest = num_errors[SHOWN_TARGETS:]
     worst = rest.argsort(descending=True, stable=True)[:SHOWN_WORST]
     worst = worst[rest[worst] > 0] + SHOWN_TARGETS
@@ -2257,7 +2256,7 @@ def psnr(error: float) -> float:
 
 @torch.no_grad()
 def teacher_forced(models: Models, text: str, codes: Tensor) -> Tensor:
-    """Return the hidden states [N, D] that predict codes [N] one after another behind a text."""
+    """Return the hidden states [N, D] that predict each of codes [N] from a text and the true codes before it."""
     prompt_ids = torch.tensor(models.text_tokenizer(text)["input_ids"], device=models.device)
     input_ids = torch.cat((prompt_ids, codes[:-1] + models.visual_offset))[None]
     hidden_states = models.generator.model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -2266,7 +2265,7 @@ def teacher_forced(models: Models, text: str, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_of(models: Models, hidden_states: Tensor, codes: Tensor) -> Tensor:
-    """Return the bits [N] that codes [N] cost under hidden_states [N, D] that predict them: -log2 p(code)."""
+    """Return the cost in bits [N], -log2 p(code), of codes [N] that hidden_states [N, D] predict."""
     return predict(models, hidden_states[None], codes[None]).losses[0] / math.log(2)
 
 
@@ -2274,7 +2273,7 @@ def bits_of(models: Models, hidden_states: Tensor, codes: Tensor) -> Tensor:
 def text_ids_ahead(models: Models, cond_states: Tensor, uncond_states: Tensor, cfg_scale: float) -> float:
     """Return the percent of positions at which, with guidance, a text id is likelier than every visual code.
 
-    The states [N, D] are those under the prompt, and under the negative one.
+    `cond_states` [N, D] come from the prompt, `uncond_states` [N, D] from the negative prompt.
     """
     head, count = models.generator.lm_head.weight, 0
     for chunk in chunks_of_positions(models, len(cond_states)):
@@ -2285,7 +2284,7 @@ def text_ids_ahead(models: Models, cond_states: Tensor, uncond_states: Tensor, c
 
 
 def unigram_bits(codes: Tensor) -> list[float]:
-    """Return the bits of each target of codes [B, N] for a reader who knows how often each code occurs in it."""
+    """Return the bits of each target in codes [B, N]: N times the entropy of the code frequencies in that target."""
     bits = []
     for of_target in codes.cpu():
         _, counts = of_target.unique(return_counts=True)
@@ -2296,12 +2295,12 @@ def unigram_bits(codes: Tensor) -> list[float]:
 def information(
     models: Models, reference: Reference, predictions: Predictions, cfg_scale: float
 ) -> dict[str, list[float]]:
-    """Return what each of B targets costs in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
+    """Return the cost of each of B targets in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
 
-    uniform: N log2(codebook size), what any codes would cost. unigram: N times the entropy of the target's own codes.
-    autoregressive and unprompted: teacher-forced behind the prompt, and behind the template without a prompt. proto:
-    what remains under one pass over the learned embeddings. The gain, unprompted - proto, is what the embeddings tell
-    the generator of its target. Return also `text_ids_ahead`.
+    uniform: N log2(codebook size), the same for any codes. unigram: N times the entropy of the target's own codes.
+    autoregressive: teacher-forced after the prompt. unprompted: teacher-forced after the template without a prompt.
+    proto: the cost in one pass over the learned embeddings. The gain, unprompted - proto, is the information about the
+    target that the embeddings give the generator. Also return `text_ids_ahead`.
     """
     batch, num_tokens = reference.codes.shape
     size = models.size_token(num_tokens)
@@ -2341,7 +2340,7 @@ def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]
         "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
         **bits,
     }
-    # `best_accuracy` replaces the one from learning: this one belongs to the picture.
+    # This `best_accuracy` replaces the one from learning, because it is the accuracy of the picture.
     return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
 
 
@@ -2354,8 +2353,8 @@ def summarise(
 ) -> dict:
     """Return the summary of a run. Percentages are from 0 to 100, times in seconds.
 
-    Accuracies and bits are means over the targets, errors sums; of several targets each one's own stand under
-    targets/<k>/, unless they are too many.
+    Accuracies and bits are means over the targets, and the number of errors is the sum. With 2 to SHOWN_TARGETS
+    targets, the numbers of each target are also listed under targets/<k>/.
     """
     batch, num_tokens = reference.codes.shape
     accuracies = [target["best_accuracy"] for target in targets]
@@ -2391,9 +2390,9 @@ def summarise(
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
-SHOWN_TARGETS, SHOWN_WORST = 24, 8  # of more, the first stand in the figures, and the worst; all in the numbers
+SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets; the numbers cover all
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-# Matplotlib takes each letter from the first of these that is installed and has it: Chinese, say, or emoji.
+# Matplotlib takes each letter, also Chinese or emoji, from the first installed font in this list that has it.
 FONT_FAMILIES = [
     "DejaVu Sans",
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
@@ -2401,7 +2400,7 @@ FONT_FAMILIES = [
     *("Noto Emoji", "Symbola", "Segoe UI Emoji", "Segoe UI Symbol", "STIXGeneral"),
 ]
 STYLES = [
-    "default",  # Matplotlib's own, whatever a matplotlibrc says
+    "default",  # Matplotlib's own style, so that no matplotlibrc changes the figures
     {
         "font.family": FONT_FAMILIES,
         "axes.labelsize": 9,
@@ -2468,7 +2467,7 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
 
 
 def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
-    """Draw the latent grid over a faint reference; a wrong token is orange with its target in the top 5, else red."""
+    """Draw the latent grid over a faint reference. A wrong token is orange if its target is in the top 5, else red."""
     size, side = 768, math.isqrt(rank.numel())
     level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
     clear, near, far = (0, 0, 0, 0), (*ImageColor.getrgb(ORANGE), 178), (*ImageColor.getrgb(RED), 178)
@@ -2486,7 +2485,7 @@ def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
-    """Draw the errors of one target, as `mark_errors` marks them, with their numbers. rank: [N]."""
+    """Draw the error map that `mark_errors` made of one target, with the numbers of errors. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
     wrong, far = int((rank > 0).sum()), int((rank >= 5).sum())
@@ -2589,7 +2588,7 @@ def tiled(images: list[Image.Image]) -> Image.Image:
 
 
 def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
-    """Draw the reconstructions [B, 3, H, W] above a line that names the step."""
+    """Draw the reconstructions [B, 3, H, W] above a line with the step and the accuracy."""
     sheet = tiled([to_image(each) for each in pixels])
     width = max(256, sheet.width)
     frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
@@ -2600,7 +2599,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
-    """Return the targets' rows, with pictures for those that figures show."""
+    """Return the rows of the targets with the pictures for the figures; None for targets that no figure shows."""
     rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
     for k, (original, pixels) in reconstruction.pictures.items():
         rows[k]["reference"] = to_image(original)
@@ -2612,9 +2611,9 @@ def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[di
 def draw_results(
     targets: list[dict], rank: Tensor, summary: dict, history: list[dict[str, float]]
 ) -> dict[str, Image.Image]:
-    """Draw the pictures of a run; return them by their W&B names, which with `.png` are their files' names.
+    """Draw the pictures of a run, and return them by W&B name. The file name is the W&B name with `.png`.
 
-    `targets` are those that are shown, the first ones first; `rank` [B, N] is of all.
+    `targets` are the targets to show: the first ones, then the worst others. `rank` [B, N] covers all targets.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2640,9 +2639,9 @@ def draw_results(
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 11
-UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs beside its state: codes, and batches that are done
+UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
-# All that a run writes; what says that the others are whole, or where they stand, is the first to go.
+# Files that a run writes, in the order of removal. First come those that say if the others are complete.
 RESULTS = [
     "summary.json",
     STATE_FILE,
@@ -2664,7 +2663,7 @@ RESULTS = [
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Turn an OSError, which may not name the file, into a UserError that does."""
+    """Replace an OSError, which may not name the file, with a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -2673,14 +2672,14 @@ def writing(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Yield a temporary path, which replaces the file when the block ends well: the old file or the new one, whole.
+    """Yield a temporary path that replaces the file if the block succeeds, so that the file is always complete.
 
-    Make its folder where there is none. Raises UserError where it cannot be written.
+    Make the folder if it is missing. Raises UserError if the file cannot be written.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)  # another run that left the reference cache empty removed it
+            file.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed an empty cache folder
             yield partial
             os.replace(partial, file)
     finally:
@@ -2695,7 +2694,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
     try:
         made = [path for path in (folder, cache, args.save_dir, *args.save_dir.parents) if not path.exists()]
         for path in (folder, cache):
-            os.makedirs(os.path.realpath(path), exist_ok=True)  # also where a link leads that leads nowhere
+            os.makedirs(os.path.realpath(path), exist_ok=True)  # also makes the target of a dangling link
             with tempfile.TemporaryFile(dir=path):
                 pass
         lock = lock_folder(folder)
@@ -2708,14 +2707,14 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         os.close(lock)
         for path in made:
             with contextlib.suppress(OSError):
-                path.rmdir()  # only what this run made, and only what stayed empty
+                path.rmdir()  # only folders that this run made and that are empty
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise UserError where a run would replace files of something else, for example of a model."""
+    """Raise UserError if the run would replace files that no run wrote, for example those of a model."""
     there = [name for name in RESULTS if (folder / name).exists()]
     settings = read_settings(folder)
-    if settings is None:  # missing or damaged, as a run's own may be
+    if settings is None:  # missing or damaged, which can also happen to a run's config.json
         is_run = not {"config.json", STATE_FILE, "summary.json"}.isdisjoint(there)
     else:
         is_run = "generator_fingerprint" in settings
@@ -2724,16 +2723,16 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> dict | None:
-    """Return what the folder's config.json holds; None where it is missing or damaged."""
+    """Return the content of the folder's config.json, or None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return None
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock the folder against other runs; return the descriptor, which unlocks when it or the process is closed.
+    """Lock the folder against other runs, and return the descriptor. Closing it, or ending the process, unlocks.
 
-    The lock is on the folder itself, and leaves no file. Raises UserError where another run is at work.
+    The lock is on the folder itself, so it leaves no file. Raises UserError if another run holds the lock.
     """
     lock = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     if fcntl:
@@ -2749,7 +2748,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what an earlier run of this name left, so that no two runs mix. Raises OSError."""
+    """Remove the files of an earlier run with this name, so that the two runs do not mix. Raises OSError."""
     for file in (*(folder / name for name in RESULTS), *frames_in(folder).values()):
         file.unlink(missing_ok=True)
     remove_unfinished(folder)
@@ -2758,7 +2757,7 @@ def remove_results(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what only an interrupted run needs, and what a killed one was writing. Raises OSError."""
+    """Remove files that only an interrupted run needs, and the half-written files of a killed run. Raises OSError."""
     half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
     for file in (folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*"), *half_written):
         file.unlink(missing_ok=True)
@@ -2767,7 +2766,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
-    """Return the frames of the moving picture by their steps, in order; leave out files that are no frames."""
+    """Return the frames of the moving picture by step, in ascending order; ignore files that are not frames."""
     frames = {}
     for file in folder.glob("progress/*"):
         if name := re.fullmatch(r"step_(\d+)\.png", file.name):
@@ -2776,12 +2775,12 @@ def frames_in(folder: Path) -> dict[int, Path]:
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
-    """Return all settings, what they resolved to, and the versions: what is needed to run it again."""
+    """Return all settings, the values derived from them, and the versions: what is needed to repeat the run."""
     versions = {"python": platform.python_version()}
     for package in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    versions["torch"] = torch.__version__  # which says the build, too
+    versions["torch"] = torch.__version__  # also names the build
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     prompts = settings.pop("prompts")
     num_tokens = num_tokens_of(args.image_size, models.factor)
@@ -2806,7 +2805,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "torch_version": torch.__version__,
         "versions": versions,
     }
-    if args.m_from and not args.from_proto_tokens:  # else it is not read
+    if args.m_from and not args.from_proto_tokens:  # otherwise the file is not read
         settings["m_from_fingerprint"] = digest_of([args.m_from])
     if args.images:
         settings["images_fingerprint"] = digest_of(args.images)
@@ -2814,11 +2813,11 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Write strict JSON: a number that JSON has no word for (an infinite PSNR) becomes null."""
+    """Write strict JSON: a number that JSON cannot express, such as an infinite PSNR, becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(file) as partial:
-        partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # JSON's own escapes of a bad name
+        partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # escapes badly encoded names
 
 
 def write_image(file: Path, image: Image.Image) -> None:
@@ -2837,9 +2836,9 @@ def write_moving_picture(file: Path, frames: list[Path]) -> None:
 def write_proto_tokens(
     file: Path, proto_tokens: ProtoTokens, settings: dict, codes: Tensor, **of_targets: Tensor
 ) -> None:
-    """e_t [B, K, D], m [1 or B, D], the ids of codes [B, N], and what else there is a row a target of.
+    """Write e_t [B, K, D], m [1 or B, D], the ids of codes [B, N], and `of_targets`, which have a row per target.
 
-    The settings are JSON in the metadata.
+    The settings are stored as JSON in the metadata.
     """
     tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
     tensors |= {"target_ids": codes + settings["visual_offset"], **of_targets}
@@ -2863,7 +2862,7 @@ def write_table(file: Path, rows: list[dict]) -> None:
 
 
 def append_to_table(file: Path, rows: list[dict]) -> None:
-    """Add rows to a table, which is begun where there is none. Raises UserError."""
+    """Append rows to a table, or start the table if the file is missing. Raises UserError."""
     if not file.exists():
         write_table(file, rows)
         return
@@ -2872,10 +2871,10 @@ def append_to_table(file: Path, rows: list[dict]) -> None:
 
 
 class HistoryFile:
-    """history.csv, which grows by a row at a time while the run goes on."""
+    """Write history.csv row by row during the run."""
 
     def __init__(self, file: Path, size: int):
-        """Open the file, cut to the `size` bytes that an interrupted run's state goes with. Raises UserError."""
+        """Open the file, cut to `size` bytes, its size when an interrupted run saved its state. Raises UserError."""
         self.file, self.size = file, size
         self.rows = read_history(file, size) if size else []
         with writing(file):
@@ -2890,14 +2889,14 @@ class HistoryFile:
         with writing(self.file):
             written = self.stream.write(content)
             if written < len(content):
-                self.stream.truncate(self.size)  # no half a row
+                self.stream.truncate(self.size)  # removes the half-written row
                 raise OSError("the disk is full")
         self.size += written
         self.rows.append(row)
 
 
 def read_history(file: Path, size: int) -> list[dict[str, float]]:
-    """Return the rows of the file's first `size` bytes. Raises UserError where they are not whole."""
+    """Return the rows in the first `size` bytes of the file. Raises UserError if the file is missing or damaged."""
     try:
         content = file.read_bytes()[:size].decode()
         if len(content) < size or not content.endswith("\n"):
@@ -2905,24 +2904,24 @@ def read_history(file: Path, size: int) -> list[dict[str, float]]:
         rows = list(csv.DictReader(content.splitlines()))
         return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{file} is missing or damaged: leave out --resume to run anew") from None
+        raise UserError(f"{file} is missing or damaged: leave out --resume to start again") from None
 
 
 class ReferenceCache:
-    """Decoded references of one run's settings, each in a file named by all that determines its tokens."""
+    """Cache decoded references, each in a file whose name is a hash of the prompt and the settings that decide it."""
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.num_tokens, self.codebook_size = folder, settings["num_tokens"], settings["codebook_size"]
         self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
 
     def entry(self, prompt: str) -> tuple[Path, str]:
-        """Return the file for a prompt, and the whole key, which the file holds."""
+        """Return the file for a prompt, and the whole key, which the file also stores."""
         everything = self.settings | {"prompt": prompt}
         key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors", key
 
     def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float | None]]:
-        """Return codes [N] and decoding seconds by prompt, of those in the cache. Warn of damaged files."""
+        """Map each prompt in the cache to its codes [N] and decoding seconds. Warn of damaged files."""
         decoded = {}
         for prompt in prompts:
             file, key = self.entry(prompt)
@@ -2947,17 +2946,17 @@ class ReferenceCache:
         write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": json.dumps(seconds)})
 
 
-# ---- what a run takes from files
+# ---- a run's input files
 
-# Settings that an earlier run's proto-tokens mean nothing without: they are taken over, as are its prompts.
+# An earlier run's proto-tokens mean nothing without these settings: they are taken over together with its prompts.
 TAKEN_OVER = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What an earlier run's proto_tokens.safetensors holds, checked."""
+    """Hold the checked contents of an earlier run's proto_tokens.safetensors."""
 
-    option: str  # that named the file
+    option: str  # the option that named the file
     e_t: Tensor  # [B, K, D]
     m: Tensor  # [1, D] or [B, D]
     codes: Tensor  # [B, N]
@@ -2985,9 +2984,9 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
 
 
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
-    """Read the proto-tokens of an earlier run. Raises UserError where they do not fit, or lie in this run's folder."""
+    """Read the proto-tokens of an earlier run. Raises UserError if they are unfit or in this run's own folder."""
     if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
-        raise UserError(f"{option} {file} lies in this run's own folder: name the run with --wandb-run-name")
+        raise UserError(f"{option} {file} is in this run's own folder: name the run with --wandb-run-name")
     try:
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
@@ -3008,11 +3007,11 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
         if not fitting:
             raise ValueError
         codes = target_ids - settings["visual_offset"]
-    except FileNotFoundError:  # says safetensors also of a file that it may not read
+    except FileNotFoundError:  # safetensors also raises this if it may not read the file
         why = "it cannot be read" if file.exists() else "there is no such file"
         raise UserError(f"{option} {file}: {why}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{option} {file} is damaged or no {PROTO_TOKENS_FILE} of a run") from None
+        raise UserError(f"{option} {file} is damaged or is not the {PROTO_TOKENS_FILE} of a run") from None
     return EarlierRun(option, e_t, m, codes, settings, prompts)
 
 
@@ -3023,7 +3022,7 @@ def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.
 
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
-    """Raise UserError where the proto-tokens of an earlier run were made for other models."""
+    """Raise UserError if the proto-tokens of an earlier run were made for other models."""
     names = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
     pairs = {name: (earlier.settings.get(name), getattr(models, name)) for name in names}
     if "untrained" in (args.control, earlier.settings["control"]):  # then the seed decides the weights
@@ -3034,10 +3033,10 @@ def refuse_other_models(models: Models, args: argparse.Namespace, earlier: Earli
         other = ["its tensors do not fit its own settings"]
     if other:
         damaged_or_foreign = "the file is damaged or was made for another model"
-        raise UserError(f"{earlier.option}: {damaged_or_foreign} ({other[0]}): name that one")
+        raise UserError(f"{earlier.option}: {damaged_or_foreign} ({other[0]}): name that model")
 
 
-# ---- going on with an interrupted run
+# ---- resuming an interrupted run
 
 
 def is_finished(folder: Path) -> bool:
@@ -3045,13 +3044,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def refuse_other_settings(folder: Path, settings: dict) -> None:
-    """Raise UserError where the run to go on with has other settings."""
+    """Raise UserError if the run to resume has other settings."""
     if not (folder / STATE_FILE).exists() and not is_finished(folder):
         return
     stored = read_settings(folder)
     if stored is None:
-        raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to run anew")
-    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the others were written
+        raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
+    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the stored settings were written
     changed = [
         f"{name} ({shortened(stored.get(name))}, now {shortened(value)})"
         for name, value in compared.items()
@@ -3070,12 +3069,12 @@ def shortened(value: object) -> str:
 
 @enough_memory_for("the saved state")
 def read_state(folder: Path) -> dict | None:
-    """Return what `Recorder` left of an interrupted run, on the CPU; None where there is nothing. Raises UserError."""
+    """Return the state that `Recorder` saved, on the CPU; None if there is none. Raises UserError if it is damaged."""
     file, unfinished = folder / STATE_FILE, folder / UNFINISHED_FOLDER
     if not file.exists():
         return None
     try:
-        if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
+        if damaged := zipfile.ZipFile(file).testzip():  # torch does not check the checksums
             raise ValueError(damaged)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["format"] == STATE_FORMAT:
@@ -3084,10 +3083,10 @@ def read_state(folder: Path) -> dict | None:
             saved["codes"] = load_file(unfinished / "codes.safetensors")["codes"]
             saved["batches"] = [load_file(unfinished / batch_file(index)) for index in done]
             return saved
-    except Exception as error:  # whatever the bytes of a damaged file suggest
+    except Exception as error:  # a damaged file can raise any exception
         if is_out_of_memory(error):
             raise
-    raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to run anew")
+    raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to start again")
 
 
 def batch_file(index: int) -> str:
@@ -3097,25 +3096,25 @@ def batch_file(index: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking: the only place that touches Weights & Biases
 
-# Together they keep the time that a run can lose to a dead server under a minute.
+# Together they limit the time that a run can lose to a dead server to less than a minute.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
-WANDB_LOGIN_SECONDS = 30  # to answer its question for a key
+WANDB_LOGIN_SECONDS = 30  # for the user to enter an API key when W&B asks for it
 
 
 def wandb_settings(args: argparse.Namespace) -> object | None:
-    """Return W&B's settings, those of options, then the environment's; None where its service does not start.
+    """Return W&B's settings: options first, then the environment. Return None if its service does not start.
 
-    Raises UserError where W&B refuses a setting.
+    Raises UserError if W&B refuses a setting.
     """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     if os.environ.get("HOME") == "":
-        del os.environ["HOME"]  # the user's own may be known all the same
-    if not os.path.isdir(os.path.expanduser("~")):  # a container's user without a name
-        os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would end without one
+        del os.environ["HOME"]  # without it, the system may still know the user's home
+    if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user without a name
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
     try:
         import wandb
-        from wandb import Settings  # which a wandb.py beside the script has not
+        from wandb import Settings  # a wandb.py beside the script does not have it
     except ImportError as error:
         raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     names = {
@@ -3125,10 +3124,10 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         "run_group": args.wandb_group,
         "run_tags": args.wandb_tags,
     }
-    with contextlib.suppress(ImportError, AttributeError):  # its telemetry of errors: a service that does not start
-        wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # would make it wait without end
+    with contextlib.suppress(ImportError, AttributeError):  # disable W&B's telemetry of errors
+        wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # else it waits forever for a dead service
     try:
-        # It reads the environment, and what `wandb offline` and the like left in a folder.
+        # W&B also reads the environment, and the settings file that commands such as `wandb offline` leave in a folder.
         mode = {"mode": args.wandb_mode} if args.wandb_mode else {}
         wandb.setup(Settings(login_timeout=WANDB_LOGIN_SECONDS, **mode))
         return Settings(
@@ -3138,15 +3137,15 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
             finish_timeout_raises=True,
         )
     except (ValueError, wandb.errors.UsageError) as error:
-        why, remedy = why_refused(error), "mend the option, the WANDB_ variable or the file wandb/settings"
+        why, remedy = why_refused(error), "correct the option, the WANDB_ variable or the file wandb/settings"
         raise UserError(f"W&B refuses a setting ({why}): {remedy}") from None
-    except Exception as error:  # of its service process or the disk: no common class
+    except Exception as error:  # errors of its service process or the disk have no common class
         print(f"W&B cannot start ({line_of(error)}); the run goes on without it", file=sys.stderr)
         return None
 
 
 def why_refused(error: Exception) -> str:
-    """Return the reason of an error of W&B, also where pydantic gives it at length."""
+    """Return the reason for an error of W&B in one line; shorten a long one of pydantic to its first detail."""
     if not hasattr(error, "errors"):
         return line_of(error)
     details = error.errors()[0]
@@ -3158,34 +3157,34 @@ def as_media(value: object) -> object:
 
     if isinstance(value, Image.Image):
         return wandb.Image(value)
-    return None if value == math.inf else value  # JSON has no word for it
+    return None if value == math.inf else value  # JSON has no infinity
 
 
 class Tracker:
-    """Reports a run to Weights & Biases, if asked to. A failure of W&B is said once and never ends the run."""
+    """Report a run to Weights & Biases, if the user asks for it. Print a failure of W&B once; it never ends the run."""
 
     def __init__(self, args: argparse.Namespace):
-        """Raises UserError where W&B refuses a setting."""
+        """Prepare W&B's settings. Raises UserError if W&B refuses one."""
         self.args = args
         self.settings = wandb_settings(args) if wants_wandb(args) else None
         self.run: object | None = None
         self.run_id: str | None = None
 
     def start(self, config: dict, run_id: str | None) -> None:
-        """Start a W&B run, or go on with the one called `run_id`; offline where the server gives trouble.
+        """Start a W&B run, or resume the run `run_id`; keep it offline if the server fails.
 
-        Raises UserError where W&B has a run of the id that the environment gives to this one.
+        Raises UserError if W&B already has a run with the id in WANDB_RUN_ID, or cannot start at all.
         """
         self.run_id = run_id
         if self.settings is None:
             return
         import wandb
 
-        resume = "never"  # whatever WANDB_RESUME says: the steps of two runs are not to be mixed
+        resume = "never"  # even if WANDB_RESUME differs: the steps of two runs must not be mixed
         if self.args.resume:
             resume = "allow"
         elif in_sweep():
-            resume = None  # the server may know of an agent's run before it begins
+            resume = None  # the server may already know the run of a sweep agent
         start = functools.partial(wandb.init, config=config, id=run_id, resume=resume, settings=self.settings)
         try:
             try:
@@ -3194,15 +3193,15 @@ class Tracker:
                 if "already exists" in str(error):
                     raise UserError(
                         f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
-                        "variable, or go on with that run by --resume"
+                        "variable, or go on with that run with --resume"
                     ) from None
                 print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
                 wandb.teardown()  # a service that failed once would fail an offline run too
                 self.run = start(mode="offline")
         except UserError:
             raise
-        except Exception as error:  # of W&B, its settings or the disk: no common class
-            remedy = "mend the WANDB_ variables, or set WANDB_DIR to a writable folder"
+        except Exception as error:  # errors of W&B, its settings or the disk have no common class
+            remedy = "correct the WANDB_ variables, or set WANDB_DIR to a writable folder"
             raise UserError(f"W&B cannot start ({why_refused(error)}): {remedy}") from None
         self.run_id = self.run.id
         self.run.define_metric("optimisation_step", hidden=True)
@@ -3222,40 +3221,40 @@ class Tracker:
                 print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
 
     def end_by_signal(self, number: int) -> None:
-        """End the process by the signal, after closing W&B's run, which would else be taken for a live one."""
+        """Close W&B's run, so that it does not seem to be still running; then end the process with the signal."""
         for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # a second signal does not wait
+            signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
         self.finish(128 + number)
         signal.raise_signal(number)
 
     @contextlib.contextmanager
     def going_on_without(self) -> Iterator[None]:
-        """Go on without W&B, and say so, if what is done here fails."""
+        """If the block fails, print why and go on without W&B."""
         try:
             yield
-        except Exception as error:  # of the client, of its service process or of the disk: no common class
+        except Exception as error:  # errors of the client, its service or the disk have no common class
             import wandb
 
             kept = f"send what it has with: {self.sync_command()}"
             print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
             self.run = None
-            logging.raiseExceptions = False  # else its log would say with each line that it cannot be written
+            logging.raiseExceptions = False  # else each line of its log prints that it cannot be written
             with contextlib.suppress(Exception):
-                wandb.teardown()  # which would at the end of the process print a traceback
+                wandb.teardown()  # else it prints a traceback when the process ends
 
     def sync_command(self) -> str:
-        """Return the command that sends what is only here; it passes over runs that began online unless told not to."""
+        """Return the command that sends the unsent data. By default, `wandb sync` skips runs that began online."""
         option = "" if self.run.offline else "--no-skip-online "
         return f"wandb sync {option}{shlex.quote(str(Path(self.run.settings.sync_dir)))}"
 
     def log(self, values: dict, step: int) -> None:
-        """Log a row of the history, unless a resumed run had sent it before it was interrupted."""
+        """Log the values of a step, unless the run sent them before it was interrupted."""
         if self.run and step >= self.run.starting_step:
             with self.going_on_without():
                 self.run.log({name: as_media(value) for name, value in values.items()}, step=step)
 
     def row(self, row: dict[str, float]) -> None:
-        """`best_accuracy` too, so that a sweep can stop a run early."""
+        """Log a row of the history, and `best_accuracy`, so that a sweep can stop a run early."""
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         values["best_accuracy"] = row["train/best_accuracy"]
         values["optimisation_step"] = row["step"]
@@ -3271,20 +3270,20 @@ class Tracker:
             for name, rows in tables.items():
                 data = [[as_media(value) for value in row.values()] for row in rows]
                 media[name] = wandb.Table(columns=list(rows[0]), data=data)
-            # A run that was stopped after its last step goes on with the next.
+            # If the run was stopped after its last step, W&B has that step already and takes only a later one.
             step = max(summary["steps"], self.run.starting_step) if "steps" in summary else None
             self.run.log(media, step=step)
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
     def proto_tokens(self, file: Path, status: str) -> None:
-        """Log the file as an artifact; as a file of the run where an artifact lacks the server that it needs."""
+        """Log the file as an artifact, or as a file of the run if the artifact needs a server and there is none."""
         if self.run is None:
             return
         import wandb
 
         with self.going_on_without():
             try:
-                name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # an id may be more
+                name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # ids can be longer
                 artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
                 artifact.add_file(str(file))
                 self.run.log_artifact(artifact)
@@ -3297,9 +3296,9 @@ class Tracker:
 
 
 class Recorder:
-    """Writes a run's files as it goes, logs to W&B, and saves the state that --resume goes on from.
+    """Write a run's files while it learns, log to W&B, and save the state that --resume needs.
 
-    A context manager: leaving it ends the W&B run, if there is one, as failed after an exception.
+    Leaving this context manager ends the W&B run, if there is one. After an exception, W&B shows the run as failed.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
@@ -3308,9 +3307,9 @@ class Recorder:
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
         self.history: HistoryFile | None = None
-        self.newest_row: dict[str, float] | None = None  # until it is in the history
+        self.newest_row: dict[str, float] | None = None  # a row that is not in the history yet
         self.recorded_step = 0
-        self.stop_signals: list[int] = []  # that have come while learning
+        self.stop_signals: list[int] = []  # the stop signals received while learning
         self.bar: tqdm | None = None  # while learning
 
     def __enter__(self) -> Recorder:
@@ -3331,7 +3330,7 @@ class Recorder:
         self.tracker.finish(exit_code)
 
     def begin(self, reference: Reference) -> None:
-        """Write what is known before the first step; remove an earlier run's results unless this one goes on."""
+        """Write what is known before the first step; remove an earlier run's results unless this run resumes it."""
         self.reference = reference
         if self.saved is None:
             if (self.folder / STATE_FILE).exists():
@@ -3347,7 +3346,7 @@ class Recorder:
     # ---- while learning
 
     def start_learning(self, learning: Optimisation) -> None:
-        """Open the history; where a run was interrupted, set it and the optimisation to where they stood."""
+        """Open the history. If the run was interrupted, restore its history and its optimisation."""
         if not self.args.capacity:
             self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
         if self.saved:
@@ -3361,12 +3360,12 @@ class Recorder:
                 self.send_missing()
             (self.folder / TARGETS_FILE).unlink(missing_ok=True)
             self.keep_rows(learning, range(learning.first))
-            self.saved = None  # the next trial of a search for the capacity starts anew
+            self.saved = None  # the next trial of a search for the capacity starts from the beginning
         self.recorded_step = learning.step
         self.save_state(learning)
 
     def send_missing(self) -> None:
-        """Send what the interrupted run had not sent."""
+        """Send W&B the rows and frames that the interrupted run had not sent."""
         rows = {row["step"]: row for row in self.history.rows}
         frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
@@ -3376,9 +3375,9 @@ class Recorder:
                 self.track_frame(step, Image.open(frames[step]))
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Keep a step's row, picture and state, as often as these are asked for.
+        """Keep a step's row, picture and state at the intervals that options set.
 
-        Where there are several batches, rows are as rare: many targets do not have many times one's history.
+        With several batches, rows are rarer by a factor of their number, so that the history stays short.
         """
         if not any(learning.targets.begun.tolist()):
             return  # no finite step yet
@@ -3395,7 +3394,7 @@ class Recorder:
             self.save_state(learning)
 
     def show_step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Show a step on the progress bar, where there is one."""
+        """Show a step on the progress bar."""
         count = sum(learning.targets.begun.tolist()) * learning.codes.shape[1]
         correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
         best = f"best {row['train/best_accuracy']:.1f} %"
@@ -3404,10 +3403,10 @@ class Recorder:
         self.bar.update(done - self.bar.n)
 
     def end_batch(self, learning: Optimisation) -> None:
-        """Keep what a batch has come to, once and for all; then have the next one begin, or keep the last step."""
+        """Keep the final results of a batch; then begin the next batch, or keep the last step."""
         self.keep_rows(learning, learning.batch)
         if learning.finished:
-            self.keep_newest_row()  # however rarely others are kept
+            self.keep_newest_row()  # the last row is kept even if --log-every skips it
             if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
                 self.keep_frame(learning)
         else:
@@ -3424,12 +3423,12 @@ class Recorder:
         self.newest_row = None
 
     def keep_rows(self, learning: Optimisation, targets: range) -> None:
-        """Add what these targets have come to to targets.csv; a search for the capacity has none."""
+        """Add the results of these targets to targets.csv; one target or a capacity search has no such file."""
         if self.history and len(learning.codes) > 1 and targets:
             append_to_table(self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts, targets))
 
     def keep_frame(self, learning: Optimisation) -> None:
-        """Draw what the best embeddings so far reconstruct, as a frame of the moving picture."""
+        """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
         frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
         file = self.folder / "progress" / f"step_{learning.step:06}.png"
@@ -3440,7 +3439,7 @@ class Recorder:
         self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """Save all that --resume goes on from, unless the last step is not in the history: it must be done again."""
+        """Save all that --resume needs. Skip this if the last step is not recorded: --resume must repeat that step."""
         if self.recorded_step < learning.step:
             return
         state = {
@@ -3455,13 +3454,13 @@ class Recorder:
         buffer = io.BytesIO()
         try:
             torch.save(state, buffer)
-        except RuntimeError:  # so it says that the buffer cannot grow
-            raise UserError("out of memory for the state: what was saved before stays as it is") from None
+        except RuntimeError:  # torch raises this if the buffer cannot grow
+            raise UserError("out of memory for the state: the state saved before is unchanged") from None
         with written_whole(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
     def report_divergence(self, learning: Optimisation) -> None:
-        """Say how many targets diverged; where all did, keep their best proto-tokens and raise UserError."""
+        """Print how many targets diverged. If all did, write their best proto-tokens and raise UserError."""
         diverged = learning.targets.diverged
         if diverged.all():
             why = f"the loss or its gradient is no longer finite at step {learning.step}"
@@ -3471,7 +3470,7 @@ class Recorder:
             raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
         if diverged.any():
             lost = f"{int(diverged.sum())} of {len(diverged)} targets"
-            print(f"note: {lost} ended where their loss or its gradient was no longer finite")
+            print(f"note: {lost} ended because their loss or its gradient was no longer finite")
 
     def trial(self, trial: dict) -> None:
         """Keep a trial of the search for the capacity."""
@@ -3487,7 +3486,7 @@ class Recorder:
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
-        """Write and log what proto-tokens reconstruct, learned here or by an earlier run."""
+        """Write and log the results of proto-tokens, which this run or an earlier run learned."""
         print("writing the results")
         file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
         self.tracker.proto_tokens(file, summary["status"])
@@ -3499,12 +3498,12 @@ class Recorder:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.pictures]
-        history = self.history.rows if self.history else []  # none where nothing was learned here
+        history = self.history.rows if self.history else []  # empty if this run learned nothing
         images = draw_results(shown, reconstruction.predictions.rank, summary, history)
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
-        """Write the proto-tokens with their targets' ids and accuracies, and steps if learned here."""
+        """Write the proto-tokens with their targets' ids, accuracies and, if this run learned them, steps."""
         of_targets = {"predicted_ids": predicted_ids}
         for name in ("best_accuracy", "steps"):
             if name in targets[0]:
@@ -3522,9 +3521,9 @@ class Recorder:
         self.publish({"capacity": image}, summary, {"trials": self.trials})
 
     def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
-        """Write and log pictures and tables; then the summary, which says that all else is whole."""
+        """Log the results; write the pictures, then the summary, which shows that all other files are complete."""
         for name, image in images.items():
-            if name != "reference_image":  # there since the beginning
+            if name != "reference_image":  # `begin` has written it
                 write_image(self.folder / f"{name}.png", image)
         self.tracker.results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
@@ -3536,7 +3535,7 @@ class Recorder:
 
 
 def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
-    """Learn e_t and m for codes [B, N], from the start or from where an interrupted run stood, and record each step."""
+    """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step."""
     with enough_memory_for("the optimisation"):
         learning = Optimisation(models, codes, record.args, given_m)
         record.start_learning(learning)
@@ -3549,15 +3548,15 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
         except (UserError, OSError, Stopped):
             record.save_state(learning)
             raise
-        if record.stop_signals:  # in the last step
+        if record.stop_signals:  # a signal came in the last step
             raise Stopped(record.stop_signals[0])
     return learning
 
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Let the same settings give the same history: some of a GPU's backward passes else add in an order of chance."""
-    if device.type == "mps":  # not tried there
+    """Make the same settings give the same history: else, some backward passes on a GPU add in a random order."""
+    if device.type == "mps":  # not tested there
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -3571,7 +3570,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def progress_bar_of(learning: Optimisation) -> tqdm:
-    """Return a bar that counts steps, or targets where there are several batches."""
+    """Return a bar that counts steps, or targets if there are several batches."""
     if learning.num_batches > 1:
         done, total, unit = learning.targets.num_ended, len(learning.codes), "targets"
     else:
@@ -3581,7 +3580,7 @@ def progress_bar_of(learning: Optimisation) -> tqdm:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Yield a list that gets the number of the first stop signal, for a loop to ask; a second one ends the process."""
+    """Yield a list for a loop to check: it gets the number of the first stop signal. A second one ends the process."""
     received = []
 
     def handle(number: int) -> None:
@@ -3594,7 +3593,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
-    """Try longer and shorter beginnings of codes [B, N] until the capacity is known; return the summary."""
+    """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary."""
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: {num_tokens} tokens")
@@ -3622,7 +3621,7 @@ def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record:
 
 
 def print_results(summary: dict, record: Recorder) -> None:
-    """Print what a reader asks first."""
+    """Print the main results."""
     if "capacity_tokens" in summary:
         found = f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens"
         lines = {"capacity": f"{found}, in {summary['trials']} trials"}
@@ -3661,9 +3660,9 @@ def lines_of_results(summary: dict) -> dict[str, str]:
 
 
 def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | None, record: Recorder) -> dict:
-    """Do the experiment; return its summary."""
+    """Run the experiment and return its summary."""
     args = record.args
-    # 1. The targets: pictures that the generator draws for the prompts, pictures of one's own, or a control.
+    # 1. The targets: pictures that the generator draws for the prompts, the user's own pictures, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
@@ -3695,7 +3694,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
 
 
 def run_experiment(args: argparse.Namespace) -> None:
-    """Prepare the experiment and do it. Raises UserError for what the user can put right, and Stopped."""
+    """Prepare and run the experiment. Raises UserError for what the user can correct, and Stopped at a stop signal."""
     with run_folder(args) as folder:
         tracker = Tracker(args)
         earlier, pictures = read_inputs(args, folder)
@@ -3711,7 +3710,7 @@ def run_experiment(args: argparse.Namespace) -> None:
             refuse_other_settings(folder, settings)
             if is_finished(folder):
                 print(f"the run in {folder} is finished: there is nothing to resume")
-                remove_unfinished(folder)  # where it was killed just before
+                remove_unfinished(folder)  # they remain if the run was killed just before
                 return
         with Recorder(args, folder, settings, tracker) as record, on_stop_signal(tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)
@@ -3723,7 +3722,7 @@ def main(args: argparse.Namespace) -> None:
         run_experiment(args)
     except UserError as error:
         exit_with_error(error)
-    except OSError as error:  # of a file or folder that nobody else knew more about
+    except OSError as error:  # one that no other code has turned into a UserError
         exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else line_of(error))
     except Stopped as stopped:
         print(f"stopped by {stopped}; --resume goes on from the last saved step", file=sys.stderr)
