@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.builders import linear_in_tf32, memory_for, optimise, random_codes, reference_of, take_step, ten_bits
-from support.contract import CAPTIONS, USUAL_RECIPE
+from support.contract import USUAL_RECIPE
 from support.tiny_model import save_tiny_generator
 
 import verify_proto_tokens as vpt
@@ -707,8 +707,8 @@ def test_tf32_rounds_to_ten_bits_of_mantissa():
 
 def test_learning_256_tokens_with_products_in_tf32_loses_nothing(monkeypatch):
     """The accuracy after some steps is within two points of float32's."""
-    words = ["--demo", "--device", "cpu", "--image-size", "512", "--num-steps", "40"]
-    args = vpt.parse_args([*words, "--m", "own", *(f"--prompt={caption}" for caption in CAPTIONS[:2])])
+    words = ["--demo", "--device", "cpu", "--image-size", "512", "--num-steps", "20"]
+    args = vpt.parse_args([*words, "--prompt", "a penguin on green grass"])
     models = vpt.load_models(args)
     codes, _ = vpt.generate_visual_codes(models, args.prompts, 256, args)
     exact, rows = optimise(models, args, codes)
@@ -716,8 +716,8 @@ def test_learning_256_tokens_with_products_in_tf32_loses_nothing(monkeypatch):
     rounded, rounded_rows = optimise(models, args, codes)
     assert rounded_rows[0]["train/loss"] == pytest.approx(rows[0]["train/loss"], rel=1e-3)
     assert rounded_rows[0]["train/loss"] != rows[0]["train/loss"]
-    means = [learning.targets["best_accuracy"].mean().item() for learning in (exact, rounded)]
-    assert means[0] > 25 and abs(means[0] - means[1]) <= 2
+    accuracies = [learning.targets["best_accuracy"].item() for learning in (exact, rounded)]
+    assert accuracies[0] > 20 and abs(accuracies[0] - accuracies[1]) <= 2
 
 
 @pytest.mark.parametrize(
