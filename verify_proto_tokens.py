@@ -1049,11 +1049,11 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
 def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """Compute attention like transformers' "sdpa"; in float32, repeat the shared keys and values [B, heads, N, d].
+    """Compute attention like transformers' "sdpa"; on a GPU in float32, repeat the shared keys and values [B, H, N, d].
 
     With enable_gqa, CUDA has only its slowest kernel for float32, which stores all attention weights [B, heads, N, N].
     """
-    if query.dtype == torch.float32 and query.shape[2] > 1:
+    if query.device.type != "cpu" and query.dtype == torch.float32 and query.shape[2] > 1:
         key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
         states = F.scaled_dot_product_attention(
             query, key, value, attention_mask, is_causal=attention_mask is None, scale=options["scaling"]

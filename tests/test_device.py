@@ -44,7 +44,7 @@ def test_a_run_learns_on_another_device_what_it_learns_on_the_cpu(elsewhere, nam
     here, there = (tensors_in(elsewhere.folder / place / name) for place in ("cpu", "elsewhere"))
     for ids in ("target_ids", "predicted_ids"):
         assert torch.equal(there.pop(ids), here.pop(ids))
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4)  # attention is in other steps there
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4)  # attention repeats the shared heads there
 
 
 def test_a_run_on_another_device_is_stopped_and_resumed(elsewhere):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.builders import linear_in_tf32, memory_for, optimise, random_codes, reference_of, take_step, ten_bits
 from support.contract import USUAL_RECIPE
-from support.tiny_model import save_tiny_generator
 
 import verify_proto_tokens as vpt
 
@@ -656,22 +655,6 @@ def test_a_device_named_without_its_number_is_given_one(monkeypatch):
     probe = SimpleNamespace(cpu=lambda: None, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: probe)
     assert vpt.pick_device("cuda") == torch.device("cuda:0")
-
-
-@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
-def test_attention_gives_what_stock_sdpa_gives(tmp_path, make_args, num_key_value_heads):
-    save_tiny_generator(tmp_path, num_key_value_heads=num_key_value_heads)
-    args = make_args("--model-path", tmp_path)
-    models = vpt.load_models(args)
-    codes, found = random_codes(models), []
-    for implementation in ("sdpa_without_gqa", "sdpa"):
-        models.generator.set_attn_implementation(implementation)
-        proto_tokens = vpt.initial_proto_tokens(models, 1, args)
-        predictions = vpt.loss_and_gradient(models, proto_tokens, codes, targets_per_pass=1)
-        decoded, _ = vpt.generate_visual_codes(models, ["a cat", "a"], 16, args)  # of which one is padded
-        found.append((predictions.losses, proto_tokens.points.grad, decoded))
-    for ours, stock in zip(*found, strict=True):
-        assert torch.allclose(ours, stock, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("options", [(), ("--optimizer", "adamw", "--m", "own"), ("--gradient-checkpointing", "on")])
