@@ -671,7 +671,13 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """Return the line of an error's message that says what happened; TorchScript puts it after a traceback."""
+    """Return the line of an error's message that says what happened.
+
+    TorchScript puts it after a traceback, pydantic into the first of its details.
+    """
+    if type(error).__name__ == "ValidationError":  # of pydantic, which checks W&B's settings
+        details = error.errors()[0]
+        return f"{details['loc'][0]} is {details['input']!r}: {details['msg']}" if details["loc"] else details["msg"]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     named = [line for line in lines if re.match(r"\w+Error: ", line)] if "TorchScript" in str(error) else []
     return (named or lines)[0].rstrip(".")
@@ -871,8 +877,9 @@ def load_models(args: argparse.Namespace) -> Models:
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0  # torchrun, srun
-        name = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # torchrun, srun
+        index = int(local_rank) if local_rank.isdigit() else 0
+        name = f"cuda:{index % torch.cuda.device_count()}"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if os.path.exists("/dev/nvidia0"):
@@ -3137,19 +3144,11 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
             finish_timeout_raises=True,
         )
     except (ValueError, wandb.errors.UsageError) as error:
-        why, remedy = why_refused(error), "correct the option, the WANDB_ variable or the file wandb/settings"
-        raise UserError(f"W&B refuses a setting ({why}): {remedy}") from None
+        remedy = "correct the option, the WANDB_ variable or the file wandb/settings"
+        raise UserError(f"W&B refuses a setting ({line_of(error)}): {remedy}") from None
     except Exception as error:  # errors of its service process or the disk have no common class
         print(f"W&B cannot start ({line_of(error)}); the run goes on without it", file=sys.stderr)
         return None
-
-
-def why_refused(error: Exception) -> str:
-    """Return the reason for an error of W&B in one line; shorten a long one of pydantic to its first detail."""
-    if not hasattr(error, "errors"):
-        return line_of(error)
-    details = error.errors()[0]
-    return f"{details['loc'][0]} is {details['input']!r}: {details['msg']}" if details["loc"] else details["msg"]
 
 
 def as_media(value: object) -> object:
@@ -3186,7 +3185,7 @@ class Tracker:
         elif in_sweep():
             resume = None  # the server may already know the run of a sweep agent
         start = functools.partial(wandb.init, config=config, id=run_id, resume=resume, settings=self.settings)
-        try:
+        with one_line_for("W&B cannot start", "correct the WANDB_ variables, or set WANDB_DIR to a writable folder"):
             try:
                 self.run = start()
             except wandb.Error as error:
@@ -3198,11 +3197,6 @@ class Tracker:
                 print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
                 wandb.teardown()  # a service that failed once would fail an offline run too
                 self.run = start(mode="offline")
-        except UserError:
-            raise
-        except Exception as error:  # errors of W&B, its settings or the disk have no common class
-            remedy = "correct the WANDB_ variables, or set WANDB_DIR to a writable folder"
-            raise UserError(f"W&B cannot start ({why_refused(error)}): {remedy}") from None
         self.run_id = self.run.id
         self.run.define_metric("optimisation_step", hidden=True)
         self.run.define_metric("capacity/*", step_metric="capacity/num_tokens")

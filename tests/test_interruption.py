@@ -43,6 +43,16 @@ def interrupted(interrupted_once, tmp_path):
     return (*arguments, "--save-dir", tmp_path / "out"), end, tmp_path / "out" / "run"
 
 
+def interrupted_after(steps: int, first: vpt.Optimisation, second: vpt.Optimisation) -> tuple[list, vpt.Optimisation]:
+    """The rows of the first's steps, and the second with the state that these leave."""
+    rows = [take_step(first) for _ in range(steps)]
+    state = io.BytesIO()
+    torch.save(first.state_dict(), state)
+    state.seek(0)
+    second.load_state_dict(torch.load(state, weights_only=True), [])
+    return rows, second
+
+
 @pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2"), "given m"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, options):
@@ -56,12 +66,8 @@ def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, op
     whole, rows = optimisation(), Rows()
     learn_all(whole, rows)
     for interruption in (1, 5, 11):
-        first, second, after = optimisation(), optimisation(), Rows()
-        before = [take_step(first) for _ in range(interruption)]
-        state = io.BytesIO()
-        torch.save(first.state_dict(), state)
-        state.seek(0)
-        second.load_state_dict(torch.load(state, weights_only=True), [])
+        before, second = interrupted_after(interruption, optimisation(), optimisation())
+        after = Rows()
         learn_all(second, after)
         assert before + after == rows
         assert torch.equal(second.best.points, whole.best.points)
@@ -81,12 +87,8 @@ def test_a_state_saved_after_some_targets_ended_goes_on_bit_for_bit(tiny_models,
     first_end, *ends = whole.targets["steps"].tolist()
     assert first_end < 11 and ends == [12, 12]
     for interruption in (first_end, 11, 12):
-        first, second, after = optimisation(), optimisation(), Rows()
-        before = [take_step(first) for _ in range(interruption)]
-        state = io.BytesIO()
-        torch.save(first.state_dict(), state)
-        state.seek(0)
-        second.load_state_dict(torch.load(state, weights_only=True), [])
+        before, second = interrupted_after(interruption, optimisation(), optimisation())
+        after = Rows()
         if not second.finished:
             learn_all(second, after)
         assert before + after == rows
