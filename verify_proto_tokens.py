@@ -264,7 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "visual"), default="full")
     add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
         "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
-    add("--target-accuracy", "result", "stop at this token accuracy; 0 means never (default: 100; with --capacity 99)",
+    add("--target-accuracy", "result", "stop at this token accuracy; 0 is never (default: 100, or 99 with --capacity)",
         type=PERCENT, metavar="PERCENT")
     add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
         "--num-steps", **SWITCH)
@@ -597,7 +597,7 @@ if __name__ == "__main__":
         exit_with_error(f"the working folder cannot be used ({gone.strerror}): go to another one")
     ARGUMENTS = parse_args()  # before the slow imports, for a fast --help and fast option errors
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save outside the training loop
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once: only the training loop has something to save
 
 # A matplotlibrc can name missing things; matplotlib warns about each of them at import and for each letter drawn.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -706,7 +706,7 @@ def enough_memory_for(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_for(failure: str, remedy: str) -> Iterator[None]:
-    """Turn any error that a library raises on a bad file, except out of memory, into a UserError."""
+    """Turn any error that a library raises, except out of memory, into a UserError."""
     try:
         yield
     except (UserError, Stopped, KeyboardInterrupt, SystemExit):
@@ -887,7 +887,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()
-    except (RuntimeError, AssertionError) as error:  # unknown or absent; not in this build
+    except (RuntimeError, AssertionError) as error:  # no such device; a torch built without it
         raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
     return probe.device  # includes the device number, unlike `cuda`
 
@@ -1160,7 +1160,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
     with one_line_for("--image: encoder.jit cannot run here", remedy):
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
-        with torch.jit.optimized_execution(False):  # else the same picture could get other codes from a second call on
+        with torch.jit.optimized_execution(False):  # else later calls could give the same picture other codes
             indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
     if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
@@ -1250,7 +1250,7 @@ def make_reference(
 def new_targets(
     models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    """Make the codes [B, N] that --image and --control ask for; return them and the seconds of decoding, or None.
+    """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
 
     To add a kind of target, add a branch here, an option with its checks in `refuse_contradictions` and
     `choose_targets`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
@@ -1274,7 +1274,7 @@ def new_targets(
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float | None]:
     """Read the codes of prompts from the cache, if it has them for these settings, and decode the other prompts.
 
-    Return codes [B, N] and the seconds that decoding took, now or earlier; None unless one prompt was decoded alone.
+    Return codes [B, N] and their decoding seconds, now or earlier (None unless a single prompt was decoded alone).
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1300,11 +1300,11 @@ def read_picture(file: Path, size: int) -> Tensor:
     does: halve it by box averages while it is at least twice too large, then resize it with a bicubic filter.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # such as for damaged EXIF
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # Pillow warns of damaged EXIF
             if image.mode.startswith(("I", "F")):  # Pillow would clip them
                 raise ValueError("its pixels have more than 8 bits a channel: convert it")
             image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
-            with contextlib.suppress(Exception):  # damaged EXIF; the picture turns before EXIF is rewritten
+            with contextlib.suppress(Exception):  # damaged EXIF; if rewriting it fails, the picture has turned
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -1349,7 +1349,7 @@ def start_decoding(models: Models, prompts: list[str], num_tokens: int) -> tuple
 
 
 def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
-    """Feed the next ids [2B, n], a prompt or one token, to the generator; return its last hidden states [2B, D]."""
+    """Feed ids [2B, n], the prompts or one token each, to the generator; return the last position's states [2B, D]."""
     newest = slice(decoding.filled, decoding.filled + ids.shape[1])
     behind = decoding.cache_positions[newest, None] - decoding.cache_positions  # [n, T + N]
     seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # each sees itself: padding must see something
@@ -1378,7 +1378,7 @@ def generate_visual_codes(
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, decoding = start_decoding(models, prompts, num_tokens)
-    for shape in (ids, ids[:, -1:]):  # before timing, since a GPU loads and chooses kernels for each shape
+    for shape in (ids, ids[:, -1:]):  # warm-up before timing: a GPU loads and chooses kernels for each shape
         feed(models, decoding, shape)
     decoding.cache.reset()
     decoding.filled = 0
@@ -1391,7 +1391,7 @@ def generate_visual_codes(
             cond_logits = penalise(codes[:, :position], cond_logits)
         scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
         all_finite = all_finite & scores.isfinite().all()
-        if position in (0, num_tokens - 1) and not all_finite:  # not at each: each check makes the device wait
+        if position in (0, num_tokens - 1) and not all_finite:  # not at all positions: a check makes the device wait
             raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
         scores = torch.where(scores.isfinite(), scores, 0)
         codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
@@ -1406,7 +1406,7 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
-    """Sample one index per row of scores [B, C], each with its own generator; keep scores that tie with the k-th."""
+    """Sample one index per row of scores [B, C], each with its own generator; top-k keeps ties with the k-th score."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -1527,7 +1527,7 @@ class Predictions(NamedTuple):
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    targets = codes + models.first_code  # as rows of the head, like the argmax
+    targets = codes + models.first_code  # row indices of the head, as in argmax
     losses = F.cross_entropy(logits, targets, reduction="none")
     likeliest = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, targets[:, None])).sum(-1, dtype=torch.int32)
@@ -1539,7 +1539,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
 
 
 def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
-    """Return slices of positions with about LOGITS_AT_ONCE logits each, since all logits [B, N, V] may not fit."""
+    """Return slices of positions, each of at most about LOGITS_AT_ONCE logits: all logits [B, N, V] may not fit."""
     num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
     return slices(
         num_positions, math.ceil(num_positions / num_chunks)
@@ -1547,7 +1547,7 @@ def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
-    """Compare the predictions of hidden_states [B, N, D] with the targets codes [B, N]."""
+    """Compare the predictions of hidden_states [B, N, D] with the targets `codes` [B, N]."""
     all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
     chunks = chunks_of_positions(models, len(all_codes))
     return joined([predict_positions(models, all_states[chunk], all_codes[chunk]) for chunk in chunks], codes.shape)
@@ -1560,7 +1560,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Predict the targets codes [B, N] in one pass; its parts are as large as in learning, if they fit into memory."""
+    """Predict the targets `codes` [B, N] in one pass, in parts as in learning, or smaller ones if memory runs out."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1570,7 +1570,7 @@ def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor
 
 
 def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, targets_per_pass: int) -> Predictions:
-    """Run a forward and a backward pass for the targets codes [B, N]; leave the loss gradient in `points.grad`.
+    """Run a forward and a backward pass for the targets `codes` [B, N]; leave the gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete. This is
     cross-entropy, averaged over positions and summed over targets: targets with their own m learn independently.
@@ -1579,8 +1579,8 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     parts = []
     for part in slices(len(codes), targets_per_pass):
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
-        # Backpropagate through the head in chunks of positions, so that only the logits of one chunk exist; then
-        # once through the layers.
+        # Backpropagate through the head in chunks of positions, so that only one chunk's logits exist at a time;
+        # then once through the layers.
         at_head = hidden_states.detach().requires_grad_()
         all_states, all_codes = at_head.flatten(0, 1), codes[part].flatten()
         for chunk in chunks_of_positions(models, len(all_codes)):
@@ -1593,7 +1593,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
 
 
 # ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [G]. To add one, write a class
-# ---- with the methods `step`, `drop_others` (also before the first step), `state_dict` and `load_state_dict` and the
+# ---- with the methods `step`, `drop_others` (may come before any step), `state_dict` and `load_state_dict` and the
 # ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
 # ---- --optimizer. Check `choose_optimizer`.
 
@@ -1707,7 +1707,7 @@ class LBFGS:
         self.failures = torch.where(accepted, 0, self.failures + 1)
         given_up = (self.failures >= self.TRIES) | vanished
         self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
-        # It cannot go back if even steepest descent (no pairs) was given up after a value that is not finite.
+        # A problem cannot go back if even steepest descent (no pairs) was given up after a value that was not finite.
         self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
         minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
@@ -1736,7 +1736,7 @@ class LBFGS:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
         direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
-        # Without pairs the direction is 0, and rounding can spoil it: then use steepest descent, half the allowed way.
+        # Without pairs the direction is 0, and rounding can spoil it: then use steepest descent, moving by `rate` / 2.
         usable = (direction * self.gradient).sum(1) < 0
         direction = torch.where(usable[:, None], direction, -self.gradient)
         limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
@@ -1820,7 +1820,7 @@ class Targets:
         zeros = torch.zeros(count, dtype=torch.float64)
         self.table = {
             "steps": torch.zeros(count, dtype=torch.long),
-            "loss": zeros.clone(),  # nats, at the last finite step, like the next three
+            "loss": zeros.clone(),  # in nats; this and the next three are from the last finite step
             "num_correct": zeros.clone(),
             "accuracy": zeros.clone(),  # percent
             "top5_accuracy": zeros.clone(),
@@ -1888,7 +1888,7 @@ class Targets:
     def columns_of_each(self) -> dict[str, float | None]:
         """Return the numbers of each target by their W&B names; None before the target has begun.
 
-        For more than SHOWN_TARGETS, return instead how many ended, how many learn, and percentiles of the best.
+        For more than SHOWN_TARGETS targets, return how many ended, how many learn, and best-accuracy percentiles.
         """
         begun = self.begun
         if len(begun) > SHOWN_TARGETS:
@@ -1960,7 +1960,7 @@ class Optimisation:
         self.best = initial_proto_tokens(models, count, args, given_m)
         nothing = torch.zeros_like(codes)
         nan = torch.full_like(codes, math.nan, dtype=torch.float32)
-        self.predictions = Predictions(nan, nothing.int() + 1, nothing, nothing.clone())  # of the best, [B, N]
+        self.predictions = Predictions(nan, nothing.int() + 1, nothing, nothing.clone())  # at the best steps, [B, N]
         self.step = 0  # steps done, of all batches
         self.seconds = 0.0
         self.begin_batch(0)
@@ -2202,7 +2202,7 @@ class Reconstruction:
 
     predictions: Predictions
     errors: Tensor  # [B], mean squared error of pixels in [0, 1]
-    pictures: dict[int, Tensor]  # by target, for those in figures: original and reconstruction, [2, 3, H, W]
+    pictures: dict[int, Tensor]  # target in a figure -> its original and reconstruction, [2, 3, H, W]
     one_pass_seconds: float
 
 
@@ -2233,7 +2233,7 @@ def reconstruct(
 
 @torch.no_grad()
 def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
-    """Return the median seconds of a pass that emits all codes, repeated until 2 s have passed or six times."""
+    """Return the median seconds of a pass that emits all codes; repeat it for 2 s, but at most six times."""
 
     def emit(part: slice) -> None:
         hidden_states = one_pass(models, proto_tokens, num_tokens, part).flatten(0, 1)
@@ -2606,7 +2606,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
-    """Return the rows of the targets with the pictures for the figures; None for targets that no figure shows."""
+    """Return the targets' rows, each with its pictures for the figures, or None where no figure shows the target."""
     rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
     for k, (original, pixels) in reconstruction.pictures.items():
         rows[k]["reference"] = to_image(original)
@@ -2881,7 +2881,7 @@ class HistoryFile:
     """Write history.csv row by row during the run."""
 
     def __init__(self, file: Path, size: int):
-        """Open the file, cut to `size` bytes, its size when an interrupted run saved its state. Raises UserError."""
+        """Open the file, cut to the `size` bytes it had when an interrupted run saved its state. Raises UserError."""
         self.file, self.size = file, size
         self.rows = read_history(file, size) if size else []
         with writing(file):
@@ -3057,7 +3057,7 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     stored = read_settings(folder)
     if stored is None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
-    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # as the stored settings were written
+    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # through JSON, as the stored ones
     changed = [
         f"{name} ({shortened(stored.get(name))}, now {shortened(value)})"
         for name, value in compared.items()
@@ -3103,7 +3103,7 @@ def batch_file(index: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking: the only place that touches Weights & Biases
 
-# Together they limit the time that a run can lose to a dead server to less than a minute.
+# With these three limits, a run loses less than a minute to a dead server.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 WANDB_LOGIN_SECONDS = 30  # for the user to enter an API key when W&B asks for it
 
@@ -3121,7 +3121,7 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
     try:
         import wandb
-        from wandb import Settings  # a wandb.py beside the script does not have it
+        from wandb import Settings  # fails if `wandb` is only a wandb.py beside the script
     except ImportError as error:
         raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
     names = {
@@ -3223,7 +3223,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def going_on_without(self) -> Iterator[None]:
-        """If the block fails, print why and go on without W&B."""
+        """Go on without W&B if the block fails, and print why."""
         try:
             yield
         except Exception as error:  # errors of the client, its service or the disk have no common class
@@ -3232,7 +3232,7 @@ class Tracker:
             kept = f"send what it has with: {self.sync_command()}"
             print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
             self.run = None
-            logging.raiseExceptions = False  # else each line of its log prints that it cannot be written
+            logging.raiseExceptions = False  # else each line that W&B cannot write to its log prints an error
             with contextlib.suppress(Exception):
                 wandb.teardown()  # else it prints a traceback when the process ends
 
@@ -3371,7 +3371,7 @@ class Recorder:
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keep a step's row, picture and state at the intervals that options set.
 
-        With several batches, rows are rarer by a factor of their number, so that the history stays short.
+        With n batches, keep rows n times more rarely, so that the history stays short.
         """
         if not any(learning.targets.begun.tolist()):
             return  # no finite step yet
@@ -3661,7 +3661,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
     if args.control == "untrained":
-        forget_training(models.generator, args.seed)
+        forget_training(models.generator, args.seed)  # only now: the trained generator drew the reference
     given_m = earlier.m if earlier else None
     if args.capacity:
         summary = find_capacity(models, reference.codes, given_m, record)
@@ -3677,7 +3677,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         proto_tokens, predictions = learning.best, learning.predictions
         learned = learning.summary()
         rows = learning.targets.rows(reference.prompts, range(len(reference.prompts)))
-    # 3. What do they reconstruct, and what did they tell the generator?
+    # 3. Reconstruct, and measure what e_t and m tell the generator.
     with enough_memory_for("the reconstruction"), tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
