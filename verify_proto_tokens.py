@@ -2683,7 +2683,8 @@ def written_whole(file: Path) -> Iterator[Path]:
 
     Make the folder if it is missing. Raises UserError if the file cannot be written.
     """
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    # Two containers can share a folder and have the same process id.
+    partial = file.with_name(f"{file.name}.{os.getpid()}{time.time_ns()}.partial")
     try:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed an empty cache folder
@@ -2950,7 +2951,10 @@ class ReferenceCache:
 
     def write(self, prompt: str, codes: Tensor, seconds: float | None) -> None:
         file, key = self.entry(prompt)
-        write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": json.dumps(seconds)})
+        try:
+            write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": json.dumps(seconds)})
+        except UserError as error:  # such as another user's file in a shared folder
+            print(f"warning: {error}; this reference is not kept for later runs", file=sys.stderr)
 
 
 # ---- a run's input files

@@ -344,6 +344,15 @@ def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):
     assert "reused" not in capsys.readouterr().out
 
 
+def test_a_reference_that_cannot_be_kept_ends_no_run(tiny_models, make_args, capsys):
+    reference = reference_of(tiny_models, make_args())
+    (file,) = cache_files(make_args())
+    file.unlink()
+    file.mkdir()
+    assert torch.equal(reference_of(tiny_models, make_args()).codes, reference.codes)
+    assert "is not kept for later runs" in capsys.readouterr().err
+
+
 def damage_truncate(file):
     file.write_bytes(file.read_bytes()[:40])
 
