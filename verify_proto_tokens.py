@@ -567,19 +567,6 @@ def deciding(settings: dict, *decided: str) -> dict:
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
-@contextlib.contextmanager
-def one_line_for_imports() -> Iterator[None]:
-    """Turn an error during an import, such as a bad environment variable, into a one-line message."""
-    try:
-        yield
-    except Exception as error:
-        if __name__ != "__main__":
-            raise
-        here = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
-        why = textwrap.shorten(str(error), 250) or type(error).__name__
-        exit_with_error(f"`{here[-1]}` fails ({why}): mend what it names, or install requirements.txt")
-
-
 # Figures are drawn in memory only. A shell inside a notebook may inherit a backend that does not load.
 os.environ["MPLBACKEND"] = "agg"
 os.environ["PYTORCH_JIT"] = "1"  # the VQ tokenizer is TorchScript
@@ -602,7 +589,7 @@ if __name__ == "__main__":
 # A matplotlibrc can name missing things; matplotlib warns about each of them at import and for each letter drawn.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
-with one_line_for_imports():
+try:
     import matplotlib
     import matplotlib.style
     import numpy as np
@@ -610,7 +597,7 @@ with one_line_for_imports():
     import torch.nn.functional as F
     import transformers
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
+    from huggingface_hub.errors import GatedRepoError, StrictDataclassError
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -632,6 +619,11 @@ with one_line_for_imports():
     )
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+except Exception as error:  # also from a bad environment variable or a file that hides a package
+    if __name__ != "__main__":
+        raise
+    statement = traceback.extract_tb(error.__traceback__)[0].line
+    exit_with_error(f"`{statement}` fails ({error}): mend what it names, or install requirements.txt")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -673,13 +665,14 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 def line_of(error: BaseException) -> str:
     """Return the line of an error's message that says what happened.
 
-    TorchScript puts it after a traceback, pydantic into the first of its details.
+    TorchScript and the hub put it after a traceback or a title, pydantic into the first of its details.
     """
     if type(error).__name__ == "ValidationError":  # of pydantic, which checks W&B's settings
         details = error.errors()[0]
         return f"{details['loc'][0]} is {details['input']!r}: {details['msg']}" if details["loc"] else details["msg"]
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    named = [line for line in lines if re.match(r"\w+Error: ", line)] if "TorchScript" in str(error) else []
+    titled = "TorchScript" in str(error) or isinstance(error, StrictDataclassError)
+    named = [line.strip() for line in lines if titled and re.match(r"\s*\w+Error: ", line)]
     return (named or lines)[0].rstrip(".")
 
 
@@ -831,34 +824,24 @@ def load_models(args: argparse.Namespace) -> Models:
         torch.cuda.set_device(device)  # torch's precision checks and graphs use the current device
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
-    vocabulary_rows = config.vocab_size
     text_tokenizer = load_text_tokenizer(generator_folder)
     visual_offset = len(text_tokenizer)
     vq_files = (VQ_DECODER, VQ_ENCODER) if args.images else (VQ_DECODER,)
     vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
     print(f"loading the VQ tokenizer from {vq_folder}")
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
-    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
     factor = downsampling_factor(vq_decoder, device)
-    if vq_encoder:
-        small = torch.zeros(1, 3, 2 * factor, 2 * factor)
-        encode_pixels(vq_encoder, small, factor)  # finds a bad encoder before the generator loads
+    vq_encoder = load_vq_encoder(vq_folder / VQ_ENCODER, device, factor) if args.images else None
     refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
     refuse_too_few_positions(config, text_tokenizer, args, factor)
-    codebook_size = fsq_codebook_size(vq_decoder) or vocabulary_rows - visual_offset
-    if codebook_size < 1 or vocabulary_rows < visual_offset + codebook_size:
-        raise UserError(
-            f"--model-path {args.model_path} has {vocabulary_rows} embedding rows, too few for {visual_offset} text "
-            f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
-        )
+    codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
+    refuse_too_few_rows(config, args, visual_offset, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     print(f"loading the generator from {generator_folder}")
     generator = load_generator(generator_folder, precision, device)
-    print(
-        f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}; "
-        f"{visual_offset} text ids + {codebook_size} visual codes"
-    )
+    print(f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}")
+    print(f"vocabulary: {visual_offset} text ids + {codebook_size} visual codes")
     return Models(
         generator=generator,
         text_tokenizer=text_tokenizer,
@@ -940,36 +923,27 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError:
         why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
-    except RepositoryNotFoundError:
-        why = "the Hugging Face hub has no such repository that you may read (a private one needs `hf auth login`)"
     except Exception as error:  # from the hub client, HTTP library or disk: no common base class
-        why = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(line_of(error), 160)}): check the "
-        why += "network, and HF_TOKEN if it is set"
+        failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(line_of(error), 160)})"
+        why = f"{failed}: check the name, the network, and for a private repository HF_TOKEN or `hf auth login`"
     raise UserError(f"{option} {name}: there is no such folder, and {why}; give a local folder, or try --demo")
 
 
 def read_config(folder: Path) -> Qwen2Config:
     """Read the checkpoint's configuration. Raises UserError if it is not a plain Qwen2 model."""
     file = folder / "config.json"
-    try:
+    failure = f"{file} does not describe a Qwen2 model"
+    with one_line_for(failure, "give a SimpleAR model's folder, or download it again"):
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind, _ = fields["model_type"], fields["vocab_size"]  # both required: the library would use defaults
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): is --model-path a model's folder?") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged or no model configuration ({line_of(error)}): download it again") from None
-    if kind != "qwen2":
-        raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
-    if fields.get("quantization_config"):
-        raise UserError(
-            f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from gradients "
-            "through the weights, so take the checkpoint before its quantisation"
-        )
-    try:
+        kind = fields["model_type"]
+        if kind != "qwen2":
+            raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
+        if fields.get("quantization_config"):
+            raise UserError(
+                f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from "
+                "gradients through the weights, so take the checkpoint before its quantisation"
+            )
         config = Qwen2Config.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"{file} does not describe a Qwen2 model: {why[:200]}") from None
     if "sliding_attention" in config.layer_types or config.rope_parameters["rope_type"] != "default":
         raise UserError(f"--model-path {folder} has sliding windows or rope scaling, which no SimpleAR generator has")
     return config
@@ -983,14 +957,11 @@ def read_repetition_penalty(folder: Path) -> float:
     file = folder / "generation_config.json"
     if not file.exists():
         file = folder / "config.json"
-    try:
+    with one_line_for(f"{file} cannot be used", "mend it, or give a --repetition-penalty"):
         fields = json.loads(file.read_text(encoding="utf-8"))
         penalty = float(fields.get("repetition_penalty") or 1)
         if not 0.01 <= penalty <= 100:
             raise ValueError(f"its repetition_penalty is {penalty:g}, not from 0.01 to 100")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        why = line_of(error)
-        raise UserError(f"{file} cannot be used ({why}): mend it, or give a --repetition-penalty") from None
     if penalty != 1:
         print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 means no penalty")
     ignored = [name for name in NOT_FOLLOWED if fields.get(name) not in (None, 0, 1, [])]
@@ -1100,6 +1071,13 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
         return torch.jit.load(stream, map_location=device).eval()
 
 
+def load_vq_encoder(file: Path, device: torch.device, factor: int) -> torch.jit.ScriptModule:
+    """Load the encoder and encode a small picture, so that a bad encoder is found before the generator loads."""
+    vq_encoder = load_torchscript(file, device)
+    encode_pixels(vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor), factor)
+    return vq_encoder
+
+
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
     """Decode one latent cell; return its width in pixels. Raises UserError."""
     failure = f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device}"
@@ -1130,6 +1108,15 @@ def refuse_too_few_positions(
         raise UserError(
             f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
             f"within the model's {config.max_position_embeddings} positions; shorten the prompt, or lower --image-size"
+        )
+
+
+def refuse_too_few_rows(config: Qwen2Config, args: argparse.Namespace, visual_offset: int, codebook_size: int) -> None:
+    """Raise UserError if the generator's embedding has no row for each text id and visual code."""
+    if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
+        raise UserError(
+            f"--model-path {args.model_path} has {config.vocab_size} embedding rows, too few for {visual_offset} text "
+            f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
         )
 
 
@@ -1902,11 +1889,12 @@ class Targets:
             for k in range(len(begun))
         }
 
-    def rows(self, prompts: Sequence[str], some: Iterable[int]) -> list[dict]:
-        """Return rows of targets.csv for some of the targets."""
+    def rows(self, prompts: Sequence[str]) -> list[dict]:
+        """Return the rows of targets.csv for the first targets, one for each of `prompts`."""
         columns = {name: self[name].tolist() for name in ("best_accuracy", "best_step", "steps")}
         columns["diverged"] = self.diverged.tolist()
-        return [{"target": k, "prompt": prompts[k]} | {name: columns[name][k] for name in columns} for k in some]
+        numbers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [{"target": k, "prompt": prompt} | numbers[k] for k, prompt in enumerate(prompts)]
 
 
 def mean_of_finite(values: Tensor) -> float | None:
@@ -2645,7 +2633,7 @@ def draw_results(
 # Files
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 11
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 12
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal. First come those that say if the others are complete.
@@ -2869,50 +2857,19 @@ def write_table(file: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def append_to_table(file: Path, rows: list[dict]) -> None:
-    """Append rows to a table, or start the table if the file is missing. Raises UserError."""
+def append_to_table(file: Path, row: dict) -> None:
+    """Append a row to a table, whole or not at all; start the table if the file is missing. Raises UserError."""
     if not file.exists():
-        write_table(file, rows)
+        write_table(file, [row])
         return
-    with writing(file), file.open("a", newline="", encoding="utf-8", errors="backslashreplace") as table:
-        csv.DictWriter(table, list(rows[0]), lineterminator="\n").writerows(rows)
-
-
-class HistoryFile:
-    """Write history.csv row by row during the run."""
-
-    def __init__(self, file: Path, size: int):
-        """Open the file, cut to the `size` bytes it had when an interrupted run saved its state. Raises UserError."""
-        self.file, self.size = file, size
-        self.rows = read_history(file, size) if size else []
-        with writing(file):
-            self.stream = file.open("ab" if size else "wb", buffering=0)
-            if size:
-                self.stream.truncate(size)
-
-    def append(self, row: dict[str, float]) -> None:
-        head = "" if self.size else ",".join(row) + "\n"
-        line = ",".join("" if value is None else str(value) for value in row.values()) + "\n"
-        content = (head + line).encode()
-        with writing(self.file):
-            written = self.stream.write(content)
-            if written < len(content):
-                self.stream.truncate(self.size)  # removes the half-written row
-                raise OSError("the disk is full")
-        self.size += written
-        self.rows.append(row)
-
-
-def read_history(file: Path, size: int) -> list[dict[str, float]]:
-    """Return the rows in the first `size` bytes of the file. Raises UserError if the file is missing or damaged."""
-    try:
-        content = file.read_bytes()[:size].decode()
-        if len(content) < size or not content.endswith("\n"):
-            raise ValueError
-        rows = list(csv.DictReader(content.splitlines()))
-        return [{name: json.loads(value) if value else None for name, value in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{file} is missing or damaged: leave out --resume to start again") from None
+    size = file.stat().st_size
+    with writing(file):
+        try:
+            with file.open("a", newline="", encoding="utf-8") as table:
+                csv.DictWriter(table, list(row), lineterminator="\n").writerow(row)
+        except OSError:
+            os.truncate(file, size)
+            raise
 
 
 class ReferenceCache:
@@ -3304,7 +3261,7 @@ class Recorder:
         self.saved = read_state(folder) if args.resume else None  # what the interrupted run left
         self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
         self.reference: Reference | None = None
-        self.history: HistoryFile | None = None
+        self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
         self.newest_row: dict[str, float] | None = None  # a row that is not in the history yet
         self.recorded_step = 0
         self.stop_signals: list[int] = []  # the stop signals received while learning
@@ -3317,8 +3274,6 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.history:
-            self.history.stream.close()
         if error is None:
             exit_code = 0
         elif isinstance(error, Stopped):
@@ -3344,9 +3299,7 @@ class Recorder:
     # ---- while learning
 
     def start_learning(self, learning: Optimisation) -> None:
-        """Open the history. If the run was interrupted, restore its history and its optimisation."""
-        if not self.args.capacity:
-            self.history = HistoryFile(self.folder / HISTORY_FILE, self.saved["history_size"] if self.saved else 0)
+        """If the run was interrupted, restore its optimisation and its history."""
         if self.saved:
             learning.load_state_dict(self.saved["learning"], self.saved["batches"])
             self.newest_row = self.saved["newest_row"]
@@ -3354,17 +3307,17 @@ class Recorder:
             for step, file in frames_in(self.folder).items():
                 if step > learning.step:
                     file.unlink()  # it will be drawn again
-            if self.history and self.tracker.run:
-                self.send_missing()
-            (self.folder / TARGETS_FILE).unlink(missing_ok=True)
-            self.keep_rows(learning, range(learning.first))
+            (self.folder / HISTORY_FILE).unlink(missing_ok=True)  # its last rows can be newer than the saved state
+            if self.history:
+                write_table(self.folder / HISTORY_FILE, self.history)
+            self.send_missing()
             self.saved = None  # the next trial of a search for the capacity starts from the beginning
         self.recorded_step = learning.step
         self.save_state(learning)
 
     def send_missing(self) -> None:
         """Send W&B the rows and frames that the interrupted run had not sent."""
-        rows = {row["step"]: row for row in self.history.rows}
+        rows = {row["step"]: row for row in self.history}
         frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
             if step in rows:
@@ -3402,7 +3355,10 @@ class Recorder:
 
     def end_batch(self, learning: Optimisation) -> None:
         """Keep the final results of a batch; then begin the next batch, or keep the last step."""
-        self.keep_rows(learning, learning.batch)
+        if len(learning.codes) > 1 and not self.args.capacity:
+            write_table(
+                self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts[: learning.batch.stop])
+            )
         if learning.finished:
             self.keep_newest_row()  # the last row is kept even if --log-every skips it
             if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
@@ -3415,15 +3371,11 @@ class Recorder:
         self.save_state(learning)
 
     def keep_newest_row(self) -> None:
-        if self.history and self.newest_row:  # a search for the capacity has no history
+        if self.newest_row and not self.args.capacity:  # a search for the capacity has no history
+            append_to_table(self.folder / HISTORY_FILE, self.newest_row)
             self.history.append(self.newest_row)
             self.tracker.row(self.newest_row)
         self.newest_row = None
-
-    def keep_rows(self, learning: Optimisation, targets: range) -> None:
-        """Add the results of these targets to targets.csv; one target or a capacity search has no such file."""
-        if self.history and len(learning.codes) > 1 and targets:
-            append_to_table(self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts, targets))
 
     def keep_frame(self, learning: Optimisation) -> None:
         """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
@@ -3445,7 +3397,7 @@ class Recorder:
             "learning": learning.state_dict(),
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
-            "history_size": self.history.size if self.history else 0,
+            "history": self.history,
             "newest_row": self.newest_row,
             "run_id": self.tracker.run_id,
         }
@@ -3496,8 +3448,7 @@ class Recorder:
             write_table(self.folder / TARGETS_FILE, targets)
             tables["targets"] = rows
         shown = [rows[k] for k in reconstruction.pictures]
-        history = self.history.rows if self.history else []  # empty if this run learned nothing
-        images = draw_results(shown, reconstruction.predictions.rank, summary, history)
+        images = draw_results(shown, reconstruction.predictions.rank, summary, self.history)
         self.publish(images, summary, tables)
 
     def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
@@ -3680,7 +3631,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         record.report_divergence(learning)
         proto_tokens, predictions = learning.best, learning.predictions
         learned = learning.summary()
-        rows = learning.targets.rows(reference.prompts, range(len(reference.prompts)))
+        rows = learning.targets.rows(reference.prompts)
     # 3. Reconstruct, and measure what e_t and m tell the generator.
     with enough_memory_for("the reconstruction"), tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)

@@ -598,7 +598,7 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                     # Of the steps that its batch took: before them it has none.
                     own = [row[f"targets/{k}/best_accuracy"] for row in rows_of_steps]
                     curves.append([best for best in own if best is not None])
-                for row in learning.targets.rows(CAPTIONS, range(len(CAPTIONS))):
+                for row in learning.targets.rows(CAPTIONS):
                     found = f"{row['best_accuracy']:.1f} % after {row['steps']}"
                     print(f"{name}; {row['prompt']}, seed {seed}: {found}", flush=True)
             # A target that never got there, also one that diverged, counts as if it had at the very end.
