@@ -262,6 +262,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=UP_TO_1000, default=0.25, metavar="STD")
     add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
         choices=("full", "visual"), default="full")
+    add("--cuda-graphs", "nothing", "record the kernels of a step and of a decoded token once, and replay them: fewer "
+        "launches; never tried on a GPU", choices=("off", "on"), default="off")
     add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
         "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
     add("--target-accuracy", "result", "stop at this token accuracy; 0 is never (default: 100, or 99 with --capacity)",
@@ -822,6 +824,8 @@ def load_models(args: argparse.Namespace) -> Models:
     precision = pick_precision(args.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # torch's precision checks and graphs use the current device
+    elif args.cuda_graphs == "on":
+        raise UserError(f"--cuda-graphs on needs a CUDA GPU, not {device}: leave it out")
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
@@ -1307,6 +1311,31 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+def recorded(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
+    """Record the CUDA kernels of `work(*inputs)` as a graph; return a function that replays them for other inputs.
+
+    The inputs keep their shapes. `work` must use the same memory in each call and never wait for the device. A replay
+    launches all kernels at once, and writes its results into the tensors that the recording returned.
+    """
+    buffers, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work(*buffers)  # a first call loads kernels, which cannot be recorded
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as W&B's, may use CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        results = work(*buffers)
+
+    def replay(*inputs: Tensor) -> object:
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return results
+
+    replay.work = work  # keeps the tensors that the kernels use
+    return replay
+
+
 @dataclass
 class Decoding:
     """The state of decoding B pictures: 2B sequences in one key/value cache, with `filled` positions in use."""
@@ -1315,10 +1344,12 @@ class Decoding:
     is_token: Tensor  # [2B, T + N], False for the padding before a shorter prompt
     position_ids: Tensor  # [2B, T + N]
     cache_positions: Tensor  # [T + N]
+    records: bool  # whether to feed single tokens by replaying recorded kernels
+    replay: Callable[..., Tensor] | None = None
     filled: int = 0
 
 
-def start_decoding(models: Models, prompts: list[str], num_tokens: int) -> tuple[Tensor, Decoding]:
+def start_decoding(models: Models, prompts: list[str], num_tokens: int, records: bool) -> tuple[Tensor, Decoding]:
     """Return prompt ids [2B, T], of the B conditional prompts and then B negative ones, and an empty cache."""
     size = models.size_token(num_tokens)
     texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
@@ -1332,6 +1363,7 @@ def start_decoding(models: Models, prompts: list[str], num_tokens: int) -> tuple
         is_token=is_token,
         position_ids=(is_token.cumsum(1) - 1).clamp(min=0),
         cache_positions=torch.arange(length + num_tokens, device=models.device),
+        records=records,
     )
 
 
@@ -1340,14 +1372,26 @@ def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
     newest = slice(decoding.filled, decoding.filled + ids.shape[1])
     behind = decoding.cache_positions[newest, None] - decoding.cache_positions  # [n, T + N]
     seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # each sees itself: padding must see something
+    inputs = ids, decoding.position_ids[:, newest].contiguous(), seen[:, None]
+    decoding.filled += ids.shape[1]
+    run = functools.partial(last_states, models, decoding.cache)
+    if decoding.records and ids.shape[1] == 1:
+        decoding.replay = decoding.replay or recorded(run, *inputs)
+        return decoding.replay(*inputs)
+    return run(*inputs)
+
+
+def last_states(
+    models: Models, cache: transformers.StaticCache, ids: Tensor, position_ids: Tensor, seen: Tensor
+) -> Tensor:
+    """Run the generator on ids [2B, n], add them to the cache, and return the last position's states [2B, D]."""
     output = models.generator.model(
         input_ids=ids,
-        position_ids=decoding.position_ids[:, newest].contiguous(),
-        attention_mask={"full_attention": seen[:, None]},
-        past_key_values=decoding.cache,
+        position_ids=position_ids,
+        attention_mask={"full_attention": seen},
+        past_key_values=cache,
         use_cache=True,
     )
-    decoding.filled += ids.shape[1]
     return output.last_hidden_state[:, -1]
 
 
@@ -1364,7 +1408,7 @@ def generate_visual_codes(
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
-    ids, decoding = start_decoding(models, prompts, num_tokens)
+    ids, decoding = start_decoding(models, prompts, num_tokens, records=args.cuda_graphs == "on")
     for shape in (ids, ids[:, -1:]):  # warm-up before timing: a GPU loads and chooses kernels for each shape
         feed(models, decoding, shape)
     decoding.cache.reset()
@@ -1960,6 +2004,7 @@ class Optimisation:
         self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
         self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
         self.active_codes = self.codes[self.active]
+        self.replay: Callable[[], Predictions] | None = None  # of the recorded evaluation, see --cuda-graphs
 
     def drop_ended(self) -> None:
         """Remove the targets that have ended from those that learn."""
@@ -1972,6 +2017,7 @@ class Optimisation:
         self.active_codes = self.active_codes[kept]
         self.proto_tokens = self.proto_tokens.select(kept)
         self.optimizer.drop_others(kept, self.proto_tokens.points)
+        self.replay = None  # the recording is of more targets
 
     @property
     def batch(self) -> range:
@@ -1994,10 +2040,17 @@ class Optimisation:
         while True:
             try:
                 with tf32_if_asked(self.models), gradient_checkpointing(self.models.generator, self.recomputes):
-                    return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
+                    if self.args.cuda_graphs == "off":
+                        return self.evaluate_once()
+                    self.replay = self.replay or recorded(self.evaluate_once)
+                    return self.replay()
             except (MemoryError, RuntimeError) as error:
+                self.replay = None
                 if not is_out_of_memory(error) or not self.need_less_memory():
                     raise
+
+    def evaluate_once(self) -> Predictions:
+        return loss_and_gradient(self.models, self.proto_tokens, self.active_codes, self.targets_per_pass)
 
     def need_less_memory(self) -> bool:
         """Choose the next way to use less memory in a step, and print it; return False if no way is left."""

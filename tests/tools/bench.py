@@ -269,23 +269,7 @@ def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
         for rows in head.split(4096):
             torch.matmul(torch.matmul(x[config.hidden_size], rows.T), rows)
 
-    return as_graph(products) if head.device.type == "cuda" else products
-
-
-def as_graph(work: Callable) -> Callable:
-    """The same kernels, recorded once and replayed: CUDA only."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-
-    def replay(keeps: Callable = work) -> None:  # the tensors that the kernels read and write
-        graph.replay()
-
-    return replay
+    return vpt.recorded(products) if head.device.type == "cuda" else products
 
 
 def step_operations(models: vpt.Models, num_tokens: int) -> int:
@@ -449,7 +433,7 @@ def read_weights(models: vpt.Models) -> Callable:
         for tensor in tensors:
             tensor.view(-1).sum()
 
-    return as_graph(read) if models.device.type == "cuda" else read
+    return vpt.recorded(read) if models.device.type == "cuda" else read
 
 
 def weight_bytes(models: vpt.Models) -> int:

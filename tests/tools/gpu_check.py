@@ -1,12 +1,12 @@
 """Proves the script on a device, and measures it there: `python tests/tools/gpu_check.py`. No network is needed.
 
 First whether it is right: greedy tokens against the CPU's; loss and gradient against the plain formula in each
-precision; a whole run at 256 and 512 px, twice, then killed and resumed, bit for bit; what each precision learns at
-512 px; and what running out of memory leaves. Then how quick it is: steps and tokens a second and peak memory for each
-size of picture and precision, beside the bare products and the bare reading of the weights. Ends with exit code 0 only
-if all that was checked holds, prints a table for the README, and writes gpu_check.json as it goes. Meant for ten
-minutes on a large GPU. It was never run on one. On a CPU (--device cpu) it does less, on the demo model: that is one of
-the tests.
+precision; a whole run at 256 and 512 px, twice, with CUDA graphs, then killed and resumed, bit for bit; what each
+precision learns at 512 px; and what running out of memory leaves. Then how quick it is: steps and tokens a second and
+peak memory for each size of picture and precision, beside the bare products and the bare reading of the weights. Ends
+with exit code 0 only if all that was checked holds, prints a table for the README, and writes gpu_check.json as it
+goes. Meant for ten minutes on a large GPU. It was never run on one. On a CPU (--device cpu) it does less, on the demo
+model: that is one of the tests.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
 
 
 def check_runs(check: Check, args: argparse.Namespace, folder: Path, size: int) -> None:
-    """A run to the end, twice the same, and the same again when it was killed and resumed; all decode anew."""
+    """A run to the end, twice the same, and the same with CUDA graphs or killed and resumed; all decode anew."""
     options = ["--demo", "--device", str(args.device), "--save-dir", str(folder), "--save-every", "5"]
     options += ["--num-steps", str(args.num_steps), "--image-size", str(size), "--force-generate"]
     first, second, killed = (folder / f"{name}{size}" for name in ("first", "second", "killed"))
@@ -158,6 +158,10 @@ def check_runs(check: Check, args: argparse.Namespace, folder: Path, size: int) 
         check.holds(f"{what} reaches every token", accuracy == 100, f"{accuracy:.1f} %, {summary['steps']} steps")
     same = "the same tokens, history and summary"
     check.holds(f"two runs of {size} px have {same}", results_of(second) == results_of(first))
+    if not args.small:
+        vpt.main(vpt.parse_args([*options, "--cuda-graphs", "on", "--wandb-run-name", f"graphs{size}"]))
+        graphs = results_of(folder / f"graphs{size}")
+        check.holds(f"one of {size} px with CUDA graphs has them too", graphs == results_of(first))
     resumed = [*options, "--wandb-run-name", killed.name, "--resume"]
     kill(start_pausing(folder, 7, *resumed, seconds=300))
     vpt.main(vpt.parse_args(resumed))
@@ -198,17 +202,25 @@ def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> d
     """Steps a second, tokens a second and peak memory, and their shares of the floor."""
     codes, figures = bench.random_codes(models, num_tokens), {}
     take_step = bench.endless_steps(on(args), models, codes)
+    candidates = {"step": take_step, "floor": bench.matrix_products(models, num_tokens)}
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
         take_step()
         figures["peak GB"] = torch.cuda.max_memory_reserved(args.device) / 1e9
-    candidates = {"step": take_step, "floor": bench.matrix_products(models, num_tokens)}
+        candidates["graphs"] = bench.endless_steps(on(args), models, codes, "--cuda-graphs", "on")
     seconds = bench.interleaved(candidates, args.repeats, args.device)
-    step, floor = (min(seconds[name]) for name in ("step", "floor"))
-    figures |= {"steps/s": 1 / step, "of the products": floor / step}
+    best = {name: min(each) for name, each in seconds.items()}
+    figures |= {"steps/s": 1 / best["step"], "of the products": best["floor"] / best["step"]}
+    if "graphs" in best:
+        figures["steps/s, graphs"] = 1 / best["graphs"]
     if num_tokens != args.sizes[0]:  # longer pictures are decoded as quickly, but for their caches
         return figures
     options = vpt.parse_args(["--demo", "--device", str(args.device)])
+    if args.device.type == "cuda":
+        options.cuda_graphs = "on"
+        codes, seconds = vpt.generate_visual_codes(models, ["a red apple"], args.decoded, options)
+        figures["tokens/s, graphs"] = codes.numel() / seconds
+        options.cuda_graphs = "off"
     codes, seconds = vpt.generate_visual_codes(models, ["a red apple"], args.decoded, options)
     reading = min(bench.interleaved({"read": bench.read_weights(models)}, 3, args.device)["read"])
     rate = codes.numel() / seconds
