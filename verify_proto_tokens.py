@@ -1,6 +1,6 @@
 """Test whether a frozen autoregressive image generator emits a whole image in one pass from two learned embeddings.
 
-The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer), freezes it (`freeze`),
+The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer), freezes it,
 generates a reference image from a prompt, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
 one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes the predicted tokens to an
 image and reports how close this reconstruction is to the reference.
@@ -82,11 +82,8 @@ def checked(parse: Callable, holds: Callable | None, what: str) -> Callable:
     """Return an argparse type that applies `parse`; it reports "must be {what}" if `parse` or `holds` fails."""
 
     def convert(text: str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # the command line has bytes that are not UTF-8
-            raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {text!r}") from None
-        with contextlib.suppress(ValueError, KeyError, OverflowError):
+        with contextlib.suppress(ValueError, KeyError, OverflowError, RuntimeError):
+            text.encode()  # fails if the command line has bytes that are not UTF-8
             value = parse(text)
             if holds is None or holds(value):
                 return value
@@ -107,23 +104,15 @@ def whole(text: str) -> int:
 
 def listed(text: str) -> list[str]:
     """Parse a list as sweep agents write it, ['a', 'b'] or [0.9, 0.99]; return any other text as the only item."""
-    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        items = ast.literal_eval(text.strip()) if text.strip().startswith("[") else [text]
-        if isinstance(items, list):
-            return [str(item) for item in items]
+    if text.strip().startswith("["):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return [str(item) for item in ast.literal_eval(text.strip())]
     return [text]
-
-
-def as_path(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~ names no user, or one without a home folder
-        raise ValueError from None
 
 
 def as_proto_tokens(text: str) -> Path:
     """Return the path of an earlier run's proto-tokens file; `text` names the file or its folder."""
-    path = as_path(text)
+    path = Path(text).expanduser()
     return path / PROTO_TOKENS_FILE if os.path.isdir(path) else path
 
 
@@ -148,16 +137,16 @@ SHARD = checked(
     lambda shard: len(shard) == 2 and 1 <= shard[0] <= shard[1],
     "of the form 2/8: the second of eight",
 )
-TEXT = checked(str, None, "text")
+TEXT = checked(str, None, "UTF-8 text")
 PROMPTS = checked(
     lambda text: [item.strip() for item in listed(text)],
     lambda prompts: prompts and all(prompts),
     "a few words that describe the picture",
 )
-A_PATH = "a path (a ~ must name a home folder)"
-FILE = checked(as_path, None, A_PATH)
+A_PATH = "a path in UTF-8 (a ~ must name a home folder)"  # expanduser raises RuntimeError if it does not
+FILE = checked(lambda text: Path(text).expanduser(), None, A_PATH)
 PROTO_TOKENS = checked(as_proto_tokens, None, A_PATH)
-FILES = checked(lambda text: [as_path(item) for item in listed(text)], bool, A_PATH)
+FILES = checked(lambda text: [Path(item).expanduser() for item in listed(text)], bool, A_PATH)
 # The run's folder inside the save directory has the same name as the run.
 RUN_NAME = checked(
     str.strip,
@@ -219,13 +208,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("reference image")
     add("--prompt", "reference", f"what the picture shows; several: learned together (default: {DEFAULT_PROMPT})",
-        type=PROMPTS, action="extend", metavar="TEXT", dest="prompts")
+        type=PROMPTS, action="extend", default=[], metavar="TEXT", dest="prompts")
     add("--prompts-file", "nothing", "further prompts, one per line",
-        type=FILES, action="extend", metavar="FILE", dest="prompts_files")
+        type=FILES, action="extend", default=[], metavar="FILE", dest="prompts_files")
     add("--shard", "result", "share the prompts among N runs: this one takes every N-th, beginning with the I-th",
         type=SHARD, metavar="I/N")
     add("--image", "result", "use the middle square of a picture as the target; --prompt says what it shows (default: "
-        "the file's name)", type=FILES, action="extend", metavar="FILE", dest="images")
+        "the file's name)", type=FILES, action="extend", default=[], metavar="FILE", dest="images")
     add("--image-size", "result", "width and height", type=IMAGE_SIZE, default=256, metavar="PIXELS")
     add("--cfg-scale", "reference", "classifier-free guidance; 1 means off", type=UP_TO_1000, default=6.0, metavar="S")
     add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
@@ -314,7 +303,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             fill_in(each)
         take_shard(args)
         refuse_git_lfs_pointers(args)
-        name_for_wandb(args, default_run_name(args, defaults, parser.decides))
+        name_for_wandb(args, default_run_name(args, defaults))
     except UserError as error:
         exit_with_error(error)
     return args
@@ -324,9 +313,10 @@ def fill_in(args: argparse.Namespace) -> None:
     """Set the options that were not given and depend on other options. Raises UserError."""
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
-    args.prompts_files = args.prompts_files or []
+    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
+    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
+    args.use_wandb = args.use_wandb or in_sweep()
     choose_optimizer(args)
-    choose_models(args)
     choose_targets(args)
 
 
@@ -344,6 +334,8 @@ def as_typed(word: str, options: set[str]) -> str:
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.demo and not DEMO_FOLDER.is_dir():
+        raise UserError(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
     if args.demo and (args.model_path or args.vq_model_ckpt):
         raise UserError("--demo already sets both models: leave out --model-path and --vq-model-ckpt")
     if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
@@ -359,11 +351,10 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 def choose_optimizer(args: argparse.Namespace) -> None:
     """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError if they contradict."""
     given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
-    if given and args.optimizer not in (None, "adamw"):
+    args.optimizer = args.optimizer or ("adamw" if given else "lbfgs")
+    if given and args.optimizer != "adamw":
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} is an option of AdamW: leave out either it or --optimizer {args.optimizer}")
-    if args.optimizer is None:
-        args.optimizer = "adamw" if given else "lbfgs"
     for name, default in ADAMW_OPTIONS.items():
         if name not in given:
             setattr(args, name, default)
@@ -371,17 +362,15 @@ def choose_optimizer(args: argparse.Namespace) -> None:
 
 def choose_targets(args: argparse.Namespace) -> None:
     """Fill in all prompts, from the options, the prompts files or the pictures' names. Raises UserError."""
-    args.images = args.images or []
-    args.prompts = args.prompts or []
     for file in args.prompts_files:
-        args.prompts += read_prompts(file)
+        args.prompts = [*args.prompts, *read_prompts(file)]  # a new list: the default is the parser's own
     if not args.prompts:
         args.prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
     if not args.prompts:
         args.prompts = [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
         raise UserError(
-            f"--image was given {len(args.images)} times, --prompt {len(args.prompts)} times: give one prompt per image"
+            f"{len(args.images)} times --image, {len(args.prompts)} times --prompt: give one prompt per image"
         )
 
 
@@ -389,9 +378,7 @@ def take_shard(args: argparse.Namespace) -> None:
     """Keep only this run's prompts and pictures: every N-th from the I-th on, by --shard or launcher rank."""
     rank, num_prompts = launched_rank(), len(args.prompts)
     if rank and (args.shard or num_prompts == 1):
-        raise UserError(
-            f"the {rank[1]} processes of torchrun or srun share the prompts: give several without --shard, or start one"
-        )
+        raise UserError("processes of torchrun or srun share the prompts: give several without --shard, or start one")
     args.shard = args.shard or rank
     if not args.shard:
         return
@@ -421,22 +408,12 @@ def read_prompts(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8")
         if "\0" in text:
             raise ValueError("it has null bytes")
-    except OSError as error:
-        raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--prompts-file {file} is not UTF-8 ({error}): convert it") from None
-    lines = [line.strip() for line in text.replace("\ufeff", "").split("\n")]  # byte order marks
-    prompts = [line for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts-file {file} cannot be read as UTF-8 text: {error}") from None
+    prompts = [line.strip() for line in text.replace("\ufeff", "").split("\n") if line.strip()]  # byte order marks
     if not prompts:
         raise UserError(f"--prompts-file {file} holds no prompt")
     return prompts
-
-
-def choose_models(args: argparse.Namespace) -> None:
-    if args.demo and not DEMO_FOLDER.is_dir():
-        raise UserError(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
-    args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
-    args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
 
 
 def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
@@ -459,7 +436,7 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
     args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
     for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group", "wandb_mode"):
-        if getattr(args, setting) not in (None, "disabled") and not wants_wandb(args):
+        if getattr(args, setting) not in (None, "disabled") and not args.use_wandb:
             print(f"note: --{setting.replace('_', '-')} has no effect without --use-wandb")
     args.wandb_project = args.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     if args.wandb_tags is None and not os.environ.get("WANDB_TAGS"):
@@ -468,7 +445,7 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
         args.wandb_mode = args.wandb_mode or "disabled"
 
 
-def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, decides: dict[str, str]) -> str:
+def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """Return a name such as proto_256px_steps1000_lr02_seed42, followed by each other setting not at its default.
 
     Settings that decide "nothing" are left out. If the name shows only part of a text, it ends in a digest, so that
@@ -481,11 +458,10 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace, dec
         name, shown = "reconstructed", set()
     if args.demo:
         shown |= {"model_path", "vq_model_ckpt"}
-    for setting, decided in decides.items():
-        value = getattr(args, setting)
-        if decided == "nothing" or setting in shown or value == getattr(defaults, setting):
+    for setting, value in vars(args).items():
+        if DECIDES[setting] == "nothing" or setting in shown or value == getattr(defaults, setting):
             continue
-        if isinstance(value, str) and decided == "model" and os.path.isdir(os.path.expanduser(value)):
+        if isinstance(value, str) and DECIDES[setting] == "model" and os.path.isdir(os.path.expanduser(value)):
             value = Path(os.path.expanduser(value))
         name += f"_{setting.replace('_', '-')}"
         if value is not True:
@@ -533,10 +509,6 @@ def keep_outputs_open() -> None:
             setattr(sys, name, lasting)
 
 
-def wants_wandb(args: argparse.Namespace) -> bool:
-    return args.use_wandb or in_sweep()
-
-
 def in_sweep() -> bool:
     """Return whether a W&B sweep agent started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
@@ -544,24 +516,14 @@ def in_sweep() -> bool:
 
 # Each entry of config.json and what it decides: the options (see `build_parser`) and values derived from them. The
 # "environment" also decides the reference, but an interrupted run may continue in another environment.
-DECIDES = build_parser().decides | {
-    "prompt": "reference",
-    "num_tokens": "reference",
-    "codebook_size": "reference",
-    "prompt_templates": "reference",
-    "visual_offset": "reference",
-    "generator_fingerprint": "reference",
-    "device_name": "environment",
-    "torch_version": "environment",
-    "m_from_fingerprint": "result",
-    "images_fingerprint": "result",
-    "final_learning_rate": "result",
-    "factor": "result",
-    "hidden_size": "result",
-    "vq_fingerprint": "result",
-    "learned_with": "nothing",  # settings of the earlier run given by --from-proto-tokens
-    "versions": "nothing",
-}
+DECIDES = (
+    build_parser().decides
+    | dict.fromkeys(("prompt", "num_tokens", "codebook_size", "prompt_templates"), "reference")
+    | dict.fromkeys(("visual_offset", "generator_fingerprint"), "reference")
+    | dict.fromkeys(("device_name", "torch_version"), "environment")
+    | dict.fromkeys(("m_from_fingerprint", "images_fingerprint", "factor", "hidden_size", "vq_fingerprint"), "result")
+    | dict.fromkeys(("learned_with", "versions"), "nothing")  # learned_with: settings of the run reconstructed
+)
 
 
 def deciding(settings: dict, *decided: str) -> dict:
@@ -599,7 +561,7 @@ try:
     import torch.nn.functional as F
     import transformers
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, StrictDataclassError
+    from huggingface_hub.errors import GatedRepoError
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -636,12 +598,8 @@ STOP_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXC
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNAL_NAMES if hasattr(signal, name)]
 
 
-class Stopped(BaseException):
-    """Stop the run at a signal; its state is saved. Like KeyboardInterrupt, it is not caught by `except Exception`."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
+class Stopped(SystemExit):
+    """Stop the run at a signal; its state is saved. The code is 128 + the signal's number."""
 
 
 @contextlib.contextmanager
@@ -650,18 +608,13 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
     Outside the main thread, do nothing: Python sets signal handlers only in the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as afterwards:
+        for number in STOP_SIGNALS if in_main_thread else []:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                before = signal.signal(number, lambda number, frame: handle(number))
+                afterwards.callback(signal.signal, number, before)
         yield
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    listened = [number for number in STOP_SIGNALS if before[number] != signal.SIG_IGN]  # nohup ignores SIGHUP
-    for number in listened:
-        signal.signal(number, lambda number, frame: handle(number))
-    try:
-        yield
-    finally:
-        for number in listened:
-            signal.signal(number, before[number])
 
 
 def line_of(error: BaseException) -> str:
@@ -673,8 +626,7 @@ def line_of(error: BaseException) -> str:
         details = error.errors()[0]
         return f"{details['loc'][0]} is {details['input']!r}: {details['msg']}" if details["loc"] else details["msg"]
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    titled = "TorchScript" in str(error) or isinstance(error, StrictDataclassError)
-    named = [line.strip() for line in lines if titled and re.match(r"\s*\w+Error: ", line)]
+    named = [line.strip() for line in lines if re.match(r"\s*\w+Error: ", line)]
     return (named or lines)[0].rstrip(".")
 
 
@@ -693,10 +645,8 @@ def enough_memory_for(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # frees the work's memory: the state must still be saved
-        raise UserError(
-            f"out of memory for {what}: try fewer targets, a smaller --image-size, --dtype bfloat16 or "
-            "--gradient-checkpointing on"
-        ) from None
+        remedy = "try fewer targets, a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on"
+        raise UserError(f"out of memory for {what}: {remedy}") from None
 
 
 @contextlib.contextmanager
@@ -704,10 +654,8 @@ def one_line_for(failure: str, remedy: str) -> Iterator[None]:
     """Turn any error that a library raises, except out of memory, into a UserError."""
     try:
         yield
-    except (UserError, Stopped, KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # a panic in tokenizers is not an Exception
-        if is_out_of_memory(error):
+        if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
             raise
         raise UserError(f"{failure} ({line_of(error)}): {remedy}") from None
 
@@ -817,7 +765,6 @@ def num_tokens_of(image_size: int, factor: int) -> int:
     return (image_size // factor) ** 2
 
 
-@enough_memory_for("the models")
 def load_models(args: argparse.Namespace) -> Models:
     """Load the frozen models, and check the parts that load fast before the generator. Raises UserError."""
     device = pick_device(args.device)
@@ -1003,26 +950,22 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
         if generator.config.tie_word_embeddings and generator.lm_head.weight is not generator.model.embed_tokens.weight:
             print("note: config.json ties the head to the embedding, so the file's own lm_head.weight is not used")
             generator.lm_head.weight = generator.model.embed_tokens.weight
-        generator = freeze(generator.to(device))
+        generator = generator.to(device).eval().requires_grad_(False)  # frozen: from here on, no parameter learns
         generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     return generator
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
     """Raise UserError if the files lack tensors of config.json, have them in another shape, or have too many layers."""
-    wrong_shape = [
-        f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])
-    ]
     missing, others = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    more_layers = [
-        f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)
-    ]
-    if missing or wrong_shape or more_layers:
-        examples = "; ".join([*wrong_shape, *missing[:1], *more_layers[:1], *others[:1]][:2])
+    wrong = [f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])]
+    wrong += [f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)]
+    if missing or wrong:
+        examples = "; ".join([*wrong[:1], *missing[:1], *others[:1]])
         raise UserError(
-            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing, "
-            f"{len(wrong_shape)} have another shape, {len(others)} are not known ({examples}): the weights or the "
-            "config.json are incomplete or belong to another model; download them again"
+            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing, {len(wrong)} do "
+            f"not fit, {len(others)} are not known ({examples}): the weights or the config.json are incomplete or "
+            "belong to another model; download them again"
         )
     if others:
         print(f"note: {len(others)} tensors in {folder} are no part of a Qwen2 model and not used, such as {others[0]}")
@@ -1048,12 +991,6 @@ transformers.AttentionInterface.register("sdpa_without_gqa", attention)
 transformers.AttentionMaskInterface.register("sdpa_without_gqa", sdpa_mask)
 
 
-def freeze(generator: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """Freeze the generator: from here on, no parameter learns, since none has requires_grad."""
-    return generator.eval().requires_grad_(False)
-
-
-@enough_memory_for("the untrained model")
 def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
     """Replace the generator's weights with random ones, as before training, for --control untrained."""
     with torch.random.fork_rng(devices=[]):
@@ -1108,7 +1045,7 @@ def refuse_too_few_positions(
     lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
     longest = max(lengths)
     if longest + num_tokens > config.max_position_embeddings:
-        which = shortened([*args.prompts, "guidance's own"][lengths.index(longest)])
+        which = textwrap.shorten([*args.prompts, "guidance's own"][lengths.index(longest)], 80, placeholder="...")
         raise UserError(
             f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
             f"within the model's {config.max_position_embeddings} positions; shorten the prompt, or lower --image-size"
@@ -1214,7 +1151,6 @@ def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
     return token if token in text_tokenizer.get_vocab() else ""
 
 
-@enough_memory_for("the reference")
 def make_reference(
     models: Models,
     args: argparse.Namespace,
@@ -1300,8 +1236,6 @@ def read_picture(file: Path, size: int) -> Tensor:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side)).convert("RGBA")
-    except FileNotFoundError:
-        raise UserError(f"--image {file}: there is no such file") from None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -1336,63 +1270,37 @@ def recorded(work: Callable[..., object], *inputs: Tensor) -> Callable[..., obje
     return replay
 
 
-@dataclass
-class Decoding:
-    """The state of decoding B pictures: 2B sequences in one key/value cache, with `filled` positions in use."""
+def start_decoding(
+    models: Models, prompts: list[str], num_tokens: int
+) -> tuple[Tensor, transformers.StaticCache, Callable[[Tensor], Tensor]]:
+    """Return ids [2B, T] of the B conditional prompts and then B negative ones, an empty cache, and `feed`.
 
-    cache: transformers.StaticCache  # of T + N positions
-    is_token: Tensor  # [2B, T + N], False for the padding before a shorter prompt
-    position_ids: Tensor  # [2B, T + N]
-    cache_positions: Tensor  # [T + N]
-    records: bool  # whether to feed single tokens by replaying recorded kernels
-    replay: Callable[..., Tensor] | None = None
-    filled: int = 0
-
-
-def start_decoding(models: Models, prompts: list[str], num_tokens: int, records: bool) -> tuple[Tensor, Decoding]:
-    """Return prompt ids [2B, T], of the B conditional prompts and then B negative ones, and an empty cache."""
+    `feed` runs the generator on ids [2B, n], adds them to the cache, and returns the last position's states [2B, D].
+    """
     size = models.size_token(num_tokens)
     texts = [conditional_prompt(prompt, size) for prompt in prompts] + [negative_prompt(size)] * len(prompts)
-    ids = [models.text_tokenizer(text)["input_ids"] for text in texts]
-    length = max(map(len, ids))
-    padded = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=models.device)
-    is_token = [[False] * (length - len(row)) + [True] * (len(row) + num_tokens) for row in ids]
-    is_token = torch.tensor(is_token, device=models.device)
-    return padded, Decoding(
-        cache=transformers.StaticCache(models.generator.config, length + num_tokens),
-        is_token=is_token,
-        position_ids=(is_token.cumsum(1) - 1).clamp(min=0),
-        cache_positions=torch.arange(length + num_tokens, device=models.device),
-        records=records,
-    )
+    rows = [models.text_tokenizer(text)["input_ids"] for text in texts]
+    length = max(map(len, rows))
+    prompt_ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=models.device)
+    padding = torch.tensor([[length - len(row)] for row in rows], device=models.device)  # [2B, 1], before each prompt
+    cached = torch.arange(length + num_tokens, device=models.device)  # [T + N], all positions of the cache
+    cache = transformers.StaticCache(models.generator.config, length + num_tokens)
 
+    def feed(ids: Tensor) -> Tensor:
+        positions = cache.get_seq_length() + cached[: ids.shape[1]]  # [n]
+        behind = positions[:, None] - cached  # [n, T + N]
+        seen = (cached >= padding[:, :, None]) & (behind >= 0)  # [2B, n, T + N]
+        seen = seen | (behind == 0)  # each sees itself: padding must see something
+        output = models.generator.model(
+            input_ids=ids,
+            position_ids=(positions - padding).clamp(min=0),
+            attention_mask={"full_attention": seen[:, None]},
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
 
-def feed(models: Models, decoding: Decoding, ids: Tensor) -> Tensor:
-    """Feed ids [2B, n], the prompts or one token each, to the generator; return the last position's states [2B, D]."""
-    newest = slice(decoding.filled, decoding.filled + ids.shape[1])
-    behind = decoding.cache_positions[newest, None] - decoding.cache_positions  # [n, T + N]
-    seen = (decoding.is_token[:, None] & (behind >= 0)) | (behind == 0)  # each sees itself: padding must see something
-    inputs = ids, decoding.position_ids[:, newest].contiguous(), seen[:, None]
-    decoding.filled += ids.shape[1]
-    run = functools.partial(last_states, models, decoding.cache)
-    if decoding.records and ids.shape[1] == 1:
-        decoding.replay = decoding.replay or recorded(run, *inputs)
-        return decoding.replay(*inputs)
-    return run(*inputs)
-
-
-def last_states(
-    models: Models, cache: transformers.StaticCache, ids: Tensor, position_ids: Tensor, seen: Tensor
-) -> Tensor:
-    """Run the generator on ids [2B, n], add them to the cache, and return the last position's states [2B, D]."""
-    output = models.generator.model(
-        input_ids=ids,
-        position_ids=position_ids,
-        attention_mask={"full_attention": seen},
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output.last_hidden_state[:, -1]
+    return prompt_ids, cache, feed
 
 
 @torch.no_grad()
@@ -1408,14 +1316,14 @@ def generate_visual_codes(
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
-    ids, decoding = start_decoding(models, prompts, num_tokens, records=args.cuda_graphs == "on")
-    for shape in (ids, ids[:, -1:]):  # warm-up before timing: a GPU loads and chooses kernels for each shape
-        feed(models, decoding, shape)
-    decoding.cache.reset()
-    decoding.filled = 0
+    ids, cache, feed = start_decoding(models, prompts, num_tokens)
+    feed(ids)  # warm-up before timing: a GPU loads and chooses kernels for each shape
+    feed_one = recorded(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
+    feed_one(ids[:, -1:])
+    cache.reset()
     started = time_on(models.device)
     for position in progress_bar(range(num_tokens), "reference", "tokens"):
-        hidden_states = feed(models, decoding, ids)  # [2B, D]
+        hidden_states = feed(ids) if position == 0 else feed_one(ids)  # [2B, D]
         logits = F.linear(hidden_states, models.visual_head).float()  # [2B, C]
         cond_logits, uncond_logits = logits.chunk(2)
         if models.repetition_penalty != 1 and position > 0:
@@ -1491,10 +1399,6 @@ class ProtoTokens:
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
 
-    def select(self, kept: Tensor) -> ProtoTokens:
-        """Return the proto-tokens of only the problems in `kept`, with a new leaf tensor."""
-        return replace(self, points=self.points.detach()[kept].requires_grad_())
-
     def learned_numbers(self, num_tokens: int) -> int:
         m_is_learned_and_used = self.given_m is None and num_tokens > self.num_e_tokens
         return self.e_t.numel() + (self.m.numel() if m_is_learned_and_used else 0)
@@ -1502,12 +1406,7 @@ class ProtoTokens:
 
 def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoTokens:
     """Return proto-tokens with the given e_t [B, K, D] and m, [1, D] or [B, D]."""
-    if not m_learns:
-        points = e_t.flatten(1)
-    elif len(m) < len(e_t):
-        points = torch.cat((e_t.flatten(), m.flatten()))[None]
-    else:
-        points = torch.cat((e_t.flatten(1), m), dim=1)
+    points = torch.cat((e_t.reshape(len(m), -1), m), dim=1) if m_learns else e_t.flatten(1)
     return ProtoTokens(points.clone().requires_grad_(), e_t.shape[1], e_t.shape[2], None if m_learns else m)
 
 
@@ -1550,10 +1449,6 @@ class Predictions(NamedTuple):
     def num_correct(self) -> Tensor:
         return (self.rank == 0).sum(-1)
 
-    @property
-    def num_in_top5(self) -> Tensor:
-        return (self.rank < 5).sum(-1)
-
 
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
@@ -1572,9 +1467,8 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
 def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
     """Return slices of positions, each of at most about LOGITS_AT_ONCE logits: all logits [B, N, V] may not fit."""
     num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
-    return slices(
-        num_positions, math.ceil(num_positions / num_chunks)
-    )  # of equal size: a last chunk of few rows would be slow
+    # Of equal size: a last chunk of few rows would be slow.
+    return slices(num_positions, math.ceil(num_positions / num_chunks))
 
 
 def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
@@ -1623,7 +1517,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [G]. To add one, write a class
+# ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [B]. To add one, write a class
 # ---- with the methods `step`, `drop_others` (may come before any step), `state_dict` and `load_state_dict` and the
 # ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
 # ---- --optimizer. Check `choose_optimizer`.
@@ -1676,7 +1570,8 @@ class AdamW:
         return {"steps_done": self.steps_done, "change": self.change, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps_done, self.change = state["steps_done"], state["change"]
+        self.steps_done = state["steps_done"]
+        self.change.copy_(state["change"])
         self.adamw.load_state_dict(state["adamw"])
 
 
@@ -1697,101 +1592,87 @@ class LBFGS:
     SCALES_APART = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
-        """Start at `points`; `rounding` is the relative error of a loss in the generator's precision."""
+        """Start at `points`; `rounding` is the relative error of a loss, which is never negative."""
         self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
-        self.evaluated = False  # whether loss and gradient at x are known
+        count, size = points.shape
         self.x = points.detach().clone()  # [G, L], the last point accepted
-        self.loss = points.new_zeros(len(points))  # [G], the loss at x
+        self.loss = points.new_full((count,), math.inf)  # [G], the loss at x; at first any loss is less
         self.gradient = torch.zeros_like(self.x)
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # the trial moves by alpha times the direction
         self.failures = torch.zeros_like(self.loss)  # number of failed trials along the direction
-        self.not_finite = torch.zeros_like(
-            self.loss, dtype=torch.bool
-        )  # whether a failed trial had a loss or gradient that was not finite
-        self.s = self.x.new_zeros(len(points), self.PAIRS, points.shape[1])  # newest last; a place without a pair is 0
-        self.y = torch.zeros_like(self.s)
+        self.pairs = self.x.new_zeros(count, 2, self.PAIRS, size)  # s and y, newest last; a place without a pair is 0
         self.change = torch.zeros_like(self.loss)  # [G], root-mean-square change of the numbers in the last step
         self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # the next step can return to a finite loss
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
-        tried = self.points.detach().clone()
-        if self.evaluated:
-            self.judge(tried, self.points.grad, losses)
-        else:
-            self.evaluated = True
-            self.loss, self.gradient = losses, self.points.grad.clone()
-            self.direction, self.alpha = self.next_direction()
-            self.can_go_back = torch.ones_like(self.can_go_back)
-        self.points.copy_(self.x + self.alpha[:, None] * self.direction)
-        self.change = (self.points - tried).square().mean(1).sqrt()
+        of_problems = losses.view(len(self.points), -1).sum(1)  # [G]
+        self.judge(self.points.detach(), self.points.grad, of_problems)
+        moved = self.x + self.alpha[:, None] * self.direction
+        self.change = (moved - self.points).norm(dim=1) / math.sqrt(moved.shape[1])
+        self.points.copy_(moved)
 
     def judge(self, tried: Tensor, gradient: Tensor, losses: Tensor) -> None:
         """Accept the tried points [G, L]; else choose a smaller alpha, or discard the pairs and restart from x."""
-        finite = losses.isfinite() & gradient.isfinite().all(1)
-        slope = (self.gradient * self.direction).sum(1)
-        enough = self.loss + self.SUFFICIENT_DECREASE * self.alpha * slope + self.rounding * losses.abs()
+        losses = torch.where(losses + gradient.norm(dim=1) < math.inf, losses, math.inf)  # also replaces NaN
+        descent = self.alpha * (self.gradient * self.direction).sum(1)  # of the loss, if its slope at x stayed the same
+        s, y = tried - self.x, gradient - self.gradient
         # The step was so short that rounding undid it: give up this direction.
-        vanished = (self.failures > 0) & (tried == self.x).all(1)
-        accepted = finite & (losses <= enough) & ~vanished
-        self.failures = torch.where(accepted, 0, self.failures + 1)
-        given_up = (self.failures >= self.TRIES) | vanished
-        self.not_finite = torch.where(accepted, False, self.not_finite | ~finite)
-        # A problem cannot go back if even steepest descent (no pairs) was given up after a value that was not finite.
-        self.can_go_back = ~(given_up & self.not_finite & (self.s[:, -1] == 0).all(1))
+        vanished = (self.failures > 0) & ~s.any(1)
+        enough = (1 - self.rounding) * losses <= self.loss + self.SUFFICIENT_DECREASE * descent
+        accepted = enough & ~vanished
+        failures = self.failures + 1
+        given_up = ~accepted & ((failures >= self.TRIES) | vanished)
+        turns = accepted | given_up
+        self.failures = failures.masked_fill_(turns, 0)
+        # If even steepest descent (no pairs) is given up, its trials begin again: then the next must be finite.
+        self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
-        minimum = -slope * self.alpha**2 / (2 * (losses - self.loss - self.alpha * slope))
-        smaller = torch.where(finite, minimum, 0).clamp(0.1 * self.alpha, 0.5 * self.alpha)
+        minimum = 0.5 * descent / (self.loss + descent - losses)  # as a fraction of alpha
+        smaller = self.alpha * minimum.clamp(0.1, 0.5)
 
-        self.remember(tried - self.x, gradient - self.gradient, accepted, given_up)
+        self.remember(s, y, accepted, given_up)
         self.x = torch.where(accepted[:, None], tried, self.x)
         self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        direction, alpha = self.next_direction()
-        turns = accepted | given_up
-        self.direction = torch.where(turns[:, None], direction, self.direction)
+        self.direction, alpha = self.next_direction()  # the same as before where the trial merely failed
         self.alpha = torch.where(turns, alpha, smaller)
-        self.failures = torch.where(given_up, 0, self.failures)
-        self.not_finite = self.not_finite & ~given_up
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
         """Store the pair if its point was accepted and the loss curves upwards; discard all pairs if given up."""
         new = accepted & ((s * y).sum(1) > self.LEAST_CURVATURE * s.norm(dim=1) * y.norm(dim=1))
-        self.s = torch.where(new[:, None, None], torch.cat((self.s[:, 1:], s[:, None]), dim=1), self.s)
-        self.y = torch.where(new[:, None, None], torch.cat((self.y[:, 1:], y[:, None]), dim=1), self.y)
-        self.s = torch.where(given_up[:, None, None], 0, self.s)
-        self.y = torch.where(given_up[:, None, None], 0, self.y)
+        newest = torch.stack((s, y), dim=1)[:, :, None]  # [G, 2, 1, L]
+        shifted = torch.cat((self.pairs[:, :, 1:], newest), dim=2)
+        self.pairs = torch.where(new[:, None, None, None], shifted, self.pairs)
+        self.pairs.masked_fill_(given_up[:, None, None, None], 0)
 
     def next_direction(self) -> tuple[Tensor, Tensor]:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
-        scales = scales_of_embeddings(self.s[:, -1], self.y[:, -1], self.embedding_size, self.SCALES_APART)
-        direction = -inverse_hessian_times(self.gradient, self.s, self.y, scales)
+        s, y = self.pairs.unbind(1)  # [G, M, L]
+        scales = scales_of_embeddings(s[:, -1], y[:, -1], self.embedding_size, self.SCALES_APART)
+        steepest = -self.gradient
+        direction = inverse_hessian_times(steepest, s, y, scales)
         # Without pairs the direction is 0, and rounding can spoil it: then use steepest descent, moving by `rate` / 2.
-        usable = (direction * self.gradient).sum(1) < 0
-        direction = torch.where(usable[:, None], direction, -self.gradient)
-        limit = self.rate / direction.square().mean(1).sqrt().clamp(min=1e-30)
+        usable = (direction * steepest).sum(1) > 0
+        direction = torch.where(usable[:, None], direction, steepest)
+        limit = self.rate * math.sqrt(direction.shape[1]) / direction.norm(dim=1).clamp(min=1e-30)
         return direction, torch.where(usable, limit.clamp(max=1), limit / 2)
 
     def drop_others(self, kept: Tensor, points: Tensor) -> None:
         """Keep only the problems in `kept`; `points` is their new leaf tensor."""
         self.points = points
-        state = self.state_dict().items()
-        self.load_state_dict({name: value[kept] if isinstance(value, Tensor) else value for name, value in state})
+        for name, value in self.state_dict().items():
+            setattr(self, name, value[kept])
 
-    def state_dict(self) -> dict:
-        accepted = {"evaluated": self.evaluated, "x": self.x, "loss": self.loss, "gradient": self.gradient}
-        trial = {"direction": self.direction, "alpha": self.alpha}
-        trial |= {"failures": self.failures, "not_finite": self.not_finite}
-        return accepted | trial | {"s": self.s, "y": self.y, "change": self.change, "can_go_back": self.can_go_back}
+    def state_dict(self) -> dict[str, Tensor]:
+        accepted = {"x": self.x, "loss": self.loss, "gradient": self.gradient, "pairs": self.pairs}
+        trial = {"direction": self.direction, "alpha": self.alpha, "failures": self.failures}
+        return accepted | trial | {"change": self.change, "can_go_back": self.can_go_back}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.evaluated, self.x = state["evaluated"], state["x"]
-        self.loss, self.gradient = state["loss"], state["gradient"]
-        self.direction, self.alpha = state["direction"], state["alpha"]
-        self.failures, self.not_finite = state["failures"], state["not_finite"]
-        self.s, self.y = state["s"], state["y"]
-        self.change, self.can_go_back = state["change"], state["can_go_back"]
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
 
 
 def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
@@ -1800,10 +1681,10 @@ def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float
     The scale is s'y / y'y over the numbers of its embedding if that is positive, else over all numbers. It differs from
     the value over all numbers by at most a factor `apart`.
     """
-    of_all = (s * y).sum(1)[:, None] / y.square().sum(1).clamp(min=1e-30)[:, None]  # [G, 1]
-    own_s, own_y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
-    own = (own_s * own_y).sum(2) / own_y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
-    own = torch.where(own > 0, own, of_all).clamp(of_all / apart, of_all * apart)
+    s, y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
+    s_y, y_y = (s * y).sum(2), y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
+    of_all = s_y.sum(1, keepdim=True) / y_y.sum(1, keepdim=True)  # [G, 1]
+    own = torch.where(s_y > 0, s_y / y_y, of_all).clamp(of_all / apart, of_all * apart)
     return own.repeat_interleave(embedding_size, dim=1)
 
 
@@ -1812,19 +1693,18 @@ def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor
 
     Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with the pairs as
     columns of S and Y, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
-    H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'.
+    H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'. Multiplied out from the right, with
+    a = R^-1 S'g and r = C (g - Ya), this gives Hg = r + S R^-T (Da - Y'r).
     """
-    scaled = scales[:, None] * y  # [G, M, L]
-    s_y, y_y = s @ y.mT, y @ scaled.mT  # [G, M, M]
-    curvature = s_y.diagonal(dim1=1, dim2=2)  # [G, M]
+    triangle = (s @ y.mT).triu()  # R, [G, M, M]
+    curvature = triangle.diagonal(dim1=1, dim2=2)  # D, [G, M]; a view
     # A place without a pair gets 1 on the diagonal: R stays invertible, and the place contributes 0.
-    triangle = s_y.triu() + torch.diag_embed((curvature == 0).to(s.dtype))
-    column = gradient[:, :, None]  # [G, L, 1]
-    along_s = torch.linalg.solve_triangular(triangle, s @ column, upper=True)  # [G, M, 1]
-    middle = curvature[:, :, None] * along_s + y_y @ along_s - scaled @ column
+    curvature.masked_fill_(curvature == 0, 1)
+    a = torch.linalg.solve_triangular(triangle, s @ gradient[:, :, None], upper=True)  # [G, M, 1]
+    r = scales * (gradient - (y.mT @ a)[:, :, 0])  # [G, L]
+    middle = curvature[:, :, None] * a - y @ r[:, :, None]
     weights = torch.linalg.solve_triangular(triangle.mT, middle, upper=False)
-    product = scales[:, :, None] * column + s.mT @ weights - scaled.mT @ along_s
-    return product[:, :, 0]
+    return r + (s.mT @ weights)[:, :, 0]
 
 
 def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2ForCausalLM) -> AdamW | LBFGS:
@@ -1893,17 +1773,15 @@ class Targets:
         better = finite & (met | improved)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
+        rows = torch.tensor(rows)
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
-            self.put(name, rows, finite, numbers[name])
+            self[name][rows[finite]] = numbers[name][finite]
         for name in ("accuracy", "loss"):
-            self.put(f"best_{name}", rows, better, numbers[name])
-        self.put("best_step", rows, better, self["steps"][rows])
+            self[f"best_{name}"][rows[better]] = numbers[name][better]
+        self["best_step"][rows[better]] = self["steps"][rows[better]]
         self["reached"][rows] |= met
         self["ended"][rows] = met | lost | (self["steps"][rows] >= self.num_steps)
         return better
-
-    def put(self, name: str, rows: list[int], where: Tensor, values: Tensor) -> None:
-        self[name][rows] = torch.where(where, values, self[name][rows])
 
     def means(self) -> dict[str, float]:
         """Return means over begun targets, a sum for correct tokens; best accuracy is over all, so it never falls."""
@@ -1954,7 +1832,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
     columns = {
         "loss": predictions.losses.mean(1),
         "num_correct": predictions.num_correct,
-        "num_in_top5": predictions.num_in_top5,
+        "num_in_top5": (predictions.rank < 5).sum(1),
         "grad_norm": proto_tokens.points.grad.norm(dim=1),
         "e_t_norm": proto_tokens.e_t.norm(dim=-1).mean(1),
         "m_norm": proto_tokens.m.norm(dim=-1),
@@ -2008,15 +1886,15 @@ class Optimisation:
 
     def drop_ended(self) -> None:
         """Remove the targets that have ended from those that learn."""
-        ended = self.targets["ended"][self.active].tolist()
-        kept = [place for place, has_ended in enumerate(ended) if not has_ended]
+        kept = [place for place, target in enumerate(self.active) if not self.targets["ended"][target]]
         if len(kept) == len(self.active):
             return
         self.active = [self.active[place] for place in kept]
         kept = torch.tensor(kept, dtype=torch.long, device=self.models.device)
         self.active_codes = self.active_codes[kept]
-        self.proto_tokens = self.proto_tokens.select(kept)
-        self.optimizer.drop_others(kept, self.proto_tokens.points)
+        points = self.proto_tokens.points.detach()[kept].requires_grad_()
+        self.proto_tokens = replace(self.proto_tokens, points=points)
+        self.optimizer.drop_others(kept, points)
         self.replay = None  # the recording is of more targets
 
     @property
@@ -2071,14 +1949,14 @@ class Optimisation:
         places = better.nonzero().flatten().tolist()  # `better` is on the host, so this waits for no device
         if not places:
             return
-        targets = torch.tensor([self.active[place] for place in places], device=self.models.device)
-        places = torch.tensor(places, device=self.models.device)
-        for best, present in zip(self.predictions, predictions, strict=True):
-            best[targets] = present[places]
         if self.together:  # one problem, so `better` is true for all targets
-            self.best.points.copy_(self.proto_tokens.points)
+            targets = places = slice(None)
         else:
-            self.best.points[targets] = self.proto_tokens.points[places]
+            targets = torch.tensor([self.active[place] for place in places], device=self.models.device)
+            places = torch.tensor(places, device=self.models.device)
+        best = (self.best.points, *self.predictions)
+        for kept, present in zip(best, (self.proto_tokens.points, *predictions), strict=True):
+            kept[targets] = present[places]
 
     def summary(self) -> dict:
         """Return the final accuracies and loss, the best step, and the steps and seconds of all batches."""
@@ -2100,10 +1978,6 @@ class Optimisation:
         batch = slice(self.first, self.batch.stop)
         return {name: column[batch].clone() for name, column in self.results().items()}  # a view would save all rows
 
-    def put_results_of_batch(self, first: int, results: dict[str, Tensor]) -> None:
-        for name, column in self.results().items():
-            column[first : first + len(results[name])] = results[name].to(column.device)
-
     def state_dict(self) -> dict:
         """Return everything that the next step of this batch needs, and the results of the batch."""
         return {
@@ -2121,16 +1995,14 @@ class Optimisation:
         """Restore a saved state, and the results of the batches finished before it."""
         self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
         for index, results in enumerate([*finished, state["results"]]):
-            self.put_results_of_batch(index * self.batch_size, results)
+            first = index * self.batch_size
+            for name, column in self.results().items():
+                column[first : first + len(results[name])] = results[name].to(column.device)
         self.begin_batch(state["first"])
         self.drop_ended()
         self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
-        device = self.models.device
-        of_optimizer = state["optimizer"].items()
-        self.optimizer.load_state_dict(
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in of_optimizer}
-        )
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def learn_batch(learning: Optimisation, record: Recorder) -> None:
@@ -2148,19 +2020,14 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
         learning.step, learning.batch_step = learning.step + 1, batch_step
         better = learning.targets.take(learning.active, numbers)  # also marks the targets that end
         learning.keep_best(better, predictions)
-        learning.optimizer.step(losses_of_problems(predictions, learning.proto_tokens))  # moves the proto-tokens
+        learning.optimizer.step(predictions.losses.mean(1))  # moves the proto-tokens
         learning.drop_ended()
         learning.seconds += time.perf_counter() - started
         record.step(row_of_step(learning, numbers), learning)
         if not learning.active:
             break
         if record.stop_signals:
-            raise Stopped(record.stop_signals[0])
-
-
-def losses_of_problems(predictions: Predictions, proto_tokens: ProtoTokens) -> Tensor:
-    """Return the loss of each problem, [G]: the mean over positions, summed over the targets of the problem."""
-    return predictions.losses.mean(1).view(len(proto_tokens.points), -1).sum(1)
+            raise Stopped(128 + record.stop_signals[0])
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -2233,8 +2100,6 @@ def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reconstruction
-
-SUCCESS, PARTIAL_SUCCESS = 99.0, 80.0  # percent of tokens
 
 
 @dataclass(frozen=True)
@@ -2374,9 +2239,9 @@ def information(
 
 
 def status_of(best_accuracy: float) -> str:
-    if best_accuracy >= SUCCESS:
+    if best_accuracy >= 99:
         return "success"
-    return "partial_success" if best_accuracy >= PARTIAL_SUCCESS else "need_improvement"
+    return "partial_success" if best_accuracy >= 80 else "need_improvement"
 
 
 def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], rows: list[dict]) -> list[dict]:
@@ -2686,27 +2551,13 @@ def draw_results(
 # Files
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 12
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 13
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal. First come those that say if the others are complete.
-RESULTS = [
-    "summary.json",
-    STATE_FILE,
-    "config.json",
-    HISTORY_FILE,
-    TARGETS_FILE,
-    "capacity.csv",
-    PROTO_TOKENS_FILE,
-    "progress.gif",
-    "reference_image.png",
-    "reconstructed_image.png",
-    "comparison.png",
-    "worst_targets.png",
-    "token_error_map.png",
-    "training_curves.png",
-    "capacity.png",
-]
+RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, TARGETS_FILE, "capacity.csv", PROTO_TOKENS_FILE]
+RESULTS += ["progress.gif", "reference_image.png", "reconstructed_image.png", "comparison.png", "worst_targets.png"]
+RESULTS += ["token_error_map.png", "training_curves.png", "capacity.png"]
 
 
 @contextlib.contextmanager
@@ -2830,24 +2681,14 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     versions["torch"] = torch.__version__  # also names the build
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    prompts = settings.pop("prompts")
     num_tokens = num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
+    settings = vars(args) | {name: getattr(models, name) for name in OF_MODELS}
     settings |= {
-        "prompt": prompts[0] if len(prompts) == 1 else prompts,
-        "images": [str(image) for image in args.images],
-        "prompts_files": [str(file) for file in args.prompts_files],
+        "prompt": args.prompts[0] if len(args.prompts) == 1 else args.prompts,
         "num_tokens": num_tokens,
-        "final_learning_rate": FINAL_RATE,
         "prompt_templates": [conditional_prompt("", size), negative_prompt(size)],
-        "codebook_size": models.codebook_size,
-        "visual_offset": models.visual_offset,
-        "factor": models.factor,
         "repetition_penalty": models.repetition_penalty,
-        "hidden_size": models.hidden_size,
-        "generator_fingerprint": models.generator_fingerprint,
-        "vq_fingerprint": models.vq_fingerprint,
         "device": str(models.device),
         "device_name": device_name(models.device),
         "dtype": models.precision,
@@ -2858,7 +2699,9 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         settings["m_from_fingerprint"] = digest_of([args.m_from])
     if args.images:
         settings["images_fingerprint"] = digest_of(args.images)
-    return {name: settings[name] for name in DECIDES if name in settings}
+    del settings["prompts"]
+    settings = {name: settings[name] for name in DECIDES if name in settings}
+    return json.loads(json.dumps(settings, default=str))  # paths become text, tuples lists, as in config.json
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -2880,18 +2723,6 @@ def write_moving_picture(file: Path, frames: list[Path]) -> None:
     pictures = map(Image.open, frames)
     with written_whole(file) as partial:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
-
-
-def write_proto_tokens(
-    file: Path, proto_tokens: ProtoTokens, settings: dict, codes: Tensor, **of_targets: Tensor
-) -> None:
-    """Write e_t [B, K, D], m [1 or B, D], the ids of codes [B, N], and `of_targets`, which have a row per target.
-
-    The settings are stored as JSON in the metadata.
-    """
-    tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
-    tensors |= {"target_ids": codes + settings["visual_offset"], **of_targets}
-    write_tensors(file, tensors, {"settings": json.dumps(settings)})
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -2951,8 +2782,7 @@ class ReferenceCache:
                 fitting = codes.shape == (1, self.num_tokens) and codes.dtype == torch.int64
                 if metadata["key"] != key or not fitting or codes.min() < 0 or codes.max() >= self.codebook_size:
                     raise ValueError
-                seconds = json.loads(metadata["autoregressive_seconds"])
-                decoded[prompt] = codes[0], seconds
+                decoded[prompt] = codes[0], json.loads(metadata["autoregressive_seconds"])
             except (SafetensorError, OSError, KeyError, ValueError, TypeError):
                 print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
         if decoded:
@@ -2969,6 +2799,8 @@ class ReferenceCache:
 
 # ---- a run's input files
 
+# The settings that are properties of the models.
+OF_MODELS = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
 # An earlier run's proto-tokens mean nothing without these settings: they are taken over together with its prompts.
 TAKEN_OVER = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
@@ -2988,7 +2820,6 @@ class EarlierRun:
         return proto_tokens_of(self.e_t.to(device), self.m.to(device), m_learns=not self.settings["m_from"])
 
 
-@enough_memory_for("the pictures")
 def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | None, Tensor | None]:
     """Read the earlier run and the pictures [B, 3, H, W] that options name, before anything slow. Raises UserError."""
     earlier = pictures = None
@@ -3036,20 +2867,13 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     return EarlierRun(option, e_t, m, codes, settings, prompts)
 
 
-def with_settings_of(earlier: EarlierRun, args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with the earlier run's prompts and the settings that its proto-tokens need."""
-    taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
-    return argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
-
-
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
     """Raise UserError if the proto-tokens of an earlier run were made for other models."""
-    names = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
-    pairs = {name: (earlier.settings.get(name), getattr(models, name)) for name in names}
+    needed = {name: getattr(models, name) for name in OF_MODELS}
     if "untrained" in (args.control, earlier.settings["control"]):  # then the seed decides the weights
-        for name in ("control", "seed"):
-            pairs[name] = earlier.settings[name], getattr(args, name)
-    other = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+        needed |= {"control": args.control, "seed": args.seed}
+    theirs = earlier.settings
+    other = [f"{name} {theirs.get(name)}, not {ours}" for name, ours in needed.items() if theirs.get(name) != ours]
     if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(earlier.codes)):
         other = ["its tensors do not fit its own settings"]
     if other:
@@ -3071,12 +2895,12 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     stored = read_settings(folder)
     if stored is None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
-    compared = json.loads(json.dumps(deciding(settings, "reference", "result")))  # through JSON, as the stored ones
-    changed = [
-        f"{name} ({shortened(stored.get(name))}, now {shortened(value)})"
-        for name, value in compared.items()
-        if stored.get(name) != value
-    ]
+    changed = []
+    for name, value in deciding(settings, "reference", "result").items():
+        if stored.get(name) != value:
+            before = textwrap.shorten(str(stored.get(name)), 80, placeholder="...")
+            now = textwrap.shorten(str(value), 80, placeholder="...")
+            changed.append(f"{name} ({before}, now {now})")
     if changed:
         raise UserError(
             f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
@@ -3084,11 +2908,6 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
         )
 
 
-def shortened(value: object) -> str:
-    return textwrap.shorten(str(value), 80, placeholder="...")
-
-
-@enough_memory_for("the saved state")
 def read_state(folder: Path) -> dict | None:
     """Return the state that `Recorder` saved, on the CPU; None if there is none. Raises UserError if it is damaged."""
     file, unfinished = folder / STATE_FILE, folder / UNFINISHED_FOLDER
@@ -3129,9 +2948,7 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
     """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
-    if os.environ.get("HOME") == "":
-        del os.environ["HOME"]  # without it, the system may still know the user's home
-    if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user without a name
+    if os.environ.get("HOME") == "" or not os.path.isdir(os.path.expanduser("~")):  # as in some containers
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
     try:
         import wandb
@@ -3179,7 +2996,7 @@ class Tracker:
     def __init__(self, args: argparse.Namespace):
         """Prepare W&B's settings. Raises UserError if W&B refuses one."""
         self.args = args
-        self.settings = wandb_settings(args) if wants_wandb(args) else None
+        self.settings = wandb_settings(args) if args.use_wandb else None
         self.run: object | None = None
         self.run_id: str | None = None
 
@@ -3312,25 +3129,24 @@ class Recorder:
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
         self.args, self.folder, self.settings, self.tracker = args, folder, settings, tracker
         self.saved = read_state(folder) if args.resume else None  # what the interrupted run left
-        self.trials: list[dict] = self.saved["trials"] if self.saved else []  # of a search for the capacity
+        self.trials: list[dict] = []  # of a search for the capacity
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
-        self.newest_row: dict[str, float] | None = None  # a row that is not in the history yet
         self.recorded_step = 0
         self.stop_signals: list[int] = []  # the stop signals received while learning
         self.bar: tqdm | None = None  # while learning
 
     def __enter__(self) -> Recorder:
         self.tracker.start(self.settings, self.saved["run_id"] if self.saved else None)
-        for count, trial in enumerate(self.trials, 1):
-            self.track_trial(trial, count)
+        for trial in self.saved["trials"] if self.saved else []:
+            self.trial(trial)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             exit_code = 0
         elif isinstance(error, Stopped):
-            exit_code = error.exit_code
+            exit_code = error.code
         else:
             exit_code = 1
         self.tracker.finish(exit_code)
@@ -3351,11 +3167,16 @@ class Recorder:
 
     # ---- while learning
 
+    def stop(self, number: int) -> None:
+        """Note a stop signal, for the training loop to check; a second one ends the process."""
+        if self.stop_signals:
+            os._exit(128 + number)
+        self.stop_signals.append(number)
+
     def start_learning(self, learning: Optimisation) -> None:
         """If the run was interrupted, restore its optimisation and its history."""
         if self.saved:
             learning.load_state_dict(self.saved["learning"], self.saved["batches"])
-            self.newest_row = self.saved["newest_row"]
             print(f"resumed after step {learning.step}")
             for step, file in frames_in(self.folder).items():
                 if step > learning.step:
@@ -3379,20 +3200,20 @@ class Recorder:
                 self.track_frame(step, Image.open(frames[step]))
 
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Keep a step's row, picture and state at the intervals that options set.
+        """Keep a step's row, picture and state at the intervals that options set; keep the last row and picture, too.
 
         With n batches, keep rows n times more rarely, so that the history stays short.
         """
         if not any(learning.targets.begun.tolist()):
             return  # no finite step yet
-        self.newest_row = row
-        if learning.step == 1 or learning.step % (self.args.log_every * learning.num_batches) == 0:
-            self.keep_newest_row()
-        if self.args.image_every and learning.step % self.args.image_every == 0:
+        interval = self.args.log_every * learning.num_batches
+        if learning.step == 1 or learning.step % interval == 0 or learning.finished:
+            self.keep_row(row)
+        if self.args.image_every and (learning.step % self.args.image_every == 0 or learning.finished):
             self.keep_frame(learning)
         self.show_step(row, learning)
         if not learning.active:
-            return  # `end_batch` keeps the rest
+            return  # `end_batch` saves the state
         self.recorded_step = learning.step
         if learning.step % self.args.save_every == 0:
             self.save_state(learning)
@@ -3407,28 +3228,22 @@ class Recorder:
         self.bar.update(done - self.bar.n)
 
     def end_batch(self, learning: Optimisation) -> None:
-        """Keep the final results of a batch; then begin the next batch, or keep the last step."""
+        """Keep the final results of a batch, and begin the next batch, if there is one."""
         if len(learning.codes) > 1 and not self.args.capacity:
-            write_table(
-                self.folder / TARGETS_FILE, learning.targets.rows(self.reference.prompts[: learning.batch.stop])
-            )
-        if learning.finished:
-            self.keep_newest_row()  # the last row is kept even if --log-every skips it
-            if self.args.image_every and learning.step > max(frames_in(self.folder), default=0):
-                self.keep_frame(learning)
-        else:
+            prompts = self.reference.prompts[: learning.batch.stop]
+            write_table(self.folder / TARGETS_FILE, learning.targets.rows(prompts))
+        if not learning.finished:
             file = self.folder / UNFINISHED_FOLDER / batch_file(learning.first // learning.batch_size)
             write_tensors(file, learning.results_of_batch())
             learning.begin_batch(learning.batch.stop)
         self.recorded_step = learning.step
         self.save_state(learning)
 
-    def keep_newest_row(self) -> None:
-        if self.newest_row and not self.args.capacity:  # a search for the capacity has no history
-            append_to_table(self.folder / HISTORY_FILE, self.newest_row)
-            self.history.append(self.newest_row)
-            self.tracker.row(self.newest_row)
-        self.newest_row = None
+    def keep_row(self, row: dict[str, float]) -> None:
+        if not self.args.capacity:  # a search for the capacity has no history
+            append_to_table(self.folder / HISTORY_FILE, row)
+            self.history.append(row)
+            self.tracker.row(row)
 
     def keep_frame(self, learning: Optimisation) -> None:
         """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
@@ -3451,7 +3266,6 @@ class Recorder:
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,
             "history": self.history,
-            "newest_row": self.newest_row,
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
@@ -3468,8 +3282,7 @@ class Recorder:
         if diverged.all():
             why = f"the loss or its gradient is no longer finite at step {learning.step}"
             remedy = "lower --learning-rate" + (" or set --grad-clip 1" if self.args.optimizer == "adamw" else "")
-            file = self.folder / PROTO_TOKENS_FILE
-            write_proto_tokens(file, learning.best, self.settings, learning.codes)
+            file = self.write_proto_tokens(learning.best)
             raise UserError(f"{why}: {remedy}; the best proto-tokens so far are in {file}")
         if diverged.any():
             lost = f"{int(diverged.sum())} of {len(diverged)} targets"
@@ -3477,21 +3290,21 @@ class Recorder:
 
     def trial(self, trial: dict) -> None:
         """Keep a trial of the search for the capacity."""
-        self.trials = [*self.trials, trial]
-        self.track_trial(trial, len(self.trials))
-
-    def track_trial(self, trial: dict, count: int) -> None:
-        self.tracker.log({f"capacity/{name}": value for name, value in trial.items()}, count)
+        self.trials.append(trial)
+        self.tracker.log({f"capacity/{name}": value for name, value in trial.items()}, len(self.trials))
 
     # ---- at the end
 
-    @enough_memory_for("the results")
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
         """Write and log the results of proto-tokens, which this run or an earlier run learned."""
         print("writing the results")
-        file = self.keep_proto_tokens(proto_tokens, reconstruction.predictions.ids, targets)
+        of_targets = {"predicted_ids": reconstruction.predictions.ids}
+        for name in ("best_accuracy", "steps"):
+            if name in targets[0]:  # there are steps only if this run learned
+                of_targets[name] = torch.tensor([target[name] for target in targets])
+        file = self.write_proto_tokens(proto_tokens, **of_targets)
         self.tracker.proto_tokens(file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
@@ -3504,18 +3317,17 @@ class Recorder:
         images = draw_results(shown, reconstruction.predictions.rank, summary, self.history)
         self.publish(images, summary, tables)
 
-    def keep_proto_tokens(self, proto_tokens: ProtoTokens, predicted_ids: Tensor, targets: list[dict]) -> Path:
-        """Write the proto-tokens with their targets' ids, accuracies and, if this run learned them, steps."""
-        of_targets = {"predicted_ids": predicted_ids}
-        for name in ("best_accuracy", "steps"):
-            if name in targets[0]:
-                of_targets[name] = torch.tensor([target[name] for target in targets])
-        file = self.folder / PROTO_TOKENS_FILE
-        learned_with = self.settings.get("learned_with", self.settings)
-        write_proto_tokens(file, proto_tokens, learned_with, self.reference.codes, **of_targets)
+    def write_proto_tokens(self, proto_tokens: ProtoTokens, **of_targets: Tensor) -> Path:
+        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `of_targets`, which have a row per target.
+
+        The metadata has the settings with which they were learned, as JSON.
+        """
+        file, settings = self.folder / PROTO_TOKENS_FILE, self.settings.get("learned_with", self.settings)
+        tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
+        tensors |= {"target_ids": self.reference.codes + settings["visual_offset"], **of_targets}
+        write_tensors(file, tensors, {"settings": json.dumps(settings)})
         return file
 
-    @enough_memory_for("the results")
     def finish_capacity(self, summary: dict) -> None:
         """Write and log the results of a search for the capacity."""
         write_table(self.folder / "capacity.csv", self.trials)
@@ -3538,10 +3350,9 @@ class Recorder:
 
 def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
     """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step."""
-    with enough_memory_for("the optimisation"):
-        learning = Optimisation(models, codes, record.args, given_m)
-        record.start_learning(learning)
-    with progress_bar_of(learning) as record.bar, stop_requests() as record.stop_signals, repeatable(models.device):
+    learning = Optimisation(models, codes, record.args, given_m)
+    record.start_learning(learning)
+    with progress_bar_of(learning) as record.bar, on_stop_signal(record.stop), repeatable(models.device):
         try:
             with enough_memory_for("a step of the optimisation"):
                 while not learning.finished:
@@ -3551,24 +3362,19 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
             record.save_state(learning)
             raise
         if record.stop_signals:  # a signal came in the last step
-            raise Stopped(record.stop_signals[0])
+            raise Stopped(128 + record.stop_signals[0])
     return learning
 
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Make the same settings give the same history: else, some backward passes on a GPU add in a random order."""
-    if device.type == "mps":  # not tested there
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(False)
 
 
 def progress_bar_of(learning: Optimisation) -> tqdm:
@@ -3578,20 +3384,6 @@ def progress_bar_of(learning: Optimisation) -> tqdm:
     else:
         done, total, unit = learning.step, learning.args.num_steps, "steps"
     return progress_bar(None, "proto-tokens", unit, total=total, initial=done)
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Yield a list for a loop to check: it gets the number of the first stop signal. A second one ends the process."""
-    received = []
-
-    def handle(number: int) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-
-    with on_stop_signal(handle):
-        yield received
 
 
 def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
@@ -3686,7 +3478,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         learned = learning.summary()
         rows = learning.targets.rows(reference.prompts)
     # 3. Reconstruct, and measure what e_t and m tell the generator.
-    with enough_memory_for("the reconstruction"), tf32_if_asked(models):
+    with tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
     targets = describe_targets(reconstruction, bits, rows)
@@ -3695,13 +3487,15 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     return summary
 
 
+@enough_memory_for("this run")
 def run_experiment(args: argparse.Namespace) -> None:
     """Prepare and run the experiment. Raises UserError for what the user can correct, and Stopped at a stop signal."""
     with run_folder(args) as folder:
         tracker = Tracker(args)
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
-            args = with_settings_of(earlier, args)
+            taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
+            args = argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
         models = load_models(args)
         if earlier:
             refuse_other_models(models, args, earlier)
@@ -3727,8 +3521,9 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:  # one that no other code has turned into a UserError
         exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else line_of(error))
     except Stopped as stopped:
-        print(f"stopped by {stopped}; --resume goes on from the last saved step", file=sys.stderr)
-        raise SystemExit(stopped.exit_code) from None
+        name = signal.Signals(stopped.code - 128).name
+        print(f"stopped by {name}; --resume goes on from the last saved step", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

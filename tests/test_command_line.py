@@ -118,7 +118,7 @@ def test_a_model_path_that_is_a_file(call_tiny, model_folders):
 
 def test_a_folder_that_is_no_model(call_tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(call_tiny("--model-path", tmp_path / "empty"), "config.json", "No such file", "a model's folder?")
+    refused(call_tiny("--model-path", tmp_path / "empty"), "config.json", "No such file", "SimpleAR model's folder")
 
 
 def break_config_json(generator, vq):

@@ -393,7 +393,7 @@ def test_out_of_memory_while_drawing_costs_one_line_and_nothing_learned(call_tin
             raise MemoryError("Unable to allocate 13.5 MiB for an array")
 
         patch.setattr(vpt, "draw_results", draw)
-        refused(call_tiny(*arguments), "out of memory for the results")
+        refused(call_tiny(*arguments), "out of memory for this run")
     assert "resumed after step 5" in call_tiny(*arguments, "--resume").out
     assert summary_in(tmp_path / "out" / "run")["steps"] == 5
 

@@ -60,7 +60,7 @@ def test_losses_and_ranks_match_numbers_worked_by_hand():
     predictions = vpt.predict(Head(torch.eye(7)), logits, torch.tensor([[0, 3, 1, 3]]))
     assert predictions.rank.tolist() == [[0, 4, 6, 0]]
     assert predictions.ids.tolist() == [[0, 0, 0, 3]]
-    assert (predictions.num_correct.item(), predictions.num_in_top5.item()) == (2, 3)
+    assert (predictions.num_correct.item(), (predictions.rank < 5).sum().item()) == (2, 3)
     assert predictions.losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
 
 
@@ -246,12 +246,12 @@ def test_lbfgs_forgets_a_direction_that_is_finite_only_where_it_begins():
         losses = (points.detach() ** 4).sum(1)
         if x is not None and not torch.equal(points.detach(), x):
             losses = losses * math.nan
-        elif optimizer.s[0, -5:].any(1).all():
+        elif optimizer.pairs[0, 0, -5:].any(1).all():
             x = points.detach().clone()  # from here on, nothing else is finite
         optimizer.step(losses)
         if not optimizer.can_go_back:
             break
-    assert x is not None and not optimizer.can_go_back and not optimizer.s.any()
+    assert x is not None and not optimizer.can_go_back and not optimizer.pairs.any()
     assert torch.equal(optimizer.x, x)
 
 
@@ -617,7 +617,7 @@ def test_a_step_asks_the_device_for_its_numbers_alone(tiny_models, make_args, op
     def work_on_the_device() -> None:
         predictions = learning.evaluate()
         vpt.numbers_of(predictions, learning.proto_tokens, learning.optimizer)
-        learning.optimizer.step(vpt.losses_of_problems(predictions, learning.proto_tokens))
+        learning.optimizer.step(predictions.losses.mean(1))
         learning.keep_best(torch.tensor([True, True]), predictions)
 
     # The one copy of all numbers is none of these; torch's AdamW counts its steps on the host.
@@ -670,14 +670,14 @@ def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(
         really = getattr(vpt, name)
         monkeypatch.setattr(vpt, name, noted)
 
-    for name in ("generate_visual_codes", "loss_and_gradient", "losses_of_problems", "information"):
+    for name in ("generate_visual_codes", "loss_and_gradient", "numbers_of", "information"):
         note(name)
     monkeypatch.setattr(vpt, "pick_precision", lambda name, device: "tf32")
     assert call_tiny("--prompt", "a", "--prompt", "b", *options).code == 0
     assert modes == {
         "generate_visual_codes": (False, "high"),
         "loss_and_gradient": (True, "high"),
-        "losses_of_problems": (True, "highest"),  # and so what the optimiser does with them
+        "numbers_of": (True, "highest"),  # and so what the optimiser does after them
         "information": (False, "high"),
     }
     assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()

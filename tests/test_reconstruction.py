@@ -263,8 +263,8 @@ def test_rows_are_appended_to_a_table_under_one_header(tmp_path):
     assert len(lines) == 1 + len(history()) and lines[0] == ",".join(history()[0])
 
 
-def test_files_can_be_read_by_others_as_the_umask_says(tmp_path, proto_tokens):
-    vpt.write_proto_tokens(tmp_path / "p.safetensors", proto_tokens, {"visual_offset": 9}, torch.zeros(1, 4))
+def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
+    vpt.write_tensors(tmp_path / "p.safetensors", {"m": torch.zeros(4)})
     vpt.append_to_table(tmp_path / "history.csv", history()[0])
     (tmp_path / "plain").touch()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}

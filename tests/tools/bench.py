@@ -85,7 +85,7 @@ def build_models(args: argparse.Namespace) -> vpt.Models:
     # Buffers (the rotary frequencies) have no values on the meta device.
     generator.model.rotary_emb = type(generator.model.rotary_emb)(config).to(args.device)
     return vpt.Models(
-        generator=vpt.freeze(generator),
+        generator=generator.eval().requires_grad_(False),
         text_tokenizer=NumberTokenizer(),
         vq_decoder=None,
         vq_encoder=None,
@@ -384,7 +384,7 @@ def bench_launches(args: argparse.Namespace) -> dict:
     def rest_of_step() -> None:
         vpt.numbers_of(predictions, learning.proto_tokens, learning.optimizer)
         learning.keep_best(torch.tensor([True]), predictions)
-        learning.optimizer.step(vpt.losses_of_problems(predictions, learning.proto_tokens))
+        learning.optimizer.step(predictions.losses.mean(1))
 
     decodings = [
         operations_of(lambda n=n: vpt.generate_visual_codes(models, ["a red apple"], n, options)) for n in (4, 12)
