@@ -883,10 +883,10 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
 def read_config(folder: Path) -> Qwen2Config:
     """Read the checkpoint's configuration. Raises UserError if it is not a plain Qwen2 model."""
     file = folder / "config.json"
-    failure = f"{file} does not describe a Qwen2 model"
+    failure = f"{file} is damaged or does not describe a Qwen2 model"
     with one_line_for(failure, "give a SimpleAR model's folder, or download it again"):
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind = fields["model_type"]
+        kind, _ = fields["model_type"], fields["vocab_size"]  # both required: the library would use its defaults
         if kind != "qwen2":
             raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
         if fields.get("quantization_config"):
