@@ -59,7 +59,6 @@ except ImportError:  # Windows has no such locks
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-ADAMW_OPTIONS = {"warmup_steps": 20, "betas": (0.9, 0.9), "grad_clip": 0.0}  # with their defaults
 DEFAULT_PROMPT = "a red apple on a wooden table"
 DEFAULT_MODEL = "Daniel0724/SimpleAR-1.5B-RL"
 DEFAULT_PROJECT = "simplear-proto-tokens"
@@ -207,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         "it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
 
     group = parser.add_argument_group("reference image")
-    add("--prompt", "reference", f"what the picture shows; several: learned together (default: {DEFAULT_PROMPT})",
+    add("--prompt", "reference", f"what the picture shows; repeat it to learn several (default: {DEFAULT_PROMPT})",
         type=PROMPTS, action="extend", default=[], metavar="TEXT", dest="prompts")
     add("--prompts-file", "nothing", "further prompts, one per line",
         type=FILES, action="extend", default=[], metavar="FILE", dest="prompts_files")
@@ -237,16 +236,15 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("shared", "own"), default="shared")
     add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
-    add("--optimizer", "result", "optimiser (default: adamw if an option of AdamW is given, else lbfgs)",
-        choices=("lbfgs", "adamw"))
+    add("--optimizer", "result", "optimiser", choices=("lbfgs", "adamw"), default="lbfgs")
     add("--learning-rate", "result", "L-BFGS: largest root-mean-square change per step; AdamW: peak rate, followed by "
         "a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
-    add("--warmup-steps", "result", "AdamW: warm-up steps, at most a tenth of all steps "
-        f"(default: {ADAMW_OPTIONS['warmup_steps']})", type=COUNT_OR_0, metavar="STEPS")
-    add("--betas", "result", "AdamW: decay of the first and second moments "
-        f"(default: {','.join(map(str, ADAMW_OPTIONS['betas']))})", type=BETAS, metavar="B1,B2")
-    add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping "
-        f"(default: {ADAMW_OPTIONS['grad_clip']:g})", type=AT_LEAST_0, metavar="NORM")
+    add("--warmup-steps", "result", "AdamW: warm-up steps, at most a tenth of all steps",
+        type=COUNT_OR_0, default=20, metavar="STEPS")
+    add("--betas", "result", "AdamW: decay of the first and second moments",
+        type=BETAS, default="0.9,0.9", metavar="B1,B2")
+    add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping",
+        type=AT_LEAST_0, default="0", metavar="NORM")
     add("--initial-scale", "result", "standard deviation of the initial values",
         type=UP_TO_1000, default=0.25, metavar="STD")
     add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
@@ -295,10 +293,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     parser.error = exit_with_error
     words = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args([as_typed(word, parser.options) for word in words if not is_nothing(word)])
+    args = parser.parse_args(without_sweep_syntax(words, parser.options))
     defaults = parser.parse_args([])
     try:
-        refuse_contradictions(args)
+        refuse_contradictions(args, defaults)
         for each in (args, defaults):
             fill_in(each)
         take_shard(args)
@@ -316,24 +314,21 @@ def fill_in(args: argparse.Namespace) -> None:
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.use_wandb = args.use_wandb or in_sweep()
-    choose_optimizer(args)
     choose_targets(args)
 
 
-def is_nothing(word: str) -> bool:
-    """Return whether a word sets no option: its value is None, or it is the sweep agent's own --_wandb."""
-    name, equals, value = word.partition("=")
-    return name.startswith("--") and bool(equals) and (value == "None" or name == "--_wandb")
+def without_sweep_syntax(words: list[str], options: set[str]) -> list[str]:
+    """Change --num_steps=50 to --num-steps=50, and drop options that are None and the sweep agent's own --_wandb."""
+    result = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        hyphened = name.replace("_", "-")
+        if not (name.startswith("--") and (value == "None" or name == "--_wandb")):
+            result.append(hyphened + equals + value if hyphened in options else word)
+    return result
 
 
-def as_typed(word: str, options: set[str]) -> str:
-    """Change `--num_steps=50` to `--num-steps=50`; values and unknown names keep their underscores."""
-    name, equals, value = word.partition("=")
-    hyphened = name.replace("_", "-")
-    return hyphened + equals + value if hyphened in options else word
-
-
-def refuse_contradictions(args: argparse.Namespace) -> None:
+def refuse_contradictions(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     if args.demo and not DEMO_FOLDER.is_dir():
         raise UserError(f"--demo needs the repository's tests/demo_model beside the script: there is no {DEMO_FOLDER}")
     if args.demo and (args.model_path or args.vq_model_ckpt):
@@ -341,23 +336,14 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     if args.from_proto_tokens and (args.control or args.m_from or args.images or args.shard):
         raise UserError("--from-proto-tokens learns nothing: leave out --control, --m-from, --image and --shard")
     if args.control == "random" and args.images:
-        raise UserError("--control random draws its own codes: leave out --image")
+        raise UserError("--control random draws codes instead of reading a picture: leave out --image")
     if args.capacity and (args.from_proto_tokens or args.image_every or args.target_accuracy == 0):
         raise UserError("--capacity needs a --target-accuracy above 0, and no --from-proto-tokens or --image-every")
     if args.m_from and args.m == "own":
         raise UserError("--m-from gives all targets one m: leave out --m own")
-
-
-def choose_optimizer(args: argparse.Namespace) -> None:
-    """Choose AdamW if one of its options is given, else L-BFGS. Raises UserError if they contradict."""
-    given = [name for name in ADAMW_OPTIONS if getattr(args, name) is not None]
-    args.optimizer = args.optimizer or ("adamw" if given else "lbfgs")
-    if given and args.optimizer != "adamw":
-        option = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{option} is an option of AdamW: leave out either it or --optimizer {args.optimizer}")
-    for name, default in ADAMW_OPTIONS.items():
-        if name not in given:
-            setattr(args, name, default)
+    for name in ("warmup_steps", "betas", "grad_clip"):
+        if args.optimizer != "adamw" and getattr(args, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} is an option of AdamW: add --optimizer adamw, or leave it out")
 
 
 def choose_targets(args: argparse.Namespace) -> None:
@@ -365,9 +351,8 @@ def choose_targets(args: argparse.Namespace) -> None:
     for file in args.prompts_files:
         args.prompts = [*args.prompts, *read_prompts(file)]  # a new list: the default is the parser's own
     if not args.prompts:
-        args.prompts = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
-    if not args.prompts:
-        args.prompts = [DEFAULT_PROMPT]
+        names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
+        args.prompts = names or [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
         raise UserError(
             f"{len(args.images)} times --image, {len(args.prompts)} times --prompt: give one prompt per image"
@@ -375,10 +360,10 @@ def choose_targets(args: argparse.Namespace) -> None:
 
 
 def take_shard(args: argparse.Namespace) -> None:
-    """Keep only this run's prompts and pictures: every N-th from the I-th on, by --shard or launcher rank."""
+    """Keep only this run's share of prompts and pictures, every N-th from the I-th, as --shard or the rank says."""
     rank, num_prompts = launched_rank(), len(args.prompts)
     if rank and (args.shard or num_prompts == 1):
-        raise UserError("processes of torchrun or srun share the prompts: give several without --shard, or start one")
+        raise UserError("torchrun and srun processes share the prompts: give several, no --shard, or start one process")
     args.shard = args.shard or rank
     if not args.shard:
         return
@@ -424,7 +409,7 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
         for kind in ("*.json", "*.txt", "*.safetensors", "*.jit"):
             files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), kind))
     for file in files:
-        if not os.path.isfile(file):  # skip pipes: they can be read only once
+        if not os.path.isfile(file):  # skip pipes: a pipe can be read only once
             continue
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
@@ -522,12 +507,12 @@ DECIDES = (
     | dict.fromkeys(("visual_offset", "generator_fingerprint"), "reference")
     | dict.fromkeys(("device_name", "torch_version"), "environment")
     | dict.fromkeys(("m_from_fingerprint", "images_fingerprint", "factor", "hidden_size", "vq_fingerprint"), "result")
-    | dict.fromkeys(("learned_with", "versions"), "nothing")  # learned_with: settings of the run reconstructed
+    | dict.fromkeys(("learned_with", "versions"), "nothing")  # learned_with: settings of the reconstructed run
 )
 
 
 def deciding(settings: dict, *decided: str) -> dict:
-    """Return the run's settings that decide any of `decided`."""
+    """Return the settings that affect any of `decided`, which are words of DECIDES such as "reference"."""
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
@@ -535,9 +520,9 @@ def deciding(settings: dict, *decided: str) -> dict:
 os.environ["MPLBACKEND"] = "agg"
 os.environ["PYTORCH_JIT"] = "1"  # the VQ tokenizer is TorchScript
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a few prompts need no threads; some systems forbid threads
-# Without this, products on Intel processors depend on memory addresses, so they differ between processes.
+# Without this, Intel MKL's matrix products depend on memory addresses, and two processes get different results.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# CUDA products are reproducible only with a fixed workspace.
+# cuBLAS is reproducible only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if __name__ == "__main__":
@@ -587,7 +572,7 @@ except Exception as error:  # also from a bad environment variable or a file tha
     if __name__ != "__main__":
         raise
     statement = traceback.extract_tb(error.__traceback__)[0].line
-    exit_with_error(f"`{statement}` fails ({error}): mend what it names, or install requirements.txt")
+    exit_with_error(f"`{statement}` fails ({error}): fix what the error names, or install requirements.txt")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -620,7 +605,7 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 def line_of(error: BaseException) -> str:
     """Return the line of an error's message that says what happened.
 
-    TorchScript and the hub put it after a traceback or a title, pydantic into the first of its details.
+    TorchScript puts it after a traceback, the hub after a title, and pydantic into the first of its details.
     """
     if type(error).__name__ == "ValidationError":  # of pydantic, which checks W&B's settings
         details = error.errors()[0]
@@ -783,10 +768,8 @@ def load_models(args: argparse.Namespace) -> Models:
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
     factor = downsampling_factor(vq_decoder, device)
     vq_encoder = load_vq_encoder(vq_folder / VQ_ENCODER, device, factor) if args.images else None
-    refuse_misfitting_size(args.image_size, args.num_e_tokens, factor)
-    refuse_too_few_positions(config, text_tokenizer, args, factor)
     codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
-    refuse_too_few_rows(config, args, visual_offset, codebook_size)
+    refuse_misfits(args, config, text_tokenizer, factor, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
     repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     print(f"loading the generator from {generator_folder}")
@@ -827,7 +810,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name or the device type; one seed gives different references on different GPUs."""
+    """Return the GPU's name, else the device type. It is a setting: GPUs differ in the reference that a seed gives."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -886,7 +869,7 @@ def read_config(folder: Path) -> Qwen2Config:
     failure = f"{file} is damaged or does not describe a Qwen2 model"
     with one_line_for(failure, "give a SimpleAR model's folder, or download it again"):
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind, _ = fields["model_type"], fields["vocab_size"]  # both required: the library would use its defaults
+        kind, _ = fields["model_type"], fields["vocab_size"]  # required here: the library would fall back to defaults
         if kind != "qwen2":
             raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
         if fields.get("quantization_config"):
@@ -956,7 +939,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raise UserError if the files lack tensors of config.json, have them in another shape, or have too many layers."""
+    """Raise UserError if tensors that config.json implies are missing or misshapen, or if there are more layers."""
     missing, others = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     wrong = [f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])]
     wrong += [f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)]
@@ -968,7 +951,7 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
             "belong to another model; download them again"
         )
     if others:
-        print(f"note: {len(others)} tensors in {folder} are no part of a Qwen2 model and not used, such as {others[0]}")
+        print(f"note: {len(others)} tensors in {folder} are ignored, since Qwen2 has no such tensors, e.g. {others[0]}")
 
 
 def attention(
@@ -1000,12 +983,12 @@ def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Load a part of the VQ tokenizer. Keep its precision, since its traced casts are constants. Raises UserError."""
+    """Load a part of the VQ tokenizer. Do not change its dtype: its trace contains fixed casts. Raises UserError."""
     if not file.is_file():
         offline = "without a network, the hub's cache may lack it"
         raise UserError(f"--vq-model-ckpt {file.parent} holds no {file.name}, a part of a Cosmos tokenizer; {offline}")
     with (
-        one_line_for(f"{file} is no TorchScript file, or a damaged one", "download it again"),
+        one_line_for(f"{file} is damaged or is not a TorchScript file", "download it again"),
         warnings.catch_warnings(action="ignore", category=DeprecationWarning),
         file.open("rb") as stream,  # torch cannot open every file name
     ):
@@ -1022,38 +1005,36 @@ def load_vq_encoder(file: Path, device: torch.device, factor: int) -> torch.jit.
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
     """Decode one latent cell; return its width in pixels. Raises UserError."""
     failure = f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device}"
-    with one_line_for(failure, "it is no discrete decoder of Cosmos, or cannot run there (then try --device cpu)"):
+    with one_line_for(failure, "it is not a discrete Cosmos decoder, or it cannot run there (try --device cpu)"):
         return decode_codes(vq_decoder, torch.zeros(1, 1, dtype=torch.long, device=device)).shape[-1]
 
 
-def refuse_misfitting_size(image_size: int, num_e_tokens: int, factor: int) -> None:
+def refuse_misfits(
+    args: argparse.Namespace,
+    config: Qwen2Config,
+    text_tokenizer: PreTrainedTokenizerBase,
+    factor: int,
+    codebook_size: int,
+) -> None:
+    """Raise UserError if the image size or a prompt does not fit the models, or if the two models do not fit."""
+    image_size, num_tokens = args.image_size, num_tokens_of(args.image_size, factor)
     below = image_size // factor * factor
     if image_size != below:
         nearest = f"{below} or {below + factor}" if below else f"{factor}"
         raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}")
-    num_tokens = num_tokens_of(image_size, factor)
-    if num_e_tokens > num_tokens:
-        raise UserError(f"--num-e-tokens {num_e_tokens} exceeds the {num_tokens} tokens of --image-size {image_size}")
-
-
-def refuse_too_few_positions(
-    config: Qwen2Config, text_tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, factor: int
-) -> None:
-    """Raise UserError if the model has too few positions for the longest prompt and the N tokens of the image."""
-    size, num_tokens = size_token(text_tokenizer, args.image_size), num_tokens_of(args.image_size, factor)
+    if args.num_e_tokens > num_tokens:
+        raise UserError(f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of the image")
+    size = size_token(text_tokenizer, image_size)
     texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
     lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
     longest = max(lengths)
     if longest + num_tokens > config.max_position_embeddings:
-        which = textwrap.shorten([*args.prompts, "guidance's own"][lengths.index(longest)], 80, placeholder="...")
+        which = textwrap.shorten([*args.prompts, "negative prompt"][lengths.index(longest)], 80, placeholder="...")
         raise UserError(
             f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
             f"within the model's {config.max_position_embeddings} positions; shorten the prompt, or lower --image-size"
         )
-
-
-def refuse_too_few_rows(config: Qwen2Config, args: argparse.Namespace, visual_offset: int, codebook_size: int) -> None:
-    """Raise UserError if the generator's embedding has no row for each text id and visual code."""
+    visual_offset = len(text_tokenizer)
     if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
         raise UserError(
             f"--model-path {args.model_path} has {config.vocab_size} embedding rows, too few for {visual_offset} text "
@@ -1074,7 +1055,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
     """Decode codes [B, N] of square images in raster order to pixels [B, 3, H, W], float32 in [0, 1], on the CPU."""
     side = math.isqrt(codes.shape[1])
     indices = codes.view(-1, 1, side, side)  # one frame each: [B, 1, h, w]
-    # Do not optimise: from the second call on, fused kernels could round the same codes to other pixels.
+    # Do not optimise: from the second call on, fused kernels may round differently and give other pixels.
     with torch.jit.optimized_execution(False):
         # A few at a time: the decoder needs far more memory than its pictures.
         videos = torch.cat([vq_decoder(few).cpu() for few in indices.split(4)])  # [B, 3, 1, H, W], in [-1, 1]
@@ -1084,11 +1065,11 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
     """Encode pixels [B, 3, H, W] in [0, 1] as visual codes [B, N] in raster order. Raises UserError."""
-    remedy = "the bfloat16 encoder of Cosmos needs a GPU; or it is no encoder of Cosmos"
+    remedy = "Cosmos' encoder is bfloat16 and needs a GPU; else the file is not a Cosmos encoder"
     with one_line_for("--image: encoder.jit cannot run here", remedy):
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
-        with torch.jit.optimized_execution(False):  # else later calls could give the same picture other codes
+        with torch.jit.optimized_execution(False):  # see decode_codes: other rounding could give other codes
             indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
         codes = torch.cat(indices).flatten(1).long()
     if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
@@ -1520,7 +1501,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
 # ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [B]. To add one, write a class
 # ---- with the methods `step`, `drop_others` (may come before any step), `state_dict` and `load_state_dict` and the
 # ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
-# ---- --optimizer. Check `choose_optimizer`.
+# ---- --optimizer. Check `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -2305,7 +2286,7 @@ def summarise(
 
 SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets; the numbers cover all
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-# Matplotlib takes each letter, also Chinese or emoji, from the first installed font in this list that has it.
+# For each letter, including Chinese and emoji, Matplotlib uses the first installed font in this list that has it.
 FONT_FAMILIES = [
     "DejaVu Sans",
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
@@ -2316,19 +2297,13 @@ STYLES = [
     "default",  # Matplotlib's own style, so that no matplotlibrc changes the figures
     {
         "font.family": FONT_FAMILIES,
-        "axes.labelsize": 9,
+        "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "legend.fontsize": 9,
         "legend.frameon": False,
         "grid.color": FAINT,
         "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        "figure.constrained_layout.h_pad": 0.08,
     },
 ]
 
@@ -2398,7 +2373,7 @@ def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
-    """Draw the error map that `mark_errors` made of one target, with the numbers of errors. rank: [N]."""
+    """Draw a target's error map, made by `mark_errors`, with the number of errors of each kind. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
     wrong, far = int((rank > 0).sum()), int((rank >= 5).sum())
@@ -2480,8 +2455,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("D", "gradients/grad_norm")
     panels["D"].set(title="gradient norm", yscale="log", xlabel="step")
     plot("E", "train/learning_rate")
-    panels["E"].set(title="learning rate: change of a number (rms)", xlabel="step")
-    panels["E"].set_ylim(bottom=0)
+    panels["E"].set(title="learning rate: change of a number (rms)", xlabel="step", ylim=(0, None))
     for panel in panels.values():
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid()
@@ -2491,7 +2465,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
 
 
 def tiled(images: list[Image.Image]) -> Image.Image:
-    """Join pictures of one size in a grid of about as many rows as columns."""
+    """Tile pictures of equal size in a nearly square grid."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -2512,7 +2486,7 @@ def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
 
 
 def draw_targets(targets: list[dict], reconstruction: Reconstruction) -> list[dict]:
-    """Return the targets' rows, each with its pictures for the figures, or None where no figure shows the target."""
+    """Return the targets' rows with their pictures added; the pictures are None if no figure shows the target."""
     rows = [target | {"reference": None, "reconstruction": None, "error_map": None} for target in targets]
     for k, (original, pixels) in reconstruction.pictures.items():
         rows[k]["reference"] = to_image(original)
@@ -2550,9 +2524,10 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
+VERSIONED = ("transformers", "tokenizers", "safetensors", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 13
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
+BATCH_FILE = "batch_{:05}.safetensors"  # in this folder
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal. First come those that say if the others are complete.
 RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, TARGETS_FILE, "capacity.csv", PROTO_TOKENS_FILE]
@@ -2575,7 +2550,7 @@ def written_whole(file: Path) -> Iterator[Path]:
 
     Make the folder if it is missing. Raises UserError if the file cannot be written.
     """
-    # Two containers can share a folder and have the same process id.
+    # With the time, since two containers can share a folder and have the same process id.
     partial = file.with_name(f"{file.name}.{os.getpid()}{time.time_ns()}.partial")
     try:
         with writing(file):
@@ -2640,8 +2615,7 @@ def lock_folder(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            at_work = f"another run is at work in {folder}"
-            raise UserError(f"{at_work}: name this one with --wandb-run-name, or wait") from None
+            raise UserError(f"another run is at work in {folder}: give this one a --wandb-run-name, or wait") from None
         except OSError:
             pass  # a file system without locks
     return lock
@@ -2667,20 +2641,14 @@ def remove_unfinished(folder: Path) -> None:
 
 def frames_in(folder: Path) -> dict[int, Path]:
     """Return the frames of the moving picture by step, in ascending order; ignore files that are not frames."""
-    frames = {}
-    for file in folder.glob("progress/*"):
-        if name := re.fullmatch(r"step_(\d+)\.png", file.name):
-            frames[int(name[1])] = file
+    files = [file for file in folder.glob("progress/step_*.png") if file.stem[5:].isdecimal()]
+    frames = {int(file.stem[5:]): file for file in files}
     return dict(sorted(frames.items()))
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """Return all settings, the values derived from them, and the versions: what is needed to repeat the run."""
-    versions = {"python": platform.python_version()}
-    for package in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    versions["torch"] = torch.__version__  # also names the build
+    versions = {package: importlib.metadata.version(package) for package in VERSIONED}
     num_tokens = num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
     settings = vars(args) | {name: getattr(models, name) for name in OF_MODELS}
@@ -2693,7 +2661,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "device_name": device_name(models.device),
         "dtype": models.precision,
         "torch_version": torch.__version__,
-        "versions": versions,
+        "versions": versions | {"python": platform.python_version(), "torch": torch.__version__},
     }
     if args.m_from and not args.from_proto_tokens:  # otherwise the file is not read
         settings["m_from_fingerprint"] = digest_of([args.m_from])
@@ -2801,7 +2769,7 @@ class ReferenceCache:
 
 # The settings that are properties of the models.
 OF_MODELS = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
-# An earlier run's proto-tokens mean nothing without these settings: they are taken over together with its prompts.
+# --from-proto-tokens takes these settings and the prompts from the earlier run: its proto-tokens depend on them.
 TAKEN_OVER = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
@@ -2921,7 +2889,7 @@ def read_state(folder: Path) -> dict | None:
             learning = saved["learning"]
             done = range(learning["first"] // learning["batch_size"])
             saved["codes"] = load_file(unfinished / "codes.safetensors")["codes"]
-            saved["batches"] = [load_file(unfinished / batch_file(index)) for index in done]
+            saved["batches"] = [load_file(unfinished / BATCH_FILE.format(index)) for index in done]
             return saved
     except Exception as error:  # a damaged file can raise any exception
         if is_out_of_memory(error):
@@ -2929,14 +2897,10 @@ def read_state(folder: Path) -> dict | None:
     raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to start again")
 
 
-def batch_file(index: int) -> str:
-    return f"batch_{index:05}.safetensors"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tracking: the only place that touches Weights & Biases
 
-# With these three limits, a run loses less than a minute to a dead server.
+# With these three timeouts, a dead server delays a run by less than a minute.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 WANDB_LOGIN_SECONDS = 30  # for the user to enter an API key when W&B asks for it
 
@@ -2955,13 +2919,6 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         from wandb import Settings  # fails if `wandb` is only a wandb.py beside the script
     except ImportError as error:
         raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
-    names = {
-        "project": None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
-        "entity": args.wandb_entity,
-        "run_name": args.wandb_name,
-        "run_group": args.wandb_group,
-        "run_tags": args.wandb_tags,
-    }
     with contextlib.suppress(ImportError, AttributeError):  # disable W&B's telemetry of errors
         wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # else it waits forever for a dead service
     try:
@@ -2969,7 +2926,11 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         mode = {"mode": args.wandb_mode} if args.wandb_mode else {}
         wandb.setup(Settings(login_timeout=WANDB_LOGIN_SECONDS, **mode))
         return Settings(
-            **{name: value for name, value in names.items() if value is not None},
+            project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
+            entity=args.wandb_entity,
+            run_name=args.wandb_name,
+            run_group=args.wandb_group,
+            run_tags=args.wandb_tags,
             init_timeout=WANDB_START_SECONDS,
             finish_timeout=WANDB_FINISH_SECONDS,
             finish_timeout_raises=True,
@@ -3046,7 +3007,7 @@ class Tracker:
                 print(f"W&B: the server did not take everything in time; {rest}", file=sys.stderr)
 
     def end_by_signal(self, number: int) -> None:
-        """Close W&B's run, so that it does not seem to be still running; then end the process with the signal."""
+        """Finish the W&B run, so that W&B does not show it as running; then let the signal end the process."""
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
         self.finish(128 + number)
@@ -3095,13 +3056,11 @@ class Tracker:
             for name, rows in tables.items():
                 data = [[as_media(value) for value in row.values()] for row in rows]
                 media[name] = wandb.Table(columns=list(rows[0]), data=data)
-            # If the run was stopped after its last step, W&B has that step already and takes only a later one.
-            step = max(summary["steps"], self.run.starting_step) if "steps" in summary else None
-            self.run.log(media, step=step)
+            self.run.log(media)
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
     def proto_tokens(self, file: Path, status: str) -> None:
-        """Log the file as an artifact, or as a file of the run if the artifact needs a server and there is none."""
+        """Log the file as an artifact; if W&B cannot take one without its server, save it among the run's files."""
         if self.run is None:
             return
         import wandb
@@ -3143,13 +3102,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            exit_code = 0
-        elif isinstance(error, Stopped):
-            exit_code = error.code
-        else:
-            exit_code = 1
-        self.tracker.finish(exit_code)
+        exit_code = 0 if error is None else 1
+        self.tracker.finish(error.code if isinstance(error, Stopped) else exit_code)
 
     def begin(self, reference: Reference) -> None:
         """Write what is known before the first step; remove an earlier run's results unless this run resumes it."""
@@ -3202,7 +3156,7 @@ class Recorder:
     def step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keep a step's row, picture and state at the intervals that options set; keep the last row and picture, too.
 
-        With n batches, keep rows n times more rarely, so that the history stays short.
+        With n batches, the interval between rows is n times as long, so that the history stays short.
         """
         if not any(learning.targets.begun.tolist()):
             return  # no finite step yet
@@ -3233,7 +3187,7 @@ class Recorder:
             prompts = self.reference.prompts[: learning.batch.stop]
             write_table(self.folder / TARGETS_FILE, learning.targets.rows(prompts))
         if not learning.finished:
-            file = self.folder / UNFINISHED_FOLDER / batch_file(learning.first // learning.batch_size)
+            file = self.folder / UNFINISHED_FOLDER / BATCH_FILE.format(learning.first // learning.batch_size)
             write_tensors(file, learning.results_of_batch())
             learning.begin_batch(learning.batch.stop)
         self.recorded_step = learning.step
@@ -3249,15 +3203,14 @@ class Recorder:
         """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
         frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
-        file = self.folder / "progress" / f"step_{learning.step:06}.png"
-        write_image(file, frame)
+        write_image(self.folder / "progress" / f"step_{learning.step:06}.png", frame)
         self.track_frame(learning.step, frame)
 
     def track_frame(self, step: int, frame: Image.Image) -> None:
         self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """Save all that --resume needs. Skip this if the last step is not recorded: --resume must repeat that step."""
+        """Save what --resume needs, unless the last step is not recorded yet: --resume must repeat that step."""
         if self.recorded_step < learning.step:
             return
         state = {
@@ -3298,7 +3251,7 @@ class Recorder:
     def finish(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
-        """Write and log the results of proto-tokens, which this run or an earlier run learned."""
+        """Write and log the results of proto-tokens that this run or an earlier run learned."""
         print("writing the results")
         of_targets = {"predicted_ids": reconstruction.predictions.ids}
         for name in ("best_accuracy", "steps"):
@@ -3318,9 +3271,9 @@ class Recorder:
         self.publish(images, summary, tables)
 
     def write_proto_tokens(self, proto_tokens: ProtoTokens, **of_targets: Tensor) -> Path:
-        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `of_targets`, which have a row per target.
+        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `of_targets`: one row per target.
 
-        The metadata has the settings with which they were learned, as JSON.
+        Store the settings of the run that learned them in the metadata, as JSON.
         """
         file, settings = self.folder / PROTO_TOKENS_FILE, self.settings.get("learned_with", self.settings)
         tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
@@ -3368,7 +3321,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Make the same settings give the same history: else, some backward passes on a GPU add in a random order."""
+    """Use PyTorch's deterministic algorithms; with others, a GPU may add in another order and the history differs."""
     torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
@@ -3440,9 +3393,7 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
     lines["likeness"] = likeness(s["psnr"])
     if s["text_ids_ahead"]:
-        lines["text ids"] = (
-            f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions; never drawn here"
-        )
+        lines["text ids"] = f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions"
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
@@ -3461,7 +3412,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
     if args.control == "untrained":
-        forget_training(models.generator, args.seed)  # only now: the trained generator drew the reference
+        forget_training(models.generator, args.seed)  # only now, because the trained generator makes the reference
     given_m = earlier.m if earlier else None
     if args.capacity:
         summary = find_capacity(models, reference.codes, given_m, record)

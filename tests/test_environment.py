@@ -202,7 +202,7 @@ def test_what_a_library_refuses_while_it_is_imported_is_one_line(run_script, tmp
     (tmp_path / "latin-1").write_bytes(b"# \xe9\n")
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "numpy.py").write_text("")
-    refused(run_script("--demo", env={name: value}), "import ", "fails", "mend")
+    refused(run_script("--demo", env={name: value}), "import ", "fails", "fix")
     assert run_script("--help", env={name: value}).code == 0
 
 

@@ -154,7 +154,10 @@ def run_script_in(folder: Path, *arguments, env: dict[str, str] | None = None) -
 def wait_for(condition: Callable, process: subprocess.Popen | Forked | None = None, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, "waited in vain"
+        if time.monotonic() > limit:
+            if process is not None:
+                process.kill()
+            raise AssertionError("waited in vain")
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
 
