@@ -14,7 +14,7 @@ order. `generate_visual_codes` makes the reference, `learn_batch` is the trainin
 Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
 D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, F = targets
 that are still learning, G = problems (1 if all targets share m, else one per target), L = learned numbers per problem,
-M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are always visual codes, 0 .. C - 1. Token ids,
+M = pairs that L-BFGS keeps, T = tokens of a prompt. TargetResults are always visual codes, 0 .. C - 1. Token ids,
 code + visual_offset, occur only in the generator's input, in its likeliest ids, and in proto_tokens.safetensors.
 """
 
@@ -91,7 +91,7 @@ def checked(parse: Callable, holds: Callable | None, what: str) -> Callable:
     return convert
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """Parse a whole number; accept also the notations of sweep agents, such as 500.0 and 1e3."""
     with contextlib.suppress(ValueError):
         return int(text)
@@ -109,16 +109,16 @@ def listed(text: str) -> list[str]:
     return [text]
 
 
-def as_proto_tokens(text: str) -> Path:
+def proto_tokens_path(text: str) -> Path:
     """Return the path of an earlier run's proto-tokens file; `text` names the file or its folder."""
     path = Path(text).expanduser()
     return path / PROTO_TOKENS_FILE if os.path.isdir(path) else path
 
 
 # NaN fails every comparison, so these types reject it.
-COUNT = checked(whole, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
-COUNT_OR_0 = checked(whole, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
-IMAGE_SIZE = checked(whole, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
+COUNT = checked(whole_number, lambda n: 1 <= n < 2**63, "a whole number of at least 1")
+COUNT_OR_0 = checked(whole_number, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
+IMAGE_SIZE = checked(whole_number, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
 TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
@@ -132,7 +132,7 @@ BETAS = checked(
     "two numbers of at least 0 and below 1, with a comma between",
 )
 SHARD = checked(
-    lambda text: tuple(map(whole, text.split("/"))),
+    lambda text: tuple(map(whole_number, text.split("/"))),
     lambda shard: len(shard) == 2 and 1 <= shard[0] <= shard[1],
     "of the form 2/8: the second of eight",
 )
@@ -144,7 +144,7 @@ PROMPTS = checked(
 )
 A_PATH = "a path in UTF-8 (a ~ must name a home folder)"  # expanduser raises RuntimeError if it does not
 FILE = checked(lambda text: Path(text).expanduser(), None, A_PATH)
-PROTO_TOKENS = checked(as_proto_tokens, None, A_PATH)
+PROTO_TOKENS = checked(proto_tokens_path, None, A_PATH)
 FILES = checked(lambda text: [Path(item).expanduser() for item in listed(text)], bool, A_PATH)
 # The run's folder inside the save directory has the same name as the run.
 RUN_NAME = checked(
@@ -159,10 +159,10 @@ TAGS = checked(
     lambda tags: max(map(len, tags), default=0) <= 64,
     "tags of at most 64 characters, with commas between",
 )
-SWITCHED = {"true": True, "false": False, "1": True, "0": False}
+SWITCH_VALUES = {"true": True, "false": False, "1": True, "0": False}
 SWITCH = {
     # Sweep agents write a switch as --demo=True.
-    "type": checked(lambda text: SWITCHED[text.lower()], None, "true or false"),
+    "type": checked(lambda text: SWITCH_VALUES[text.lower()], None, "true or false"),
     "nargs": "?",
     "const": True,
     "default": False,
@@ -380,10 +380,10 @@ def take_shard(args: argparse.Namespace) -> None:
 
 def launched_rank() -> tuple[int, int] | None:
     """Return this process's rank, from 1, and the number of ranks if torchrun or srun started several, else None."""
-    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        numbers = os.environ.get(rank, ""), os.environ.get(count, "")
-        if all(number.isdigit() for number in numbers) and int(numbers[1]) > 1:
-            return int(numbers[0]) + 1, int(numbers[1])
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        rank, count = (os.environ.get(name, "") for name in names)
+        if rank.isdigit() and count.isdigit() and int(count) > 1:
+            return int(rank) + 1, int(count)
     return None
 
 
@@ -406,8 +406,8 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
     files = [*args.prompts_files, *(args.images or [])]
     files += [file for file in (args.m_from, args.from_proto_tokens) if file]
     for folder in (args.model_path, args.vq_model_ckpt):
-        for kind in ("*.json", "*.txt", "*.safetensors", "*.jit"):
-            files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), kind))
+        for pattern in ("*.json", "*.txt", "*.safetensors", "*.jit"):
+            files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), pattern))
     for file in files:
         if not os.path.isfile(file):  # skip pipes: a pipe can be read only once
             continue
@@ -436,7 +436,7 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> 
     Settings that decide "nothing" are left out. If the name shows only part of a text, it ends in a digest, so that
     runs with different settings never share a folder.
     """
-    rate = re.sub(r"^0\.", "0", in_a_name(args.learning_rate))
+    rate = re.sub(r"^0\.", "0", name_part(args.learning_rate))
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
     shown, texts = {"image_size", "num_steps", "learning_rate", "seed"}, []
     if args.from_proto_tokens:
@@ -450,8 +450,8 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> 
             value = Path(os.path.expanduser(value))
         name += f"_{setting.replace('_', '-')}"
         if value is not True:
-            name += f"-{in_a_name(value)}"
-        if isinstance(value, (str, list, Path)) and in_a_name(value) != value:
+            name += f"-{name_part(value)}"
+        if isinstance(value, (str, list, Path)) and name_part(value) != value:
             items = value if isinstance(value, list) else [value]
             texts += [os.path.abspath(item) if isinstance(item, Path) else item for item in items]
     if texts or len(name.encode()) > 128:
@@ -462,12 +462,12 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> 
     return name
 
 
-def in_a_name(value: object) -> str:
+def name_part(value: object) -> str:
     """Format a value for a run's name: a list of several items as their count, a path as its last part."""
     if isinstance(value, tuple):
-        return "-".join(map(in_a_name, value))
+        return "-".join(map(name_part, value))
     if isinstance(value, list):
-        return in_a_name(value[0]) if len(value) == 1 else str(len(value))
+        return name_part(value[0]) if len(value) == 1 else str(len(value))
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, Path):
@@ -511,7 +511,7 @@ DECIDES = (
 )
 
 
-def deciding(settings: dict, *decided: str) -> dict:
+def settings_deciding(settings: dict, *decided: str) -> dict:
     """Return the settings that affect any of `decided`, which are words of DECIDES such as "reference"."""
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
@@ -602,7 +602,7 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def line_of(error: BaseException) -> str:
+def main_line(error: BaseException) -> str:
     """Return the line of an error's message that says what happened.
 
     TorchScript puts it after a traceback, the hub after a title, and pydantic into the first of its details.
@@ -642,7 +642,7 @@ def one_line_for(failure: str, remedy: str) -> Iterator[None]:
     except BaseException as error:  # a panic in tokenizers is not an Exception
         if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
             raise
-        raise UserError(f"{failure} ({line_of(error)}): {remedy}") from None
+        raise UserError(f"{failure} ({main_line(error)}): {remedy}") from None
 
 
 def slices(count: int, at_once: int) -> list[slice]:
@@ -666,7 +666,7 @@ def in_parts_that_fit(work: Callable[[slice], object], count: int, at_once: int,
     return results
 
 
-def time_on(device: torch.device) -> float:
+def synchronised_time(device: torch.device) -> float:
     """Wait until the device has finished its work, then return the current time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -677,9 +677,9 @@ def time_on(device: torch.device) -> float:
 
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
     """Return a progress bar that updates often on a terminal and every 30 seconds in a log file."""
-    lively = sys.stderr.isatty()
-    interval = 0.1 if lively else 30
-    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=lively, mininterval=interval, **options)
+    on_terminal = sys.stderr.isatty()
+    interval = 0.1 if on_terminal else 30
+    return tqdm(iterable, label, unit=f" {unit}", dynamic_ncols=on_terminal, mininterval=interval, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,7 +691,7 @@ CONFIGURATION_FILES = (
 )
 GENERATOR_FILES = (*CONFIGURATION_FILES, "model.safetensors.index.json", "model*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
-NOT_FOLLOWED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")  # options of generate
+IGNORED_GENERATE_OPTIONS = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 
 
@@ -699,7 +699,7 @@ TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 class Models:
     """Hold the frozen generator, its text tokenizer, the VQ tokenizer, and the mapping between their vocabularies.
 
-    Visual code k (0 .. codebook_size - 1) is token id visual_offset + k of the generator, and row first_code + k of
+    Visual code k (0 .. codebook_size - 1) is token id visual_offset + k of the generator, and row first_code_row + k of
     `head`. `head` holds the rows of the generator's head for the ids that compete.
     """
 
@@ -735,13 +735,13 @@ class Models:
         return self.visual_head if self.vocabulary == "visual" else self.generator.lm_head.weight
 
     @property
-    def first_code(self) -> int:
+    def first_code_row(self) -> int:
         return 0 if self.vocabulary == "visual" else self.visual_offset
 
     def size_token(self, num_tokens: int) -> str:
         return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
 
-    def has(self, codes: Tensor) -> bool:
+    def are_visual(self, codes: Tensor) -> bool:
         """Return whether all `codes` are visual codes."""
         return bool(((codes >= 0) & (codes < self.codebook_size)).all())
 
@@ -805,7 +805,7 @@ def pick_device(name: str | None) -> torch.device:
         probe = torch.zeros(1, device=name)
         probe.cpu()
     except (RuntimeError, AssertionError) as error:  # no such device; a torch built without it
-        raise UserError(f"--device {name} cannot be used here ({line_of(error)}): try --device cpu") from None
+        raise UserError(f"--device {name} cannot be used here ({main_line(error)}): try --device cpu") from None
     return probe.device  # includes the device number, unlike `cuda`
 
 
@@ -858,7 +858,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except GatedRepoError:
         why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
     except Exception as error:  # from the hub client, HTTP library or disk: no common base class
-        failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(line_of(error), 160)})"
+        failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(main_line(error), 160)})"
         why = f"{failed}: check the name, the network, and for a private repository HF_TOKEN or `hf auth login`"
     raise UserError(f"{option} {name}: there is no such folder, and {why}; give a local folder, or try --demo")
 
@@ -898,7 +898,7 @@ def read_repetition_penalty(folder: Path) -> float:
             raise ValueError(f"its repetition_penalty is {penalty:g}, not from 0.01 to 100")
     if penalty != 1:
         print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 means no penalty")
-    ignored = [name for name in NOT_FOLLOWED if fields.get(name) not in (None, 0, 1, [])]
+    ignored = [name for name in IGNORED_GENERATE_OPTIONS if fields.get(name) not in (None, 0, 1, [])]
     if ignored:
         print(f"note: {file.name} asks for {', '.join(ignored)}, which is not followed")
     return penalty
@@ -974,7 +974,7 @@ transformers.AttentionInterface.register("sdpa_without_gqa", attention)
 transformers.AttentionMaskInterface.register("sdpa_without_gqa", sdpa_mask)
 
 
-def forget_training(generator: Qwen2ForCausalLM, seed: int) -> None:
+def randomise_weights(generator: Qwen2ForCausalLM, seed: int) -> None:
     """Replace the generator's weights with random ones, as before training, for --control untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1166,11 +1166,11 @@ def new_targets(
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
         index, count = args.shard or (1, 1)
-        every = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
-        return every[index - 1 :: count].clone(), None  # frees the other shards' codes
+        all_codes = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
+        return all_codes[index - 1 :: count].clone(), None  # frees the other shards' codes
     if args.images:
         codes, seconds = encode_pixels(models.vq_encoder, pictures, models.factor).cpu(), None
-        if not models.has(codes):
+        if not models.are_visual(codes):
             raise UserError("--image: encoder.jit does not belong to decoder.jit: codes out of range")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
@@ -1212,13 +1212,13 @@ def read_picture(file: Path, size: int) -> Tensor:
             if image.mode.startswith(("I", "F")):  # Pillow would clip them
                 raise ValueError("its pixels have more than 8 bits a channel: convert it")
             image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
-            with contextlib.suppress(Exception):  # damaged EXIF; if rewriting it fails, the picture has turned
+            with contextlib.suppress(Exception):  # damaged EXIF; the picture turns before its EXIF is rewritten
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side)).convert("RGBA")
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {file} cannot be read as a picture: {line_of(error)}") from None
+        raise UserError(f"--image {file} cannot be read as a picture: {main_line(error)}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     while image.width >= 2 * size:
         image = image.resize((image.width // 2, image.width // 2), Image.Resampling.BOX)
@@ -1226,7 +1226,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def recorded(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
+def as_cuda_graph(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
     """Record the CUDA kernels of `work(*inputs)` as a graph; return a function that replays them for other inputs.
 
     The inputs keep their shapes. `work` must use the same memory in each call and never wait for the device. A replay
@@ -1264,18 +1264,18 @@ def start_decoding(
     length = max(map(len, rows))
     prompt_ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=models.device)
     padding = torch.tensor([[length - len(row)] for row in rows], device=models.device)  # [2B, 1], before each prompt
-    cached = torch.arange(length + num_tokens, device=models.device)  # [T + N], all positions of the cache
+    cache_positions = torch.arange(length + num_tokens, device=models.device)  # [T + N]
     cache = transformers.StaticCache(models.generator.config, length + num_tokens)
 
     def feed(ids: Tensor) -> Tensor:
-        positions = cache.get_seq_length() + cached[: ids.shape[1]]  # [n]
-        behind = positions[:, None] - cached  # [n, T + N]
-        seen = (cached >= padding[:, :, None]) & (behind >= 0)  # [2B, n, T + N]
-        seen = seen | (behind == 0)  # each sees itself: padding must see something
+        positions = cache.get_seq_length() + cache_positions[: ids.shape[1]]  # [n]
+        distance = positions[:, None] - cache_positions  # [n, T + N], how far back
+        visible = (cache_positions >= padding[:, :, None]) & (distance >= 0)  # [2B, n, T + N]
+        visible = visible | (distance == 0)  # padding attends to itself, because it must attend to something
         output = models.generator.model(
             input_ids=ids,
             position_ids=(positions - padding).clamp(min=0),
-            attention_mask={"full_attention": seen[:, None]},
+            attention_mask={"full_attention": visible[:, None]},
             past_key_values=cache,
             use_cache=True,
         )
@@ -1299,10 +1299,10 @@ def generate_visual_codes(
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, cache, feed = start_decoding(models, prompts, num_tokens)
     feed(ids)  # warm-up before timing: a GPU loads and chooses kernels for each shape
-    feed_one = recorded(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
+    feed_one = as_cuda_graph(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
     feed_one(ids[:, -1:])
     cache.reset()
-    started = time_on(models.device)
+    started = synchronised_time(models.device)
     for position in progress_bar(range(num_tokens), "reference", "tokens"):
         hidden_states = feed(ids) if position == 0 else feed_one(ids)  # [2B, D]
         logits = F.linear(hidden_states, models.visual_head).float()  # [2B, C]
@@ -1311,12 +1311,11 @@ def generate_visual_codes(
             cond_logits = penalise(codes[:, :position], cond_logits)
         scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
         all_finite = all_finite & scores.isfinite().all()
-        if position in (0, num_tokens - 1) and not all_finite:  # not at all positions: a check makes the device wait
+        if position in (0, num_tokens - 1) and not all_finite:  # only here: each check makes the host wait
             raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
-        scores = torch.where(scores.isfinite(), scores, 0)
         codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
         ids = (codes[:, position] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
-    return codes, time_on(models.device) - started
+    return codes, synchronised_time(models.device) - started
 
 
 def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) -> Tensor:
@@ -1392,7 +1391,7 @@ def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoToken
 
 
 def initial_proto_tokens(
-    models: Models, batch: int, args: argparse.Namespace, given_m: Tensor | None = None
+    models: Models, num_targets: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> ProtoTokens:
     """Draw the initial values with a seeded CPU generator: the same for every target and on any device.
 
@@ -1401,10 +1400,10 @@ def initial_proto_tokens(
     rng = torch.Generator().manual_seed(args.seed)
     m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
     e_t = torch.randn(1, args.num_e_tokens, models.hidden_size, generator=rng) * args.initial_scale
-    e_t = e_t.repeat(batch, 1, 1).to(models.device)
+    e_t = e_t.repeat(num_targets, 1, 1).to(models.device)
     if given_m is not None:
         return proto_tokens_of(e_t, given_m.to(models.device), m_learns=False)
-    return proto_tokens_of(e_t, m.repeat(batch if args.m == "own" else 1, 1).to(models.device))
+    return proto_tokens_of(e_t, m.repeat(num_targets if args.m == "own" else 1, 1).to(models.device))
 
 
 def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: slice) -> Tensor:
@@ -1419,7 +1418,7 @@ def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: s
 
 
 class Predictions(NamedTuple):
-    """The predictions at each position, compared with its target; each [B, N], or [P] for some positions."""
+    """Hold what is predicted at each position and how it compares with the target: [B, N], or [P] for a chunk."""
 
     losses: Tensor  # cross-entropy, in nats
     rank: Tensor  # 0 if the target is the argmax; else the number of likelier ids, or 1 if it only ties
@@ -1434,14 +1433,14 @@ class Predictions(NamedTuple):
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    targets = codes + models.first_code  # row indices of the head, as in argmax
+    targets = codes + models.first_code_row  # row indices of the head, as in argmax
     losses = F.cross_entropy(logits, targets, reduction="none")
     likeliest = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, targets[:, None])).sum(-1, dtype=torch.int32)
     # In a tie, argmax decides what is right.
     rank = torch.where(likeliest == targets, 0, likelier.clamp(min=1))
-    visual_logits = logits[:, models.first_code : models.first_code + models.codebook_size]
-    predicted_ids = likeliest - models.first_code + models.visual_offset
+    visual_logits = logits[:, models.first_code_row : models.first_code_row + models.codebook_size]
+    predicted_ids = likeliest - models.first_code_row + models.visual_offset
     return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
@@ -1466,7 +1465,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Predict the targets `codes` [B, N] in one pass, in parts as in learning, or smaller ones if memory runs out."""
+    """Predict the targets `codes` [B, N] in one pass, as many at once as in learning, or fewer if memory runs out."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1487,13 +1486,13 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
         hidden_states = one_pass(models, proto_tokens, codes.shape[1], part)
         # Backpropagate through the head in chunks of positions, so that only one chunk's logits exist at a time;
         # then once through the layers.
-        at_head = hidden_states.detach().requires_grad_()
-        all_states, all_codes = at_head.flatten(0, 1), codes[part].flatten()
+        head_inputs = hidden_states.detach().requires_grad_()
+        all_states, all_codes = head_inputs.flatten(0, 1), codes[part].flatten()
         for chunk in chunks_of_positions(models, len(all_codes)):
             predictions = predict_positions(models, all_states[chunk], all_codes[chunk])
             predictions.losses.sum().backward()
             parts.append(predictions._replace(losses=predictions.losses.detach()))
-        hidden_states.backward(at_head.grad)
+        hidden_states.backward(head_inputs.grad)
     proto_tokens.points.grad /= codes.shape[1]  # only here, in float32: small gradients vanish in half precision
     return joined(parts, codes.shape)
 
@@ -1569,8 +1568,8 @@ class LBFGS:
     PAIRS = 60
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
-    LEAST_CURVATURE = 1e-6  # cosine of s and y below which the pair is left out
-    SCALES_APART = 30  # an embedding's scale is at most this factor above or below the common one
+    MIN_CURVATURE_COSINE = 1e-6  # cosine of s and y below which the pair is left out
+    MAX_SCALE_RATIO = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """Start at `points`; `rounding` is the relative error of a loss, which is never negative."""
@@ -1582,14 +1581,14 @@ class LBFGS:
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # the trial moves by alpha times the direction
         self.failures = torch.zeros_like(self.loss)  # number of failed trials along the direction
-        self.pairs = self.x.new_zeros(count, 2, self.PAIRS, size)  # s and y, newest last; a place without a pair is 0
+        self.pairs = self.x.new_zeros(count, 2, self.PAIRS, size)  # s and y, newest last; unused places are 0
         self.change = torch.zeros_like(self.loss)  # [G], root-mean-square change of the numbers in the last step
         self.can_go_back = torch.zeros_like(self.loss, dtype=torch.bool)  # the next step can return to a finite loss
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
-        of_problems = losses.view(len(self.points), -1).sum(1)  # [G]
-        self.judge(self.points.detach(), self.points.grad, of_problems)
+        problem_losses = losses.view(len(self.points), -1).sum(1)  # [G]
+        self.judge(self.points.detach(), self.points.grad, problem_losses)
         moved = self.x + self.alpha[:, None] * self.direction
         self.change = (moved - self.points).norm(dim=1) / math.sqrt(moved.shape[1])
         self.points.copy_(moved)
@@ -1597,32 +1596,32 @@ class LBFGS:
     def judge(self, tried: Tensor, gradient: Tensor, losses: Tensor) -> None:
         """Accept the tried points [G, L]; else choose a smaller alpha, or discard the pairs and restart from x."""
         losses = torch.where(losses + gradient.norm(dim=1) < math.inf, losses, math.inf)  # also replaces NaN
-        descent = self.alpha * (self.gradient * self.direction).sum(1)  # of the loss, if its slope at x stayed the same
+        descent = self.alpha * (self.gradient * self.direction).sum(1)  # change of the loss, by its slope at x
         s, y = tried - self.x, gradient - self.gradient
         # The step was so short that rounding undid it: give up this direction.
         vanished = (self.failures > 0) & ~s.any(1)
-        enough = (1 - self.rounding) * losses <= self.loss + self.SUFFICIENT_DECREASE * descent
-        accepted = enough & ~vanished
+        decreased = (1 - self.rounding) * losses <= self.loss + self.SUFFICIENT_DECREASE * descent
+        accepted = decreased & ~vanished
         failures = self.failures + 1
         given_up = ~accepted & ((failures >= self.TRIES) | vanished)
-        turns = accepted | given_up
-        self.failures = failures.masked_fill_(turns, 0)
-        # If even steepest descent (no pairs) is given up, its trials begin again: then the next must be finite.
+        search_ended = accepted | given_up
+        self.failures = failures.masked_fill_(search_ended, 0)
+        # Once steepest descent (no pairs) is given up too, there is no way back: the next trial must be finite.
         self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
-        minimum = 0.5 * descent / (self.loss + descent - losses)  # as a fraction of alpha
-        smaller = self.alpha * minimum.clamp(0.1, 0.5)
+        fraction = 0.5 * descent / (self.loss + descent - losses)  # of alpha
+        shorter_alpha = self.alpha * fraction.clamp(0.1, 0.5)
 
         self.remember(s, y, accepted, given_up)
         self.x = torch.where(accepted[:, None], tried, self.x)
         self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        self.direction, alpha = self.next_direction()  # the same as before where the trial merely failed
-        self.alpha = torch.where(turns, alpha, smaller)
+        self.direction, alpha = self.next_direction()  # unchanged where the trial failed, since x and pairs are
+        self.alpha = torch.where(search_ended, alpha, shorter_alpha)
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
         """Store the pair if its point was accepted and the loss curves upwards; discard all pairs if given up."""
-        new = accepted & ((s * y).sum(1) > self.LEAST_CURVATURE * s.norm(dim=1) * y.norm(dim=1))
+        new = accepted & ((s * y).sum(1) > self.MIN_CURVATURE_COSINE * s.norm(dim=1) * y.norm(dim=1))
         newest = torch.stack((s, y), dim=1)[:, :, None]  # [G, 2, 1, L]
         shifted = torch.cat((self.pairs[:, :, 1:], newest), dim=2)
         self.pairs = torch.where(new[:, None, None, None], shifted, self.pairs)
@@ -1631,10 +1630,10 @@ class LBFGS:
     def next_direction(self) -> tuple[Tensor, Tensor]:
         """Return the direction from x, [G, L], and the alpha to try first, [G]."""
         s, y = self.pairs.unbind(1)  # [G, M, L]
-        scales = scales_of_embeddings(s[:, -1], y[:, -1], self.embedding_size, self.SCALES_APART)
+        scales = scales_of_embeddings(s[:, -1], y[:, -1], self.embedding_size, self.MAX_SCALE_RATIO)
         steepest = -self.gradient
         direction = inverse_hessian_times(steepest, s, y, scales)
-        # Without pairs the direction is 0, and rounding can spoil it: then use steepest descent, moving by `rate` / 2.
+        # Use steepest descent and move by `rate` / 2 if there are no pairs (a direction of 0) or if rounding spoils it.
         usable = (direction * steepest).sum(1) > 0
         direction = torch.where(usable[:, None], direction, steepest)
         limit = self.rate * math.sqrt(direction.shape[1]) / direction.norm(dim=1).clamp(min=1e-30)
@@ -1656,17 +1655,17 @@ class LBFGS:
             value.copy_(state[name])
 
 
-def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, apart: float) -> Tensor:
+def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, max_ratio: float) -> Tensor:
     """Return the scale of each number in the initial H, [G, L], from the newest pair s and y [G, L].
 
     The scale is s'y / y'y over the numbers of its embedding if that is positive, else over all numbers. It differs from
-    the value over all numbers by at most a factor `apart`.
+    the value over all numbers by at most a factor `max_ratio`.
     """
     s, y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
     s_y, y_y = (s * y).sum(2), y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
     of_all = s_y.sum(1, keepdim=True) / y_y.sum(1, keepdim=True)  # [G, 1]
-    own = torch.where(s_y > 0, s_y / y_y, of_all).clamp(of_all / apart, of_all * apart)
-    return own.repeat_interleave(embedding_size, dim=1)
+    scales = torch.where(s_y > 0, s_y / y_y, of_all).clamp(of_all / max_ratio, of_all * max_ratio)
+    return scales.repeat_interleave(embedding_size, dim=1)
 
 
 def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor) -> Tensor:
@@ -1679,7 +1678,7 @@ def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor
     """
     triangle = (s @ y.mT).triu()  # R, [G, M, M]
     curvature = triangle.diagonal(dim1=1, dim2=2)  # D, [G, M]; a view
-    # A place without a pair gets 1 on the diagonal: R stays invertible, and the place contributes 0.
+    # Set the diagonal to 1 at unused places: R stays invertible, and these places contribute 0.
     curvature.masked_fill_(curvature == 0, 1)
     a = torch.linalg.solve_triangular(triangle, s @ gradient[:, :, None], upper=True)  # [G, M, 1]
     r = scales * (gradient - (y.mT @ a)[:, :, 0])  # [G, L]
@@ -1698,11 +1697,11 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
 # ---- results of the targets
 
 
-class Targets:
+class TargetResults:
     """The results of B targets so far: a table of columns [B], on the host.
 
     The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that learn one m have
-    one best step together; otherwise each target has its own. `reached`: the target got to the target accuracy;
+    one best step together; otherwise each target has its own. `reached`: the target reached the target accuracy;
     `ended`: it stopped learning, for this or another reason.
     """
 
@@ -1740,7 +1739,7 @@ class Targets:
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
     def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
-        """Record a step's numbers [F] for the targets `rows`; return which targets have their best step yet, [F]."""
+        """Record a step's numbers [F] for the targets `rows`; return for which this step is the best so far, [F]."""
         accuracy, loss = numbers["accuracy"], numbers["loss"]
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
@@ -1751,31 +1750,31 @@ class Targets:
             best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
         improved = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
         # A step that meets the goal is the best, even if the joint mean of the targets was higher before.
-        better = finite & (met | improved)
+        new_best = finite & (met | improved)
         lost = ~finite & (numbers["can_go_back"] == 0)
         self["steps"][rows] += ~lost
         rows = torch.tensor(rows)
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
             self[name][rows[finite]] = numbers[name][finite]
         for name in ("accuracy", "loss"):
-            self[f"best_{name}"][rows[better]] = numbers[name][better]
-        self["best_step"][rows[better]] = self["steps"][rows[better]]
+            self[f"best_{name}"][rows[new_best]] = numbers[name][new_best]
+        self["best_step"][rows[new_best]] = self["steps"][rows[new_best]]
         self["reached"][rows] |= met
         self["ended"][rows] = met | lost | (self["steps"][rows] >= self.num_steps)
-        return better
+        return new_best
 
     def means(self) -> dict[str, float]:
-        """Return means over begun targets, a sum for correct tokens; best accuracy is over all, so it never falls."""
+        """Return means over the targets that have begun, and the sum of their correct tokens."""
         begun = self.begun
         return {
             "train/loss": self["loss"][begun].mean().item(),
             "train/accuracy": self["accuracy"][begun].mean().item(),
             "train/top5_accuracy": self["top5_accuracy"][begun].mean().item(),
             "train/correct_tokens": int(self["num_correct"].sum()),
-            "train/best_accuracy": self["best_accuracy"].mean().item(),
+            "train/best_accuracy": self["best_accuracy"].mean().item(),  # over all, so that it never falls
         }
 
-    def columns_of_each(self) -> dict[str, float | None]:
+    def numbers_per_target(self) -> dict[str, float | None]:
         """Return the numbers of each target by their W&B names; None before the target has begun.
 
         For more than SHOWN_TARGETS targets, return how many ended, how many learn, and best-accuracy percentiles.
@@ -1831,7 +1830,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
 
 
 class Optimisation:
-    """The optimisation of codes [B, N]: the results of all targets, and the batch that learns at present.
+    """The optimisation of codes [B, N]: the results of all targets, and the batch that is learning now.
 
     Targets that learn one m form one batch and end together. Targets with a given m, or each with its own, learn
     independently, one batch after another. A target that has ended leaves its batch; its last numbers and its best
@@ -1842,12 +1841,12 @@ class Optimisation:
         count, num_tokens = codes.shape
         self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
         self.recomputes = args.gradient_checkpointing == "on" or (
-            args.gradient_checkpointing == "auto" and a_cpu_could_be_too_small(models, num_tokens)
+            args.gradient_checkpointing == "auto" and cpu_memory_could_run_out(models, num_tokens)
         )
         self.targets_per_pass = targets_at_once(models, num_tokens)
         self.together = args.m == "shared" and given_m is None
         self.batch_size = count if self.together else min(count, self.targets_per_pass)
-        self.targets = Targets(count, self.together, args)
+        self.targets = TargetResults(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
         nothing = torch.zeros_like(codes)
         nan = torch.full_like(codes, math.nan, dtype=torch.float32)
@@ -1863,7 +1862,7 @@ class Optimisation:
         self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
         self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
         self.active_codes = self.codes[self.active]
-        self.replay: Callable[[], Predictions] | None = None  # of the recorded evaluation, see --cuda-graphs
+        self.replay: Callable[[], Predictions] | None = None  # replays the evaluation, see --cuda-graphs
 
     def drop_ended(self) -> None:
         """Remove the targets that have ended from those that learn."""
@@ -1876,7 +1875,7 @@ class Optimisation:
         points = self.proto_tokens.points.detach()[kept].requires_grad_()
         self.proto_tokens = replace(self.proto_tokens, points=points)
         self.optimizer.drop_others(kept, points)
-        self.replay = None  # the recording is of more targets
+        self.replay = None  # the old recording evaluates more targets
 
     @property
     def batch(self) -> range:
@@ -1901,7 +1900,7 @@ class Optimisation:
                 with tf32_if_asked(self.models), gradient_checkpointing(self.models.generator, self.recomputes):
                     if self.args.cuda_graphs == "off":
                         return self.evaluate_once()
-                    self.replay = self.replay or recorded(self.evaluate_once)
+                    self.replay = self.replay or as_cuda_graph(self.evaluate_once)
                     return self.replay()
             except (MemoryError, RuntimeError) as error:
                 self.replay = None
@@ -1925,12 +1924,12 @@ class Optimisation:
         return True
 
     @torch.no_grad()
-    def keep_best(self, better: Tensor, predictions: Predictions) -> None:
-        """Keep the embeddings and predictions of the active targets for which `better` [F] is true."""
-        places = better.nonzero().flatten().tolist()  # `better` is on the host, so this waits for no device
+    def keep_best(self, new_best: Tensor, predictions: Predictions) -> None:
+        """Keep the embeddings and predictions of the active targets for which `new_best` [F] is true."""
+        places = new_best.nonzero().flatten().tolist()  # `new_best` is on the host, so this waits for no device
         if not places:
             return
-        if self.together:  # one problem, so `better` is true for all targets
+        if self.together:  # one problem, so `new_best` is true for all targets
             targets = places = slice(None)
         else:
             targets = torch.tensor([self.active[place] for place in places], device=self.models.device)
@@ -1951,13 +1950,10 @@ class Optimisation:
             "optimisation_seconds": self.seconds,
         }
 
-    def results(self) -> dict[str, Tensor]:
-        """Return the results of all targets: `best` has a row per problem, the rest have a row per target."""
-        return {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
-
     def results_of_batch(self) -> dict[str, Tensor]:
-        batch = slice(self.first, self.batch.stop)
-        return {name: column[batch].clone() for name, column in self.results().items()}  # a view would save all rows
+        """Return views of the batch's results: `best` has a row per problem, the rest have a row per target."""
+        columns = {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
+        return {name: column[self.first : self.batch.stop] for name, column in columns.items()}
 
     def state_dict(self) -> dict:
         """Return everything that the next step of this batch needs, and the results of the batch."""
@@ -1969,17 +1965,18 @@ class Optimisation:
             "batch_step": self.batch_step,
             "points": self.proto_tokens.points.detach(),
             "optimizer": self.optimizer.state_dict(),
-            "results": self.results_of_batch(),
+            # Copies: torch.save would write all rows that a view belongs to.
+            "results": {name: column.clone() for name, column in self.results_of_batch().items()},
         }
 
     def load_state_dict(self, state: dict, finished: list[dict[str, Tensor]]) -> None:
         """Restore a saved state, and the results of the batches finished before it."""
         self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
         for index, results in enumerate([*finished, state["results"]]):
-            first = index * self.batch_size
-            for name, column in self.results().items():
-                column[first : first + len(results[name])] = results[name].to(column.device)
-        self.begin_batch(state["first"])
+            self.first = index * self.batch_size
+            for name, column in self.results_of_batch().items():
+                column.copy_(results[name])
+        self.begin_batch(self.first)
         self.drop_ended()
         self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
@@ -1999,8 +1996,8 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and its backward pass
         numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
         learning.step, learning.batch_step = learning.step + 1, batch_step
-        better = learning.targets.take(learning.active, numbers)  # also marks the targets that end
-        learning.keep_best(better, predictions)
+        new_best = learning.targets.take(learning.active, numbers)  # also marks the targets that end
+        learning.keep_best(new_best, predictions)
         learning.optimizer.step(predictions.losses.mean(1))  # moves the proto-tokens
         learning.drop_ended()
         learning.seconds += time.perf_counter() - started
@@ -2026,7 +2023,7 @@ def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str,
         "embeddings/m_norm": mean_of_finite(numbers["m_norm"]),
         "gradients/grad_norm": mean_of_finite(numbers["grad_norm"]),
     }
-    return row | targets.columns_of_each() if len(learning.codes) > 1 else row
+    return row | targets.numbers_per_target() if len(learning.codes) > 1 else row
 
 
 def targets_at_once(models: Models, num_tokens: int) -> int:
@@ -2035,7 +2032,7 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
     return max(1, tokens // num_tokens)
 
 
-def a_cpu_could_be_too_small(models: Models, num_tokens: int) -> bool:
+def cpu_memory_could_run_out(models: Models, num_tokens: int) -> bool:
     """Return whether autograd for one target needs over half of a CPU's free memory. Running out kills the process."""
     config, dtype = models.generator.config, models.generator.dtype
     kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
@@ -2089,7 +2086,7 @@ class Reconstruction:
 
     predictions: Predictions
     errors: Tensor  # [B], mean squared error of pixels in [0, 1]
-    pictures: dict[int, Tensor]  # target in a figure -> its original and reconstruction, [2, 3, H, W]
+    pictures: dict[int, Tensor]  # targets in figures -> original and reconstruction, [2, 3, H, W]
     one_pass_seconds: float
 
 
@@ -2108,12 +2105,12 @@ def reconstruct(
     predictions = predictions or predict_in_one_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
     errors, drawn = [], {}
-    parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # pictures of many targets would not fit into memory
-    for some in progress_bar(parts, "pictures", "parts"):
-        originals = decode_codes(models.vq_decoder, codes[some])
-        pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[some])
+    parts = slices(len(codes), BATCH_WITHOUT_GRADIENTS)  # all pictures of many targets may not fit into memory
+    for part in progress_bar(parts, "pictures", "parts"):
+        originals = decode_codes(models.vq_decoder, codes[part])
+        pixels = decode_codes(models.vq_decoder, predictions.drawable_codes[part])
         errors.append((pixels - originals).square().mean((1, 2, 3)))
-        pairs = enumerate(zip(originals, pixels, strict=True), some.start)
+        pairs = enumerate(zip(originals, pixels, strict=True), part.start)
         drawn |= {k: torch.stack(pair) for k, pair in pairs if k in shown}
     return Reconstruction(predictions, torch.cat(errors), {k: drawn[k] for k in shown}, one_pass_seconds)
 
@@ -2128,10 +2125,10 @@ def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> fl
             F.linear(hidden_states[chunk], models.visual_head).argmax(-1)
 
     batch, at_once, seconds = len(proto_tokens.e_t), targets_at_once(models, num_tokens), []
-    while not seconds or (sum(seconds) < 2 and len(seconds) < 6):
-        started = time_on(models.device)
+    while sum(seconds) < 2 and len(seconds) < 6:
+        started = synchronised_time(models.device)
         in_parts_that_fit(emit, batch, at_once, "the pass")
-        seconds.append(time_on(models.device) - started)
+        seconds.append(synchronised_time(models.device) - started)
     return statistics.median(seconds[1:] or seconds)  # without the first, a warm-up, if there are others
 
 
@@ -2177,46 +2174,41 @@ def text_ids_ahead(models: Models, cond_states: Tensor, uncond_states: Tensor, c
     return 100 * count / len(cond_states)
 
 
-def unigram_bits(codes: Tensor) -> list[float]:
-    """Return the bits of each target in codes [B, N]: N times the entropy of the code frequencies in that target."""
-    bits = []
-    for of_target in codes.cpu():
-        _, counts = of_target.unique(return_counts=True)
-        bits.append((counts * (len(of_target) / counts).log2()).sum().item())
-    return bits
+def unigram_bits(codes: Tensor) -> float:
+    """Return the bits of a target's codes [N]: N times the entropy of their frequencies."""
+    _, counts = codes.cpu().unique(return_counts=True)
+    return (counts * (len(codes) / counts).log2()).sum().item()
 
 
-def information(
-    models: Models, reference: Reference, predictions: Predictions, cfg_scale: float
-) -> dict[str, list[float]]:
-    """Return the cost of each of B targets in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
+def information(models: Models, reference: Reference, predictions: Predictions, cfg_scale: float) -> list[dict]:
+    """Return the cost of each target in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
 
     uniform: N log2(codebook size), the same for any codes. unigram: N times the entropy of the target's own codes.
     autoregressive: teacher-forced after the prompt. unprompted: teacher-forced after the template without a prompt.
     proto: the cost in one pass over the learned embeddings. The gain, unprompted - proto, is the information about the
     target that the embeddings give the generator. Also return `text_ids_ahead`.
     """
-    batch, num_tokens = reference.codes.shape
+    num_tokens = reference.codes.shape[1]
     size = models.size_token(num_tokens)
-    prompted, unprompted, ahead = [], [], []
-    targets = progress_bar(list(zip(reference.prompts, reference.codes, strict=True)), "bits", "targets")
-    for prompt, codes in targets:
+    rows = []
+    proto_bits = (predictions.losses.sum(1) / math.log(2)).tolist()
+    targets = list(zip(reference.prompts, reference.codes, proto_bits, strict=True))
+    for prompt, codes, bits_in_one_pass in progress_bar(targets, "bits", "targets"):
         cond_states = teacher_forced(models, conditional_prompt(prompt, size), codes)
         negative_states = teacher_forced(models, negative_prompt(size), codes)
         unprompted_states = teacher_forced(models, conditional_prompt("", size), codes)
-        prompted.append(bits_of(models, cond_states, codes).sum().item())
-        unprompted.append(bits_of(models, unprompted_states, codes).sum().item())
-        ahead.append(text_ids_ahead(models, cond_states, negative_states, cfg_scale))
-    remaining = (predictions.losses.sum(1) / math.log(2)).tolist()
-    return {
-        "target_bits_uniform": [num_tokens * math.log2(models.codebook_size)] * batch,
-        "target_bits_unigram": unigram_bits(reference.codes),
-        "target_bits_autoregressive": prompted,
-        "target_bits_unprompted": unprompted,
-        "proto_bits": remaining,
-        "information_gain_bits": [before - after for before, after in zip(unprompted, remaining, strict=True)],
-        "text_ids_ahead": ahead,
-    }
+        unprompted_bits = bits_of(models, unprompted_states, codes).sum().item()
+        row = {
+            "target_bits_uniform": num_tokens * math.log2(models.codebook_size),
+            "target_bits_unigram": unigram_bits(codes),
+            "target_bits_autoregressive": bits_of(models, cond_states, codes).sum().item(),
+            "target_bits_unprompted": unprompted_bits,
+            "proto_bits": bits_in_one_pass,
+            "information_gain_bits": unprompted_bits - bits_in_one_pass,
+            "text_ids_ahead": text_ids_ahead(models, cond_states, negative_states, cfg_scale),
+        }
+        rows.append(row)
+    return rows
 
 
 def status_of(best_accuracy: float) -> str:
@@ -2225,23 +2217,23 @@ def status_of(best_accuracy: float) -> str:
     return "partial_success" if best_accuracy >= 80 else "need_improvement"
 
 
-def describe_targets(reconstruction: Reconstruction, bits: dict[str, list[float]], rows: list[dict]) -> list[dict]:
+def describe_targets(reconstruction: Reconstruction, bits: list[dict], rows: list[dict]) -> list[dict]:
     """Return the targets' rows with accuracy in percent, wrong tokens, PSNR in dB, and bits."""
-    num_tokens, num_correct = reconstruction.predictions.rank.shape[1], reconstruction.predictions.num_correct.tolist()
-    columns = {
-        "best_accuracy": [100 * count / num_tokens for count in num_correct],
-        "num_errors": [num_tokens - count for count in num_correct],
-        "psnr": [psnr(error) for error in reconstruction.errors.tolist()],
-        **bits,
-    }
-    # This `best_accuracy` replaces the one from learning, because it is the accuracy of the picture.
-    return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
+    rank, targets = reconstruction.predictions.rank, []
+    for k, row in enumerate(rows):
+        num_errors = (rank[k] > 0).sum().item()
+        # This `best_accuracy` replaces the one from learning, because it is the accuracy of the picture.
+        accuracy = 100 * (rank.shape[1] - num_errors) / rank.shape[1]
+        error = reconstruction.errors[k].item()
+        numbers = {"best_accuracy": accuracy, "num_errors": num_errors, "psnr": psnr(error)}
+        targets.append(row | numbers | bits[k])
+    return targets
 
 
 def summarise(
     reference: Reference,
     reconstruction: Reconstruction,
-    bits: dict[str, list[float]],
+    bits: list[dict],
     targets: list[dict],
     proto_tokens: ProtoTokens,
 ) -> dict:
@@ -2256,7 +2248,7 @@ def summarise(
     total_params = proto_tokens.learned_numbers(num_tokens)
     summary = {
         "best_accuracy": statistics.fmean(accuracies),
-        **{name: statistics.fmean(values) for name, values in bits.items()},
+        **{name: statistics.fmean(row[name] for row in bits) for name in bits[0]},
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / reference.codes.numel(),
         "total_params": total_params,
@@ -2324,7 +2316,7 @@ def heading_of(prompt: str, width: int, lines: int) -> str:
     return "\n".join(textwrap.wrap(prompt, width, max_lines=lines, placeholder=" …"))
 
 
-def likeness(decibels: float) -> str:
+def psnr_text(decibels: float) -> str:
     return "identical picture" if decibels == math.inf else f"PSNR {decibels:.1f} dB"
 
 
@@ -2346,7 +2338,7 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
     embeddings = "two" if summary["num_e_tokens"] == 1 else summary["num_e_tokens"] + 1
     correct = total - summary["num_errors"]
     one_by_one = ", one after another" if "autoregressive_seconds" in summary else ""
-    accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {likeness(summary['psnr'])}"
+    accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {psnr_text(summary['psnr'])}"
     show(left, target["reference"], "reference", f"{total} tokens{one_by_one}")
     show(right, target["reconstruction"], f"one forward pass over {embeddings} embeddings", accuracy)
     heading = heading_of(target["prompt"], width=44, lines=2)
@@ -2536,16 +2528,16 @@ RESULTS += ["token_error_map.png", "training_curves.png", "capacity.png"]
 
 
 @contextlib.contextmanager
-def writing(file: Path) -> Iterator[None]:
+def file_named_in_errors(file: Path) -> Iterator[None]:
     """Replace an OSError, which may not name the file, with a UserError that names it."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or line_of(error)}") from None
+        raise UserError(f"cannot write {file}: {error.strerror or main_line(error)}") from None
 
 
 @contextlib.contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces the file if the block succeeds, so that the file is always complete.
 
     Make the folder if it is missing. Raises UserError if the file cannot be written.
@@ -2553,7 +2545,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     # With the time, since two containers can share a folder and have the same process id.
     partial = file.with_name(f"{file.name}.{os.getpid()}{time.time_ns()}.partial")
     try:
-        with writing(file):
+        with file_named_in_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed an empty cache folder
             yield partial
             os.replace(partial, file)
@@ -2651,7 +2643,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
     versions = {package: importlib.metadata.version(package) for package in VERSIONED}
     num_tokens = num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
-    settings = vars(args) | {name: getattr(models, name) for name in OF_MODELS}
+    settings = vars(args) | {name: getattr(models, name) for name in MODEL_SETTINGS}
     settings |= {
         "prompt": args.prompts[0] if len(args.prompts) == 1 else args.prompts,
         "num_tokens": num_tokens,
@@ -2676,12 +2668,12 @@ def write_json(file: Path, content: dict) -> None:
     """Write strict JSON: a number that JSON cannot express, such as an infinite PSNR, becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # escapes badly encoded names
 
 
 def write_image(file: Path, image: Image.Image) -> None:
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         image.save(partial, format="PNG")
 
 
@@ -2689,19 +2681,19 @@ def write_moving_picture(file: Path, frames: list[Path]) -> None:
     """Write the frames as a GIF that pauses on the last."""
     durations = [150] * (len(frames) - 1) + [2000]  # milliseconds
     pictures = map(Image.open, frames)
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         next(pictures).save(partial, format="GIF", save_all=True, append_images=pictures, duration=durations, loop=0)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     content = to_safetensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    with written_whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_bytes(content)
 
 
 def write_table(file: Path, rows: list[dict]) -> None:
     with (
-        written_whole(file) as partial,
+        atomic_write(file) as partial,
         partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table,
     ):
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
@@ -2715,7 +2707,7 @@ def append_to_table(file: Path, row: dict) -> None:
         write_table(file, [row])
         return
     size = file.stat().st_size
-    with writing(file):
+    with file_named_in_errors(file):
         try:
             with file.open("a", newline="", encoding="utf-8") as table:
                 csv.DictWriter(table, list(row), lineterminator="\n").writerow(row)
@@ -2729,7 +2721,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.num_tokens, self.codebook_size = folder, settings["num_tokens"], settings["codebook_size"]
-        self.settings = deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
+        self.settings = settings_deciding(settings, "reference", "environment") | {"format": CACHE_FORMAT}
 
     def entry(self, prompt: str) -> tuple[Path, str]:
         """Return the file for a prompt, and the whole key, which the file also stores."""
@@ -2768,9 +2760,9 @@ class ReferenceCache:
 # ---- a run's input files
 
 # The settings that are properties of the models.
-OF_MODELS = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
+MODEL_SETTINGS = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
 # --from-proto-tokens takes these settings and the prompts from the earlier run: its proto-tokens depend on them.
-TAKEN_OVER = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
+INHERITED_SETTINGS = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -2820,7 +2812,7 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
             and num_e_tokens <= num_tokens == math.isqrt(num_tokens) ** 2
             and target_ids.dtype == torch.int64
             and bool(e_t.isfinite().all() and m.isfinite().all())
-            and settings.keys() >= set(TAKEN_OVER)
+            and settings.keys() >= set(INHERITED_SETTINGS)
             and all(isinstance(prompt, str) for prompt in prompts)
             and all(isinstance(settings[name], int) for name in ("image_size", "seed", "num_e_tokens", "visual_offset"))
         )
@@ -2837,12 +2829,12 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
 
 def refuse_other_models(models: Models, args: argparse.Namespace, earlier: EarlierRun) -> None:
     """Raise UserError if the proto-tokens of an earlier run were made for other models."""
-    needed = {name: getattr(models, name) for name in OF_MODELS}
+    needed = {name: getattr(models, name) for name in MODEL_SETTINGS}
     if "untrained" in (args.control, earlier.settings["control"]):  # then the seed decides the weights
         needed |= {"control": args.control, "seed": args.seed}
     theirs = earlier.settings
     other = [f"{name} {theirs.get(name)}, not {ours}" for name, ours in needed.items() if theirs.get(name) != ours]
-    if not other and (earlier.m.shape[1] != models.hidden_size or not models.has(earlier.codes)):
+    if not other and (earlier.m.shape[1] != models.hidden_size or not models.are_visual(earlier.codes)):
         other = ["its tensors do not fit its own settings"]
     if other:
         damaged_or_foreign = "the file is damaged or was made for another model"
@@ -2864,7 +2856,7 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     if stored is None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
     changed = []
-    for name, value in deciding(settings, "reference", "result").items():
+    for name, value in settings_deciding(settings, "reference", "result").items():
         if stored.get(name) != value:
             before = textwrap.shorten(str(stored.get(name)), 80, placeholder="...")
             now = textwrap.shorten(str(value), 80, placeholder="...")
@@ -2918,7 +2910,7 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         import wandb
         from wandb import Settings  # fails if `wandb` is only a wandb.py beside the script
     except ImportError as error:
-        raise UserError(f"--use-wandb needs wandb ({line_of(error)}): pip install -r requirements.txt") from None
+        raise UserError(f"--use-wandb needs wandb ({main_line(error)}): pip install -r requirements.txt") from None
     with contextlib.suppress(ImportError, AttributeError):  # disable W&B's telemetry of errors
         wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # else it waits forever for a dead service
     try:
@@ -2937,13 +2929,13 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         )
     except (ValueError, wandb.errors.UsageError) as error:
         remedy = "correct the option, the WANDB_ variable or the file wandb/settings"
-        raise UserError(f"W&B refuses a setting ({line_of(error)}): {remedy}") from None
+        raise UserError(f"W&B refuses a setting ({main_line(error)}): {remedy}") from None
     except Exception as error:  # errors of its service process or the disk have no common class
-        print(f"W&B cannot start ({line_of(error)}); the run goes on without it", file=sys.stderr)
+        print(f"W&B cannot start ({main_line(error)}); the run goes on without it", file=sys.stderr)
         return None
 
 
-def as_media(value: object) -> object:
+def as_wandb_value(value: object) -> object:
     import wandb
 
     if isinstance(value, Image.Image):
@@ -2986,7 +2978,7 @@ class Tracker:
                         f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
                         "variable, or go on with that run with --resume"
                     ) from None
-                print(f"W&B: {line_of(error)}; this run is kept offline", file=sys.stderr)
+                print(f"W&B: {main_line(error)}; this run is kept offline", file=sys.stderr)
                 wandb.teardown()  # a service that failed once would fail an offline run too
                 self.run = start(mode="offline")
         self.run_id = self.run.id
@@ -2999,7 +2991,7 @@ class Tracker:
     def finish(self, exit_code: int) -> None:
         if self.run is None:
             return
-        with self.going_on_without():
+        with self.tolerating_wandb_errors():
             try:
                 self.run.finish(exit_code=exit_code)
             except TimeoutError:
@@ -3008,13 +3000,13 @@ class Tracker:
 
     def end_by_signal(self, number: int) -> None:
         """Finish the W&B run, so that W&B does not show it as running; then let the signal end the process."""
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, signal.SIG_DFL)  # a second signal ends the process at once
         self.finish(128 + number)
         signal.raise_signal(number)
 
     @contextlib.contextmanager
-    def going_on_without(self) -> Iterator[None]:
+    def tolerating_wandb_errors(self) -> Iterator[None]:
         """Go on without W&B if the block fails, and print why."""
         try:
             yield
@@ -3022,7 +3014,7 @@ class Tracker:
             import wandb
 
             kept = f"send what it has with: {self.sync_command()}"
-            print(f"W&B: {line_of(error)}; the run goes on without it; {kept}", file=sys.stderr)
+            print(f"W&B: {main_line(error)}; the run goes on without it; {kept}", file=sys.stderr)
             self.run = None
             logging.raiseExceptions = False  # else each line that W&B cannot write to its log prints an error
             with contextlib.suppress(Exception):
@@ -3036,36 +3028,36 @@ class Tracker:
     def log(self, values: dict, step: int) -> None:
         """Log the values of a step, unless the run sent them before it was interrupted."""
         if self.run and step >= self.run.starting_step:
-            with self.going_on_without():
-                self.run.log({name: as_media(value) for name, value in values.items()}, step=step)
+            with self.tolerating_wandb_errors():
+                self.run.log({name: as_wandb_value(value) for name, value in values.items()}, step=step)
 
-    def row(self, row: dict[str, float]) -> None:
+    def log_row(self, row: dict[str, float]) -> None:
         """Log a row of the history, and `best_accuracy`, so that a sweep can stop a run early."""
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         values["best_accuracy"] = row["train/best_accuracy"]
         values["optimisation_step"] = row["step"]
         self.log(values, row["step"])
 
-    def results(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
+    def log_results(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
         if self.run is None:
             return
         import wandb
 
-        with self.going_on_without():
-            media = {name: as_media(image) for name, image in images.items()}
+        with self.tolerating_wandb_errors():
+            media = {name: as_wandb_value(image) for name, image in images.items()}
             for name, rows in tables.items():
-                data = [[as_media(value) for value in row.values()] for row in rows]
+                data = [[as_wandb_value(value) for value in row.values()] for row in rows]
                 media[name] = wandb.Table(columns=list(rows[0]), data=data)
             self.run.log(media)
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
-    def proto_tokens(self, file: Path, status: str) -> None:
+    def log_proto_tokens(self, file: Path, status: str) -> None:
         """Log the file as an artifact; if W&B cannot take one without its server, save it among the run's files."""
         if self.run is None:
             return
         import wandb
 
-        with self.going_on_without():
+        with self.tolerating_wandb_errors():
             try:
                 name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # ids can be longer
                 artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
@@ -3149,7 +3141,7 @@ class Recorder:
         frames = frames_in(self.folder)
         for step in sorted(rows.keys() | frames.keys()):
             if step in rows:
-                self.tracker.row(rows[step])
+                self.tracker.log_row(rows[step])
             if step in frames:
                 self.track_frame(step, Image.open(frames[step]))
 
@@ -3197,7 +3189,7 @@ class Recorder:
         if not self.args.capacity:  # a search for the capacity has no history
             append_to_table(self.folder / HISTORY_FILE, row)
             self.history.append(row)
-            self.tracker.row(row)
+            self.tracker.log_row(row)
 
     def keep_frame(self, learning: Optimisation) -> None:
         """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
@@ -3226,7 +3218,7 @@ class Recorder:
             torch.save(state, buffer)
         except RuntimeError:  # torch raises this if the buffer cannot grow
             raise UserError("out of memory for the state: the state saved before is unchanged") from None
-        with written_whole(self.folder / STATE_FILE) as partial:
+        with atomic_write(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
     def report_divergence(self, learning: Optimisation) -> None:
@@ -3253,12 +3245,12 @@ class Recorder:
     ) -> None:
         """Write and log the results of proto-tokens that this run or an earlier run learned."""
         print("writing the results")
-        of_targets = {"predicted_ids": reconstruction.predictions.ids}
+        target_columns = {"predicted_ids": reconstruction.predictions.ids}
         for name in ("best_accuracy", "steps"):
             if name in targets[0]:  # there are steps only if this run learned
-                of_targets[name] = torch.tensor([target[name] for target in targets])
-        file = self.write_proto_tokens(proto_tokens, **of_targets)
-        self.tracker.proto_tokens(file, summary["status"])
+                target_columns[name] = torch.tensor([target[name] for target in targets])
+        file = self.write_proto_tokens(proto_tokens, **target_columns)
+        self.tracker.log_proto_tokens(file, summary["status"])
         if frames := list(frames_in(self.folder).values()):
             write_moving_picture(self.folder / "progress.gif", frames)
         rows = draw_targets(targets, reconstruction)
@@ -3270,14 +3262,14 @@ class Recorder:
         images = draw_results(shown, reconstruction.predictions.rank, summary, self.history)
         self.publish(images, summary, tables)
 
-    def write_proto_tokens(self, proto_tokens: ProtoTokens, **of_targets: Tensor) -> Path:
-        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `of_targets`: one row per target.
+    def write_proto_tokens(self, proto_tokens: ProtoTokens, **target_columns: Tensor) -> Path:
+        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `target_columns`: one row per target.
 
         Store the settings of the run that learned them in the metadata, as JSON.
         """
         file, settings = self.folder / PROTO_TOKENS_FILE, self.settings.get("learned_with", self.settings)
         tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
-        tensors |= {"target_ids": self.reference.codes + settings["visual_offset"], **of_targets}
+        tensors |= {"target_ids": self.reference.codes + settings["visual_offset"], **target_columns}
         write_tensors(file, tensors, {"settings": json.dumps(settings)})
         return file
 
@@ -3292,7 +3284,7 @@ class Recorder:
         for name, image in images.items():
             if name != "reference_image":  # `begin` has written it
                 write_image(self.folder / f"{name}.png", image)
-        self.tracker.results(images, summary, tables)
+        self.tracker.log_results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         remove_unfinished(self.folder)
 
@@ -3305,7 +3297,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
     """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step."""
     learning = Optimisation(models, codes, record.args, given_m)
     record.start_learning(learning)
-    with progress_bar_of(learning) as record.bar, on_stop_signal(record.stop), repeatable(models.device):
+    with progress_bar_of(learning) as record.bar, on_stop_signal(record.stop), deterministic(models.device):
         try:
             with enough_memory_for("a step of the optimisation"):
                 while not learning.finished:
@@ -3320,7 +3312,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Use PyTorch's deterministic algorithms; with others, a GPU may add in another order and the history differs."""
     torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -3391,7 +3383,7 @@ def lines_of_results(summary: dict) -> dict[str, str]:
         lines["targets"] = f"{batch}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
     gained = f"{s['information_gain_bits']:.0f} bits gained of {s['target_bits_unprompted']:.0f} unprompted"
     lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
-    lines["likeness"] = likeness(s["psnr"])
+    lines["likeness"] = psnr_text(s["psnr"])
     if s["text_ids_ahead"]:
         lines["text ids"] = f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions"
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
@@ -3412,7 +3404,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
     record.begin(reference)
     if args.control == "untrained":
-        forget_training(models.generator, args.seed)  # only now, because the trained generator makes the reference
+        randomise_weights(models.generator, args.seed)  # only now, because the trained generator makes the reference
     given_m = earlier.m if earlier else None
     if args.capacity:
         summary = find_capacity(models, reference.codes, given_m, record)
@@ -3445,8 +3437,8 @@ def run_experiment(args: argparse.Namespace) -> None:
         tracker = Tracker(args)
         earlier, pictures = read_inputs(args, folder)
         if args.from_proto_tokens:
-            taken_over = {name: earlier.settings[name] for name in TAKEN_OVER}
-            args = argparse.Namespace(**vars(args) | taken_over | {"prompts": earlier.prompts})
+            inherited = {name: earlier.settings[name] for name in INHERITED_SETTINGS}
+            args = argparse.Namespace(**vars(args) | inherited | {"prompts": earlier.prompts})
         models = load_models(args)
         if earlier:
             refuse_other_models(models, args, earlier)
@@ -3470,7 +3462,7 @@ def main(args: argparse.Namespace) -> None:
     except UserError as error:
         exit_with_error(error)
     except OSError as error:  # one that no other code has turned into a UserError
-        exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else line_of(error))
+        exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else main_line(error))
     except Stopped as stopped:
         name = signal.Signals(stopped.code - 128).name
         print(f"stopped by {name}; --resume goes on from the last saved step", file=sys.stderr)

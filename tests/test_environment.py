@@ -177,7 +177,7 @@ def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkey
         return really_pass(*arguments)
 
     monkeypatch.setattr(vpt, "one_pass", slow)
-    monkeypatch.setattr(vpt, "time_on", lambda device: clock[0])
+    monkeypatch.setattr(vpt, "synchronised_time", lambda device: clock[0])
     proto_tokens = vpt.initial_proto_tokens(tiny_models, 1, make_args())
     assert vpt.timed_pass(tiny_models, proto_tokens, num_tokens=16) == pytest.approx(seconds_a_pass)
     assert len(count) == passes

@@ -18,7 +18,7 @@ def counted(monkeypatch) -> list:
         recordings.append(work)
         return recorded(work, *inputs)
 
-    monkeypatch.setattr(vpt, "recorded", count)
+    monkeypatch.setattr(vpt, "as_cuda_graph", count)
     return recordings
 
 

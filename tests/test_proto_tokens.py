@@ -35,8 +35,8 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary
     logits = tiny_models.generator(inputs_embeds=inputs).logits[0]  # [N, V]
     if vocabulary == "visual":
         logits = logits[:, 1401:]
-    first_code = 0 if vocabulary == "visual" else 1401
-    loss = sum(-logits[i].log_softmax(0)[codes[0, i] + first_code] for i in range(16)) / 16
+    first_code_row = 0 if vocabulary == "visual" else 1401
+    loss = sum(-logits[i].log_softmax(0)[codes[0, i] + first_code_row] for i in range(16)) / 16
     (gradient,) = torch.autograd.grad(loss, start.points)
     assert rows[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert rows[0]["gradients/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
@@ -45,7 +45,7 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary
 class Head:
     """Stands for models whose visual codes are all ids of a head [V, D]."""
 
-    first_code = visual_offset = 0
+    first_code_row = visual_offset = 0
 
     def __init__(self, head: torch.Tensor):
         self.head, self.codebook_size = head, len(head)
@@ -528,7 +528,7 @@ def numbers_of(accuracies: list[float], finite: list[bool], can_go_back: bool = 
 
 
 def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_the_accuracy(make_args):
-    targets = vpt.Targets(2, together=True, args=make_args("--target-accuracy", 99))
+    targets = vpt.TargetResults(2, together=True, args=make_args("--target-accuracy", 99))
     for accuracies in ([100.0, 98.8], [99.2, 99.2]):
         assert not targets["ended"].any()
         better = targets.take([0, 1], numbers_of(accuracies, [True] * 2))
@@ -537,10 +537,10 @@ def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_th
 
 
 def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
-    targets = vpt.Targets(3, together=False, args=make_args())
+    targets = vpt.TargetResults(3, together=False, args=make_args())
     targets.take([0, 2], numbers_of([80.0, 50.0], [True, True]))
     targets.take([0, 2], numbers_of([70.0, 0.0], [True, False]))
-    means, columns = targets.means(), targets.columns_of_each()
+    means, columns = targets.means(), targets.numbers_per_target()
     assert means["train/accuracy"] == 60 and means["train/best_accuracy"] == pytest.approx((80 + 50) / 3)
     assert columns["targets/0/best_accuracy"] == 80 and columns["targets/1/accuracy"] is None
     row = {"target": 2, "prompt": "c", "best_accuracy": 50, "best_step": 1, "steps": 1, "diverged": True}
@@ -548,7 +548,7 @@ def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
 
 
 def test_a_step_that_is_not_finite_keeps_the_last_numbers_and_ends_a_target_only_where_no_way_leads_back(make_args):
-    targets = vpt.Targets(1, together=False, args=make_args())
+    targets = vpt.TargetResults(1, together=False, args=make_args())
     targets.take([0], numbers_of([80.0], [True]))
     better = targets.take([0], numbers_of([90.0], [False], can_go_back=True))
     assert not better and not targets["ended"] and targets["steps"] == 2 and targets["accuracy"] == 80

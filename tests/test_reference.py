@@ -261,7 +261,7 @@ def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_
     weight = generator.model.layers[0].mlp.down_proj.weight
     weights = [weight.clone()]
     for seed in (1, 1, 2):
-        vpt.forget_training(generator, seed)
+        vpt.randomise_weights(generator, seed)
         weights.append(weight.clone())
     trained, fresh, same, different = weights
     assert torch.equal(fresh, same) and fresh.dtype == torch.bfloat16

@@ -132,9 +132,9 @@ def interleaved(
     seconds = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
-            started = vpt.time_on(device)
+            started = vpt.synchronised_time(device)
             call()
-            seconds[name].append(vpt.time_on(device) - started)
+            seconds[name].append(vpt.synchronised_time(device) - started)
     return seconds
 
 
@@ -269,7 +269,7 @@ def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
         for rows in head.split(4096):
             torch.matmul(torch.matmul(x[config.hidden_size], rows.T), rows)
 
-    return vpt.recorded(products) if head.device.type == "cuda" else products
+    return vpt.as_cuda_graph(products) if head.device.type == "cuda" else products
 
 
 def step_operations(models: vpt.Models, num_tokens: int) -> int:
@@ -433,7 +433,7 @@ def read_weights(models: vpt.Models) -> Callable:
         for tensor in tensors:
             tensor.view(-1).sum()
 
-    return vpt.recorded(read) if models.device.type == "cuda" else read
+    return vpt.as_cuda_graph(read) if models.device.type == "cuda" else read
 
 
 def weight_bytes(models: vpt.Models) -> int:

@@ -78,7 +78,7 @@ class Check:
         try:
             work()
         except (Exception, SystemExit) as error:
-            self.holds(what, False, f"{type(error).__name__}: {vpt.line_of(error)}")
+            self.holds(what, False, f"{type(error).__name__}: {vpt.main_line(error)}")
 
 
 def on(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
@@ -239,7 +239,7 @@ def measure(check: Check, args: argparse.Namespace) -> list[dict]:
                     with vpt.tf32_if_asked(models):
                         rows.append(row | measured(args, models, num_tokens))
                 except (vpt.UserError, RuntimeError) as error:
-                    check.holds(f"{shape}, {precision}, N = {num_tokens} can be run", False, vpt.line_of(error))
+                    check.holds(f"{shape}, {precision}, N = {num_tokens} can be run", False, vpt.main_line(error))
                 write(check, args, rows)
                 gc.collect()
                 if args.device.type == "cuda":

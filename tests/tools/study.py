@@ -270,7 +270,7 @@ def found_of_model(args: argparse.Namespace, model: Path) -> dict:
         targets, ids = targets_of(args, [run]), load_file(args.folder / run.name / vpt.PROTO_TOKENS_FILE)["target_ids"]
         num_tokens = ids.shape[1]
         found[f"{kind}_surprise"] = [target["target_bits_autoregressive"] / num_tokens for target in targets]
-        found[f"{kind}_perplexity"] = [2 ** (bits / num_tokens) for bits in vpt.unigram_bits(ids)]
+        found[f"{kind}_perplexity"] = [2 ** (vpt.unigram_bits(row) / num_tokens) for row in ids]
         found[f"{kind}_accuracy"] = [target["best_accuracy"] for target in targets]
         # Not against the unprompted generator, which expects other tokens: unlearning that holds nothing.
         found[f"{kind}_bits_held"] = [target["target_bits_uniform"] - target["proto_bits"] for target in targets]
