@@ -20,7 +20,7 @@ from support.tiny_model import save_tiny_models, tiny_arguments  # noqa: E402
 import verify_proto_tokens as vpt  # noqa: E402
 
 # Runs that several tests look at: these tests stay together, so that one worker makes the run, once.
-SHARED_RUNS = ("demo_run", "online", "troubled", "interrupted_once", "elsewhere", "hostile")
+SHARED_RUNS = ("demo_run", "online", "troubled", "troubled_at_the_start", "interrupted_once", "elsewhere", "hostile")
 
 
 def pytest_configure(config: pytest.Config) -> None:
