@@ -14,8 +14,8 @@ order. `generate_visual_codes` makes the reference, `learn_batch` is the trainin
 Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
 D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, F = targets
 that are still learning, G = problems (1 if all targets share m, else one per target), L = learned numbers per problem,
-M = pairs that L-BFGS keeps, T = tokens of a prompt. TargetResults are always visual codes, 0 .. C - 1. Token ids,
-code + visual_offset, occur only in the generator's input, in its likeliest ids, and in proto_tokens.safetensors.
+M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are always visual codes, 0 .. C - 1. Token ids,
+code + visual_offset, occur only in the generator's input, in `Predictions.ids`, and in proto_tokens.safetensors.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ SWITCH = {
 # One row per option: a table is easiest to read.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; its `decides` maps each setting to what it affects, the word in the second column.
+    """Return the parser. Its `decides` maps each setting to what it affects: the second argument of `add`.
 
     "model": which models are used; "reference": the reference, and so everything after it; "result": what is learned
     from the reference; "nothing": only how the run works and reports. These words determine a run's default name,
@@ -198,8 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("models")
     add("--model-path", "model", f"SimpleAR generator: a folder or a hub id (default: {DEFAULT_MODEL})",
         type=TEXT, metavar="PATH")
-    add("--vq-model-ckpt", "model", "VQ tokenizer: a folder with decoder.jit, which is code, so trust its source, or a "
-        f"hub id (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
+    add("--vq-model-ckpt", "model", "VQ tokenizer: a hub id, or a folder with decoder.jit; that file is code, so trust "
+        f"its source (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
     add("--demo", "model", "use the small demo model kept in the repository; needs no network", **SWITCH)
     add("--device", "nothing", "torch device (default: the first CUDA GPU, else mps, else cpu)", type=TEXT)
     add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto: tf32 where CUDA has "
@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         "launches; never tried on a GPU", choices=("off", "on"), default="off")
     add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
         "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
-    add("--target-accuracy", "result", "stop at this token accuracy; 0 is never (default: 100, or 99 with --capacity)",
+    add("--target-accuracy", "result", "stop at this token accuracy; 0: never (default: 100, or 99 with --capacity)",
         type=PERCENT, metavar="PERCENT")
     add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
         "--num-steps", **SWITCH)
@@ -269,6 +269,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     add("--save-dir", "nothing", "save results in FOLDER/<run name>/ and cached references in FOLDER/reference_cache/",
         type=FILE, default=Path("./proto_tokens_exp"), metavar="FOLDER")
+    add("--image-every", "nothing", "draw the reconstruction every STEPS steps, for progress.gif and a slider in W&B "
+        "(default: never)", type=COUNT, metavar="STEPS")
 
     group = parser.add_argument_group("Weights & Biases")
     add("--use-wandb", "nothing", "log to W&B; always on in runs of a sweep agent", **SWITCH)
@@ -280,8 +282,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb-tags", "nothing", "tags of the run (default: from WANDB_TAGS if set, else proto-tokens)",
         type=TAGS, metavar="TAG,TAG")
     add("--wandb-group", "nothing", "group of the run", type=TEXT, metavar="NAME")
-    add("--image-every", "nothing", "draw the reconstruction every STEPS steps: progress.gif; in W&B with a slider "
-        "(default: never)", type=COUNT, metavar="STEPS")
     add("--wandb-mode", "nothing", "offline: sync later (default: from WANDB_MODE if set, else online)",
         choices=("online", "offline", "disabled"))
     return parser
@@ -296,12 +296,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(without_sweep_syntax(words, parser.options))
     defaults = parser.parse_args([])
     try:
-        refuse_contradictions(args, defaults)
+        refuse_contradictions(args, defaults)  # first: `fill_in` hides which options were given
         for each in (args, defaults):
             fill_in(each)
         take_shard(args)
         refuse_git_lfs_pointers(args)
-        name_for_wandb(args, default_run_name(args, defaults))
+        fill_in_name_and_wandb(args, default_run_name(args, defaults))
     except UserError as error:
         exit_with_error(error)
     return args
@@ -360,10 +360,10 @@ def choose_targets(args: argparse.Namespace) -> None:
 
 
 def take_shard(args: argparse.Namespace) -> None:
-    """Keep only this run's share of prompts and pictures, every N-th from the I-th, as --shard or the rank says."""
+    """Keep this run's share of prompts and pictures: every N-th from the I-th, by --shard or the process's rank."""
     rank, num_prompts = launched_rank(), len(args.prompts)
     if rank and (args.shard or num_prompts == 1):
-        raise UserError("torchrun and srun processes share the prompts: give several, no --shard, or start one process")
+        raise UserError("torchrun and srun share out the prompts: give several and no --shard, or start one process")
     args.shard = args.shard or rank
     if not args.shard:
         return
@@ -416,7 +416,7 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
                 raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
-def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
+def fill_in_name_and_wandb(args: argparse.Namespace, default_name: str) -> None:
     """Fill in the run's name and the W&B settings from the options, the environment and the defaults."""
     args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
@@ -431,7 +431,7 @@ def name_for_wandb(args: argparse.Namespace, default_name: str) -> None:
 
 
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
-    """Return a name such as proto_256px_steps1000_lr02_seed42, followed by each other setting not at its default.
+    """Return a name such as proto_256px_steps1000_lr02_seed42, followed by all other settings not at their defaults.
 
     Settings that decide "nothing" are left out. If the name shows only part of a text, it ends in a digest, so that
     runs with different settings never share a folder.
@@ -512,7 +512,7 @@ DECIDES = (
 
 
 def settings_deciding(settings: dict, *decided: str) -> dict:
-    """Return the settings that affect any of `decided`, which are words of DECIDES such as "reference"."""
+    """Return the settings that DECIDES maps to one of `decided`, such as "reference"."""
     return {name: value for name, value in settings.items() if DECIDES[name] in decided}
 
 
@@ -568,7 +568,7 @@ try:
     )
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
-except Exception as error:  # also from a bad environment variable or a file that hides a package
+except Exception as error:  # a bad environment variable or a file that shadows a package can raise any error
     if __name__ != "__main__":
         raise
     statement = traceback.extract_tb(error.__traceback__)[0].line
@@ -584,7 +584,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNAL_NAMES if hasattr(s
 
 
 class Stopped(SystemExit):
-    """Stop the run at a signal; its state is saved. The code is 128 + the signal's number."""
+    """Exit with code 128 + the stop signal's number; the run's state is saved first."""
 
 
 @contextlib.contextmanager
@@ -629,7 +629,7 @@ def enough_memory_for(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # frees the work's memory: the state must still be saved
+        traceback.clear_frames(error.__traceback__)  # frees memory, which is needed to save the state
         remedy = "try fewer targets, a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on"
         raise UserError(f"out of memory for {what}: {remedy}") from None
 
@@ -751,7 +751,7 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """Load the frozen models, and check the parts that load fast before the generator. Raises UserError."""
+    """Load the frozen models; check the small parts before the generator, which loads slowly. Raises UserError."""
     device = pick_device(args.device)
     precision = pick_precision(args.dtype, device)
     if device.type == "cuda":
@@ -810,7 +810,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, else the device type. It is a setting: GPUs differ in the reference that a seed gives."""
+    """Return the GPU's name, else the device type. It is a setting because a seed's reference differs between GPUs."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -875,7 +875,7 @@ def read_config(folder: Path) -> Qwen2Config:
         if fields.get("quantization_config"):
             raise UserError(
                 f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from "
-                "gradients through the weights, so take the checkpoint before its quantisation"
+                "gradients through the weights, so use the unquantised checkpoint"
             )
         config = Qwen2Config.from_dict(fields)
     if "sliding_attention" in config.layer_types or config.rope_parameters["rope_type"] != "default":
@@ -939,7 +939,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raise UserError if tensors that config.json implies are missing or misshapen, or if there are more layers."""
+    """Raise UserError if tensors that config.json requires are missing or misshapen, or if there are extra layers."""
     missing, others = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     wrong = [f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])]
     wrong += [f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)]
@@ -1016,7 +1016,7 @@ def refuse_misfits(
     factor: int,
     codebook_size: int,
 ) -> None:
-    """Raise UserError if the image size or a prompt does not fit the models, or if the two models do not fit."""
+    """Raise UserError if the image size or a prompt does not fit the models, or the models do not fit each other."""
     image_size, num_tokens = args.image_size, num_tokens_of(args.image_size, factor)
     below = image_size // factor * factor
     if image_size != below:
@@ -1065,7 +1065,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
     """Encode pixels [B, 3, H, W] in [0, 1] as visual codes [B, N] in raster order. Raises UserError."""
-    remedy = "Cosmos' encoder is bfloat16 and needs a GPU; else the file is not a Cosmos encoder"
+    remedy = "Cosmos' encoder needs a GPU (bfloat16); if there is one, the file is not a Cosmos encoder"
     with one_line_for("--image: encoder.jit cannot run here", remedy):
         weight = next(vq_encoder.parameters())
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
@@ -1127,7 +1127,7 @@ def negative_prompt(size: str = "") -> str:
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
-    """Return the token for the image size, such as `<|512px|>`; empty if the tokenizer has none, like SimpleAR's."""
+    """Return the tokenizer's token for the image size, such as `<|512px|>`; "" if there is none, as in SimpleAR."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
 
@@ -1160,8 +1160,8 @@ def new_targets(
 ) -> tuple[Tensor, float | None]:
     """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
 
-    To add a kind of target, add a branch here, an option with its checks in `refuse_contradictions` and
-    `choose_targets`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
+    To add a kind, add a branch here, an option checked in `refuse_contradictions` and `choose_targets`, its shard in
+    `take_shard`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
@@ -1180,9 +1180,9 @@ def new_targets(
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float | None]:
-    """Read the codes of prompts from the cache, if it has them for these settings, and decode the other prompts.
+    """Return the codes [B, N] of the prompts: from the cache if it has them for these settings, else newly decoded.
 
-    Return codes [B, N] and their decoding seconds, now or earlier (None unless a single prompt was decoded alone).
+    Also return the seconds that decoding took, now or when cached; None unless there is one prompt, decoded alone.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1212,7 +1212,7 @@ def read_picture(file: Path, size: int) -> Tensor:
             if image.mode.startswith(("I", "F")):  # Pillow would clip them
                 raise ValueError("its pixels have more than 8 bits a channel: convert it")
             image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
-            with contextlib.suppress(Exception):  # damaged EXIF; the picture turns before its EXIF is rewritten
+            with contextlib.suppress(Exception):  # damaged EXIF; the picture is turned before its EXIF is rewritten
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -1290,7 +1290,7 @@ def generate_visual_codes(
 ) -> tuple[Tensor, float]:
     """Sample visual codes [B, N] one after another with classifier-free guidance; return them and the seconds it took.
 
-    Compute only the visual rows of the head, so that text ids are never sampled. Raises UserError.
+    Compute the logits of visual codes only, so that text ids are never sampled. Raises UserError.
     """
     # One random generator per target, so that its picture does not depend on the other targets.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
@@ -1312,7 +1312,7 @@ def generate_visual_codes(
         scores = guided_scores(cond_logits, uncond_logits, args.cfg_scale)  # [B, C]
         all_finite = all_finite & scores.isfinite().all()
         if position in (0, num_tokens - 1) and not all_finite:  # only here: each check makes the host wait
-            raise UserError("the generator's logits are not finite: try another --dtype; else its weights are damaged")
+            raise UserError("the generator's logits are not finite: try another --dtype, or replace damaged weights")
         codes[:, position] = sample(scores, args.temperature, args.top_k, args.top_p, rngs)
         ids = (codes[:, position] + models.visual_offset).repeat(2)[:, None]  # both prompts are fed the same token
     return codes, synchronised_time(models.device) - started
@@ -1342,7 +1342,7 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-LOGITS_AT_ONCE = 2**25  # in memory at a time; in float32, a few copies of 128 MiB
+LOGITS_AT_ONCE = 2**25  # in memory at a time: in float32, a few copies of 128 MiB each
 
 
 @dataclass
@@ -1433,21 +1433,21 @@ class Predictions(NamedTuple):
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    targets = codes + models.first_code_row  # row indices of the head, as in argmax
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    likeliest = logits.argmax(-1)
-    likelier = (logits > logits.gather(-1, targets[:, None])).sum(-1, dtype=torch.int32)
+    target_rows = codes + models.first_code_row  # row indices of the head, as in argmax
+    losses = F.cross_entropy(logits, target_rows, reduction="none")
+    likeliest_rows = logits.argmax(-1)
+    likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
     # In a tie, argmax decides what is right.
-    rank = torch.where(likeliest == targets, 0, likelier.clamp(min=1))
+    rank = torch.where(likeliest_rows == target_rows, 0, likelier.clamp(min=1))
     visual_logits = logits[:, models.first_code_row : models.first_code_row + models.codebook_size]
-    predicted_ids = likeliest - models.first_code_row + models.visual_offset
+    predicted_ids = likeliest_rows - models.first_code_row + models.visual_offset
     return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
 def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
     """Return slices of positions, each of at most about LOGITS_AT_ONCE logits: all logits [B, N, V] may not fit."""
     num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
-    # Of equal size: a last chunk of few rows would be slow.
+    # Chunks of equal size: a small last one would be slow.
     return slices(num_positions, math.ceil(num_positions / num_chunks))
 
 
@@ -1465,7 +1465,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 @torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Predict the targets `codes` [B, N] in one pass, as many at once as in learning, or fewer if memory runs out."""
+    """Predict targets `codes` [B, N], each in one pass: as many at once as in learning, fewer if memory runs out."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1497,7 +1497,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: `step` moves the points [G, L], given their gradient and the losses [B]. To add one, write a class
+# ---- optimisers: `step` moves the points [G, L] in place, by points.grad and the losses [F]. To add one, write a class
 # ---- with the methods `step`, `drop_others` (may come before any step), `state_dict` and `load_state_dict` and the
 # ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
 # ---- --optimizer. Check `refuse_contradictions`.
@@ -1556,9 +1556,9 @@ class AdamW:
 
 
 class LBFGS:
-    """Limited-memory BFGS for G independent problems of L numbers each. A step evaluates the loss once.
+    """Limited-memory BFGS for G independent problems of L numbers each. Each step uses one evaluation of the loss.
 
-    From the last accepted point x, it moves by -alpha H g, at most `rate` far (root mean square over the numbers). H is
+    It moves from the last accepted point x by -alpha H g, by at most `rate` (root mean square over the numbers). H is
     built from the newest pairs: a step s and the change y of the gradient. If the loss falls too little (Armijo's
     condition, with a tolerance for rounding) or is not finite, the next step tries a smaller alpha; after TRIES
     failures, all pairs are discarded. Each embedding has its own scale, since m is the input at nearly all positions
@@ -1568,11 +1568,11 @@ class LBFGS:
     PAIRS = 60
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
-    MIN_CURVATURE_COSINE = 1e-6  # cosine of s and y below which the pair is left out
+    MIN_CURVATURE_COSINE = 1e-6  # pairs with a lower cosine of s and y are left out
     MAX_SCALE_RATIO = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
-        """Start at `points`; `rounding` is the relative error of a loss, which is never negative."""
+        """Start at `points`. `rounding` is the relative error of a loss; losses are never negative."""
         self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
         count, size = points.shape
         self.x = points.detach().clone()  # [G, L], the last point accepted
@@ -1596,7 +1596,7 @@ class LBFGS:
     def judge(self, tried: Tensor, gradient: Tensor, losses: Tensor) -> None:
         """Accept the tried points [G, L]; else choose a smaller alpha, or discard the pairs and restart from x."""
         losses = torch.where(losses + gradient.norm(dim=1) < math.inf, losses, math.inf)  # also replaces NaN
-        descent = self.alpha * (self.gradient * self.direction).sum(1)  # change of the loss, by its slope at x
+        descent = self.alpha * (self.gradient * self.direction).sum(1)  # change of the loss predicted by its slope at x
         s, y = tried - self.x, gradient - self.gradient
         # The step was so short that rounding undid it: give up this direction.
         vanished = (self.failures > 0) & ~s.any(1)
@@ -1606,7 +1606,7 @@ class LBFGS:
         given_up = ~accepted & ((failures >= self.TRIES) | vanished)
         search_ended = accepted | given_up
         self.failures = failures.masked_fill_(search_ended, 0)
-        # Once steepest descent (no pairs) is given up too, there is no way back: the next trial must be finite.
+        # Before `remember` discards pairs: if steepest descent (no pairs) is given up too, the next must be finite.
         self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
         fraction = 0.5 * descent / (self.loss + descent - losses)  # of alpha
@@ -1616,7 +1616,7 @@ class LBFGS:
         self.x = torch.where(accepted[:, None], tried, self.x)
         self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        self.direction, alpha = self.next_direction()  # unchanged where the trial failed, since x and pairs are
+        self.direction, alpha = self.next_direction()  # unchanged where the trial failed, as are x and the pairs
         self.alpha = torch.where(search_ended, alpha, shorter_alpha)
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
@@ -1633,7 +1633,7 @@ class LBFGS:
         scales = scales_of_embeddings(s[:, -1], y[:, -1], self.embedding_size, self.MAX_SCALE_RATIO)
         steepest = -self.gradient
         direction = inverse_hessian_times(steepest, s, y, scales)
-        # Use steepest descent and move by `rate` / 2 if there are no pairs (a direction of 0) or if rounding spoils it.
+        # Without pairs (the direction is 0), or if rounding spoils it, use steepest descent and move by `rate` / 2.
         usable = (direction * steepest).sum(1) > 0
         direction = torch.where(usable[:, None], direction, steepest)
         limit = self.rate * math.sqrt(direction.shape[1]) / direction.norm(dim=1).clamp(min=1e-30)
@@ -1642,7 +1642,7 @@ class LBFGS:
     def drop_others(self, kept: Tensor, points: Tensor) -> None:
         """Keep only the problems in `kept`; `points` is their new leaf tensor."""
         self.points = points
-        for name, value in self.state_dict().items():
+        for name, value in self.state_dict().items():  # its keys are attribute names
             setattr(self, name, value[kept])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -1700,8 +1700,8 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
 class TargetResults:
     """The results of B targets so far: a table of columns [B], on the host.
 
-    The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that learn one m have
-    one best step together; otherwise each target has its own. `reached`: the target reached the target accuracy;
+    The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that share a learned m
+    have the same best step; otherwise each target has its own. `reached`: the target reached the target accuracy;
     `ended`: it stopped learning, for this or another reason.
     """
 
@@ -1739,12 +1739,12 @@ class TargetResults:
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
     def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
-        """Record a step's numbers [F] for the targets `rows`; return for which this step is the best so far, [F]."""
+        """Record a step's numbers [F] for the targets `rows`; return a mask [F] of those with a new best step."""
         accuracy, loss = numbers["accuracy"], numbers["loss"]
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
         met = finite & (accuracy >= self.goal)
-        if self.together:  # the best by the mean; the goal is met when all targets meet it
+        if self.together:  # compare the targets' means; the goal is met when all meet it
             finite, met = finite.all().expand(len(rows)), met.all().expand(len(rows))
             accuracy, loss = accuracy.mean(), loss.mean()
             best_accuracy, best_loss = best_accuracy.mean(), best_loss.mean()
@@ -1771,7 +1771,7 @@ class TargetResults:
             "train/accuracy": self["accuracy"][begun].mean().item(),
             "train/top5_accuracy": self["top5_accuracy"][begun].mean().item(),
             "train/correct_tokens": int(self["num_correct"].sum()),
-            "train/best_accuracy": self["best_accuracy"].mean().item(),  # over all, so that it never falls
+            "train/best_accuracy": self["best_accuracy"].mean().item(),  # over all targets, so that it never falls
         }
 
     def numbers_per_target(self) -> dict[str, float | None]:
@@ -1818,7 +1818,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
         "m_norm": proto_tokens.m.norm(dim=-1),
         "change": optimizer.change,
         "can_go_back": optimizer.can_go_back,
-    }  # [F], or [1] for all
+    }  # [F], or [1] if shared by all
     values = torch.stack([column.float().expand(num_targets) for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
@@ -1832,7 +1832,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
 class Optimisation:
     """The optimisation of codes [B, N]: the results of all targets, and the batch that is learning now.
 
-    Targets that learn one m form one batch and end together. Targets with a given m, or each with its own, learn
+    Targets that share a learned m are one batch and end together. Targets with a given m, or each with its own, learn
     independently, one batch after another. A target that has ended leaves its batch; its last numbers and its best
     embeddings are kept.
     """
@@ -1865,7 +1865,7 @@ class Optimisation:
         self.replay: Callable[[], Predictions] | None = None  # replays the evaluation, see --cuda-graphs
 
     def drop_ended(self) -> None:
-        """Remove the targets that have ended from those that learn."""
+        """Remove the ended targets from the active ones, with their codes, points and optimiser state."""
         kept = [place for place, target in enumerate(self.active) if not self.targets["ended"][target]]
         if len(kept) == len(self.active):
             return
@@ -1918,7 +1918,7 @@ class Optimisation:
             print("note: out of memory for a step: going on with --gradient-checkpointing on")
         elif at_once > 1:
             self.targets_per_pass = (at_once + 1) // 2
-            print(f"note: out of memory for a step: going on with {self.targets_per_pass} of the targets a pass")
+            print(f"note: out of memory for a step: going on with {self.targets_per_pass} targets per pass")
         else:
             return False
         return True
@@ -1965,7 +1965,7 @@ class Optimisation:
             "batch_step": self.batch_step,
             "points": self.proto_tokens.points.detach(),
             "optimizer": self.optimizer.state_dict(),
-            # Copies: torch.save would write all rows that a view belongs to.
+            # Copies, because torch.save writes the whole tensor behind a view.
             "results": {name: column.clone() for name, column in self.results_of_batch().items()},
         }
 
@@ -1977,7 +1977,7 @@ class Optimisation:
             for name, column in self.results_of_batch().items():
                 column.copy_(results[name])
         self.begin_batch(self.first)
-        self.drop_ended()
+        self.drop_ended()  # before loading: the saved tensors have only the targets that still learn
         self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -2033,7 +2033,7 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
 
 
 def cpu_memory_could_run_out(models: Models, num_tokens: int) -> bool:
-    """Return whether autograd for one target needs over half of a CPU's free memory. Running out kills the process."""
+    """Return whether, on a CPU, autograd for one target needs over half of the free memory: running out is fatal."""
     config, dtype = models.generator.config, models.generator.dtype
     kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
     return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
@@ -2086,7 +2086,7 @@ class Reconstruction:
 
     predictions: Predictions
     errors: Tensor  # [B], mean squared error of pixels in [0, 1]
-    pictures: dict[int, Tensor]  # targets in figures -> original and reconstruction, [2, 3, H, W]
+    pictures: dict[int, Tensor]  # of each target in the figures: original and reconstruction, [2, 3, H, W]
     one_pass_seconds: float
 
 
@@ -2129,11 +2129,11 @@ def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> fl
         started = synchronised_time(models.device)
         in_parts_that_fit(emit, batch, at_once, "the pass")
         seconds.append(synchronised_time(models.device) - started)
-    return statistics.median(seconds[1:] or seconds)  # without the first, a warm-up, if there are others
+    return statistics.median(seconds[1:] or seconds)  # drop the first, a warm-up, unless it is the only one
 
 
 def targets_to_show(num_errors: Tensor) -> list[int]:
-    """Return the first SHOWN_TARGETS targets, then up to SHOWN_WORST others with the most errors, num_errors [B]."""
+    """Return the first SHOWN_TARGETS targets, then up to SHOWN_WORST others with the most `num_errors` [B]."""
     rest = num_errors[SHOWN_TARGETS:]
     worst = rest.argsort(descending=True, stable=True)[:SHOWN_WORST]
     worst = worst[rest[worst] > 0] + SHOWN_TARGETS
@@ -2243,11 +2243,10 @@ def summarise(
     targets, the numbers of each target are also listed under targets/<k>/.
     """
     batch, num_tokens = reference.codes.shape
-    accuracies = [target["best_accuracy"] for target in targets]
     num_errors = sum(target["num_errors"] for target in targets)
     total_params = proto_tokens.learned_numbers(num_tokens)
     summary = {
-        "best_accuracy": statistics.fmean(accuracies),
+        "best_accuracy": statistics.fmean(target["best_accuracy"] for target in targets),
         **{name: statistics.fmean(row[name] for row in bits) for name in bits[0]},
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / reference.codes.numel(),
@@ -2265,7 +2264,7 @@ def summarise(
         summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
     if batch > 1:
         summary["complete_targets"] = sum(target["num_errors"] == 0 for target in targets)
-        summary["lowest_accuracy"] = min(accuracies)
+        summary["lowest_accuracy"] = min(target["best_accuracy"] for target in targets)
     if 1 < batch <= SHOWN_TARGETS:
         for k, target in enumerate(targets):
             own = {name: value for name, value in target.items() if name not in ("target", "prompt")}
@@ -2416,7 +2415,7 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
     axis.set_xscale("log", base=2)
     ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
     axis.set_xticks(ticks, labels=map(str, ticks))
-    axis.set(ylim=(-2, 104), xlabel="tokens of the target, from its beginning", ylabel="best token accuracy (%)")
+    axis.set(ylim=(-2, 104), xlabel="length of the target's prefix (tokens)", ylabel="best token accuracy (%)")
     axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold")
     axis.grid()
     axis.legend(loc="lower left")
@@ -2447,7 +2446,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
     plot("D", "gradients/grad_norm")
     panels["D"].set(title="gradient norm", yscale="log", xlabel="step")
     plot("E", "train/learning_rate")
-    panels["E"].set(title="learning rate: change of a number (rms)", xlabel="step", ylim=(0, None))
+    panels["E"].set(title="learning rate: change per step (rms)", xlabel="step", ylim=(0, None))
     for panel in panels.values():
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid()
@@ -2492,7 +2491,7 @@ def draw_results(
 ) -> dict[str, Image.Image]:
     """Draw the pictures of a run, and return them by W&B name. The file name is the W&B name with `.png`.
 
-    `targets` are the targets to show: the first ones, then the worst others. `rank` [B, N] covers all targets.
+    RESULTS lists the files. `targets`: those to show, the first, then the worst others. `rank` [B, N] covers all.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2542,7 +2541,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
     Make the folder if it is missing. Raises UserError if the file cannot be written.
     """
-    # With the time, since two containers can share a folder and have the same process id.
+    # The time is in the name because containers that share a folder can have the same process id.
     partial = file.with_name(f"{file.name}.{os.getpid()}{time.time_ns()}.partial")
     try:
         with file_named_in_errors(file):
@@ -2798,7 +2797,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     """Read the proto-tokens of an earlier run. Raises UserError if they are unfit or in this run's own folder."""
     if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
-        raise UserError(f"{option} {file} is in this run's own folder: name the run with --wandb-run-name")
+        raise UserError(f"{option} {file} is in this run's own folder: give this run another --wandb-run-name")
     try:
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
@@ -2838,7 +2837,7 @@ def refuse_other_models(models: Models, args: argparse.Namespace, earlier: Earli
         other = ["its tensors do not fit its own settings"]
     if other:
         damaged_or_foreign = "the file is damaged or was made for another model"
-        raise UserError(f"{earlier.option}: {damaged_or_foreign} ({other[0]}): name that model")
+        raise UserError(f"{earlier.option}: {damaged_or_foreign} ({other[0]}): use that model")
 
 
 # ---- resuming an interrupted run
@@ -3079,8 +3078,8 @@ class Recorder:
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
         self.args, self.folder, self.settings, self.tracker = args, folder, settings, tracker
-        self.saved = read_state(folder) if args.resume else None  # what the interrupted run left
-        self.trials: list[dict] = []  # of a search for the capacity
+        self.saved = read_state(folder) if args.resume else None  # an interrupted run's; None once restored
+        self.trials: list[dict] = []  # the trials of a --capacity search
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
         self.recorded_step = 0
@@ -3202,7 +3201,7 @@ class Recorder:
         self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """Save what --resume needs, unless the last step is not recorded yet: --resume must repeat that step."""
+        """Save what --resume needs. If the last step is not recorded yet, save nothing: --resume must repeat it."""
         if self.recorded_step < learning.step:
             return
         state = {
@@ -3217,7 +3216,7 @@ class Recorder:
         try:
             torch.save(state, buffer)
         except RuntimeError:  # torch raises this if the buffer cannot grow
-            raise UserError("out of memory for the state: the state saved before is unchanged") from None
+            raise UserError("out of memory while saving the state: the previous one is unchanged") from None
         with atomic_write(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
@@ -3302,7 +3301,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
             with enough_memory_for("a step of the optimisation"):
                 while not learning.finished:
                     learn_batch(learning, record)
-                    record.end_batch(learning)
+                    record.end_batch(learning)  # also begins the next batch
         except (UserError, OSError, Stopped):
             record.save_state(learning)
             raise
@@ -3381,8 +3380,8 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
     if batch > 1:
         lines["targets"] = f"{batch}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
-    gained = f"{s['information_gain_bits']:.0f} bits gained of {s['target_bits_unprompted']:.0f} unprompted"
-    lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} a parameter"
+    gained = f"{s['information_gain_bits']:.0f} of {s['target_bits_unprompted']:.0f} unprompted bits gained"
+    lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} per parameter"
     lines["likeness"] = psnr_text(s["psnr"])
     if s["text_ids_ahead"]:
         lines["text ids"] = f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions"
@@ -3402,7 +3401,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
     # 1. The targets: pictures that the generator draws for the prompts, the user's own pictures, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
     reference = make_reference(models, args, cache, earlier, pictures, record.saved)
-    record.begin(reference)
+    record.begin(reference)  # also removes an earlier run's results
     if args.control == "untrained":
         randomise_weights(models.generator, args.seed)  # only now, because the trained generator makes the reference
     given_m = earlier.m if earlier else None
@@ -3449,7 +3448,7 @@ def run_experiment(args: argparse.Namespace) -> None:
             refuse_other_settings(folder, settings)
             if is_finished(folder):
                 print(f"the run in {folder} is finished: there is nothing to resume")
-                remove_unfinished(folder)  # they remain if the run was killed just before
+                remove_unfinished(folder)  # a run killed right after its summary leaves them behind
                 return
         with Recorder(args, folder, settings, tracker) as record, on_stop_signal(tracker.end_by_signal):
             summary = experiment(models, earlier, pictures, record)
@@ -3461,7 +3460,7 @@ def main(args: argparse.Namespace) -> None:
         run_experiment(args)
     except UserError as error:
         exit_with_error(error)
-    except OSError as error:  # one that no other code has turned into a UserError
+    except OSError as error:  # an OSError that was not turned into a UserError
         exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else main_line(error))
     except Stopped as stopped:
         name = signal.Signals(stopped.code - 128).name

@@ -30,13 +30,28 @@ def run_elsewhere(folder: Path, tiny: Path, *runs: tuple) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tiny_folder, tmp_path_factory) -> SimpleNamespace:
-    """A plain run, and one of several targets that is interrupted and resumed."""
+    """A plain run, one of several targets that is interrupted and resumed, and one of each kind."""
     folder = tmp_path_factory.mktemp("device")
     several = (*SEVERAL, "--num-steps", 6, "--wandb-run-name", "several")
     on_cpu = ("on the CPU", "--save-dir", "cpu")
     runs = (PLAIN, (*several, "stopping"), (*several, "--resume"), (*PLAIN, *on_cpu), (*several, *on_cpu))
-    plain, stopped, resumed, _, _ = run_elsewhere(folder, tiny_folder, *runs)
-    return SimpleNamespace(folder=folder, plain=plain, stopped=stopped, resumed=resumed)
+    kinds = each_kind(folder / "elsewhere" / "plain")
+    plain, stopped, resumed, _, _, *others = run_elsewhere(folder, tiny_folder, *runs, *kinds)
+    return SimpleNamespace(folder=folder, plain=plain, stopped=stopped, resumed=resumed, kinds=kinds, others=others)
+
+
+def each_kind(plain: Path) -> list[tuple]:
+    """The options of runs of each kind of target and of learning, which use the results of the plain run."""
+    learned = plain / "proto_tokens.safetensors"
+    return [
+        ("--image", plain / "reference_image.png"),
+        ("--control", "untrained", "--optimizer", "adamw", "--image-every", 2),
+        ("--control", "random", "--num-e-tokens", 2, "--vocabulary", "visual"),
+        ("--prompt", "a", "--prompt", "b", "--m-from", learned),
+        ("--from-proto-tokens", learned),
+        ("--capacity", "--target-accuracy", 20),
+        ("--dtype", "bfloat16", "--top-p", 0.9),
+    ]
 
 
 @pytest.mark.parametrize("name", ["plain", "several"])
@@ -61,16 +76,5 @@ def test_the_host_does_not_wait_for_each_decoded_token(elsewhere):
     assert elsewhere.plain["waits_of_decoding"] == 2  # the first and the last, whether the logits are finite
 
 
-def test_each_kind_of_target_and_of_learning_keeps_to_one_device(elsewhere, tiny_folder):
-    results = elsewhere.folder / "elsewhere" / "plain"
-    learned = results / "proto_tokens.safetensors"
-    runs = [
-        ("--image", results / "reference_image.png"),
-        ("--control", "untrained", "--optimizer", "adamw", "--image-every", 2),
-        ("--control", "random", "--num-e-tokens", 2, "--vocabulary", "visual"),
-        ("--prompt", "a", "--prompt", "b", "--m-from", learned),
-        ("--from-proto-tokens", learned),
-        ("--capacity", "--target-accuracy", 20),
-        ("--dtype", "bfloat16", "--top-p", 0.9),
-    ]
-    assert len(run_elsewhere(elsewhere.folder, tiny_folder, *runs)) == len(runs)
+def test_each_kind_of_target_and_of_learning_keeps_to_one_device(elsewhere):
+    assert len(elsewhere.others) == len(elsewhere.kinds)

@@ -52,11 +52,9 @@ def test_a_launch_of_which_a_rank_was_killed_is_resumed(call_tiny, model_folders
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--", "script.py"]
     command += [*tiny_arguments(tmp_path), *arguments, "--save-dir", "launched", "--resume"]
     process = start(command, tmp_path)
-    ranks = [None, None]
-    while None in ranks:
-        ranks = [pid_of_rank(rank, tmp_path) for rank in range(2)]
     wait_for((tmp_path / "paused").exists, process)
-    os.kill(ranks[1], signal.SIGKILL)
+    wait_for(lambda: pid_of_rank(1, tmp_path), process)
+    os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
     let_go_on(tmp_path)
     assert ended(process).code == 1
     assert ended(start(command, tmp_path)).code == 0

@@ -477,9 +477,9 @@ def test_then_it_is_taken_again_with_half_as_many_targets_a_pass(tiny_models, ma
     _, plain = optimise(tiny_models, make_args(*options, "--num-steps", 6, "--target-accuracy", 0), codes)
     for one, other in zip(plain, starved, strict=False):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
-    assert [line[-23:] for line in capsys.readouterr().out.splitlines()] == [
-        "3 of the targets a pass",
-        "2 of the targets a pass",
+    assert [line[-18:] for line in capsys.readouterr().out.splitlines()] == [
+        "3 targets per pass",
+        "2 targets per pass",
     ]
 
 

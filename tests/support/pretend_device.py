@@ -14,6 +14,7 @@ import signal
 import sys
 
 import torch
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -169,6 +170,7 @@ def main() -> None:
         return Script(module) if is_pretend(device) else module
 
     vpt.load_torchscript = load_torchscript
+    vpt.render = lambda figure: Image.new("RGB", (8, 8), "white")  # Matplotlib knows no device, and takes its time
     vpt.Recorder.step, vpt.generate_visual_codes = step, generate
     torch.Generator, torch.save = lambda device="cpu": really_make(), save
     vpt.targets_at_once = lambda models, num_tokens: 2  # so that there are several batches
