@@ -1299,6 +1299,7 @@ def generate_visual_codes(
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, cache, feed = start_decoding(models, prompts, num_tokens)
     feed(ids)  # warm-up before timing: a GPU loads and chooses kernels for each shape
+    cache.reset()
     feed_one = as_cuda_graph(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
     feed_one(ids[:, -1:])
     cache.reset()
@@ -1589,7 +1590,7 @@ class LBFGS:
     def step(self, losses: Tensor) -> None:
         problem_losses = losses.view(len(self.points), -1).sum(1)  # [G]
         self.judge(self.points.detach(), self.points.grad, problem_losses)
-        moved = self.x + self.alpha[:, None] * self.direction
+        moved = torch.addcmul(self.x, self.alpha[:, None], self.direction)
         self.change = (moved - self.points).norm(dim=1) / math.sqrt(moved.shape[1])
         self.points.copy_(moved)
 
@@ -1812,7 +1813,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
     columns = {
         "loss": predictions.losses.mean(1),
         "num_correct": predictions.num_correct,
-        "num_in_top5": (predictions.rank < 5).sum(1),
+        "num_in_top5": (predictions.rank < 5).sum(1, dtype=torch.float32),
         "grad_norm": proto_tokens.points.grad.norm(dim=1),
         "e_t_norm": proto_tokens.e_t.norm(dim=-1).mean(1),
         "m_norm": proto_tokens.m.norm(dim=-1),

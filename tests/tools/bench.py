@@ -350,15 +350,20 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that are a kernel's launch on a GPU: all but views and tensors without values."""
+    """Counts operations that are a kernel's launch on a GPU: all but views, tensors without values, and float64.
+
+    Only numbers on the host are float64.
+    """
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += not operation.is_view and "empty" not in operation.name()
-        return operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        on_host = isinstance(result, Tensor) and result.dtype == torch.float64
+        self.count += not operation.is_view and "empty" not in operation.name() and not on_host
+        return result
 
 
 def operations_of(work: Callable) -> int:
