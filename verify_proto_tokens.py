@@ -2296,6 +2296,7 @@ STYLES = [
         "legend.frameon": False,
         "grid.color": FAINT,
         "grid.alpha": 0.25,
+        "figure.constrained_layout.h_pad": 0.08,
     },
 ]
 
