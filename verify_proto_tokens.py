@@ -140,7 +140,7 @@ TEXT = checked(str, None, "UTF-8 text")
 PROMPTS = checked(
     lambda text: [item.strip() for item in listed(text)],
     lambda prompts: prompts and all(prompts),
-    "a few words that describe the picture",
+    "a few words in UTF-8 that describe the picture",
 )
 A_PATH = "a path in UTF-8 (a ~ must name a home folder)"  # expanduser raises RuntimeError if it does not
 FILE = checked(lambda text: Path(text).expanduser(), None, A_PATH)
@@ -152,12 +152,12 @@ RUN_NAME = checked(
     lambda name: (
         re.fullmatch(r"(?!\.\.?$)[^/\\\x00-\x1f]+", name) and name != CACHE_FOLDER and len(name.encode()) <= 128
     ),
-    f"at most 128 bytes without slashes, and not {CACHE_FOLDER}",
+    f"at most 128 bytes of UTF-8 without slashes, and not {CACHE_FOLDER}",
 )
 TAGS = checked(
     lambda text: [tag.strip() for tag in ",".join(listed(text)).split(",") if tag.strip()],
     lambda tags: max(map(len, tags), default=0) <= 64,
-    "tags of at most 64 characters, with commas between",
+    "tags in UTF-8 of at most 64 characters, with commas between",
 )
 SWITCH_VALUES = {"true": True, "false": False, "1": True, "0": False}
 SWITCH = {
@@ -572,7 +572,8 @@ except Exception as error:  # a bad environment variable or a file that shadows 
     if __name__ != "__main__":
         raise
     statement = traceback.extract_tb(error.__traceback__)[0].line
-    exit_with_error(f"`{statement}` fails ({error}): fix what the error names, or install requirements.txt")
+    why = textwrap.shorten(str(error), 250) or type(error).__name__
+    exit_with_error(f"`{statement}` fails ({why}): fix what the error names, or install requirements.txt")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -618,7 +619,9 @@ def main_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out; recognise also the messages of TorchScript, cuBLAS and the host's allocator."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)  # ending a recording can fail, too
 
 
 @contextlib.contextmanager
@@ -858,7 +861,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except GatedRepoError:
         why = f"it is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
     except Exception as error:  # from the hub client, HTTP library or disk: no common base class
-        failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(main_line(error), 160)})"
+        failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(str(error), 160)})"
         why = f"{failed}: check the name, the network, and for a private repository HF_TOKEN or `hf auth login`"
     raise UserError(f"{option} {name}: there is no such folder, and {why}; give a local folder, or try --demo")
 
@@ -2517,7 +2520,7 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("transformers", "tokenizers", "safetensors", "numpy", "pillow", "matplotlib")
+VERSIONED = ("transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 13
 UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
 BATCH_FILE = "batch_{:05}.safetensors"  # in this folder
@@ -2641,7 +2644,10 @@ def frames_in(folder: Path) -> dict[int, Path]:
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """Return all settings, the values derived from them, and the versions: what is needed to repeat the run."""
-    versions = {package: importlib.metadata.version(package) for package in VERSIONED}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     num_tokens = num_tokens_of(args.image_size, models.factor)
     size = models.size_token(num_tokens)
     settings = vars(args) | {name: getattr(models, name) for name in MODEL_SETTINGS}
@@ -2654,7 +2660,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "device_name": device_name(models.device),
         "dtype": models.precision,
         "torch_version": torch.__version__,
-        "versions": versions | {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions,
     }
     if args.m_from and not args.from_proto_tokens:  # otherwise the file is not read
         settings["m_from_fingerprint"] = digest_of([args.m_from])
@@ -2905,7 +2911,9 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
     """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
-    if os.environ.get("HOME") == "" or not os.path.isdir(os.path.expanduser("~")):  # as in some containers
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]  # without it, the system may still know the user's home
+    if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user without a name
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
     try:
         import wandb
@@ -3131,7 +3139,8 @@ class Recorder:
             (self.folder / HISTORY_FILE).unlink(missing_ok=True)  # its last rows can be newer than the saved state
             if self.history:
                 write_table(self.folder / HISTORY_FILE, self.history)
-            self.send_missing()
+            if self.tracker.run:
+                self.send_missing()
             self.saved = None  # the next trial of a search for the capacity starts from the beginning
         self.recorded_step = learning.step
         self.save_state(learning)

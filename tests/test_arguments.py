@@ -347,7 +347,7 @@ def test_bytes_that_are_not_utf_8_are_one_line(option, capsys):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args([option, os.fsdecode(b"caf\xe9")])
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and f"{option}: must be " in line
+    assert stop.value.code == 2 and f"{option}: must be " in line and "UTF-8" in line
 
 
 @pytest.mark.parametrize("option", ["--image", "--save-dir", "--prompts-file", "--m-from", "--from-proto-tokens"])

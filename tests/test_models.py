@@ -159,7 +159,7 @@ def test_a_gated_repository_is_said_to_be_one(call_hub, hub):
 
 def test_a_repository_that_does_not_exist_is_said_to_be_none(call_hub, hub):
     hub.code, hub.error = 404, "RepoNotFound"
-    refused(call_hub("--model-path", "someone/nothing"), "404", "check the name", "--demo")
+    refused(call_hub("--model-path", "someone/nothing"), "404", "Repository Not Found", "check the name", "--demo")
 
 
 @pytest.mark.parametrize(
