@@ -2,6 +2,7 @@
 
 import json
 import pwd
+import random
 import re
 import shlex
 import shutil
@@ -396,7 +397,9 @@ def make_sweep(folder: Path, server: WandbServer, file: Path) -> str:
 
 def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, server):
     sweep = make_sweep(workplace, server, Path("sweep_config.yaml"))
-    server.sweeps[sweep.split("/")[-1]].max_runs = 2
+    sweep_on_server = server.sweeps[sweep.split("/")[-1]]
+    sweep_on_server.max_runs = 2
+    sweep_on_server.source = random.Random(32)  # draws both sizes, and 500 steps twice
     agents = [wandb_tool(workplace, "agent", sweep, **server.environment) for _ in range(2)]
     output = [ended(agent, 200).out for agent in agents]
     assert len(server.runs) == 2, output
