@@ -122,14 +122,6 @@ def run_script(tmp_path):
     return run
 
 
-@pytest.fixture
-def run_tiny(run_script, model_folders, tmp_path):
-    def run(*arguments, env=None) -> SimpleNamespace:
-        return run_script(*tiny_arguments(tmp_path), *arguments, env=env)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory):
     """One short demo run, kept for W&B offline; shared by the tests that only look at it."""

@@ -33,25 +33,20 @@ def run_shell(tmp_path):
     return run
 
 
-def test_the_shell_command_takes_settings_from_the_environment(run_shell, tmp_path):
-    settings = {"NUM_STEPS": "3", "SEED": "7", "LEARNING_RATE": "0.05"}
-    result = run_shell(**settings, USE_WANDB="True", WANDB_MODE="offline", PROMPT="$P$G")  # as cmd.exe has it
+def test_the_shell_command_takes_settings_from_the_environment_and_arguments_win(run_shell, tmp_path):
+    settings = {"NUM_STEPS": "900", "SEED": "7", "LEARNING_RATE": "0.05", "PROMPT": "$P$G"}  # the last is cmd.exe's
+    arguments = ("--num-steps", "2", "--wandb-run-name", "mine", "--prompt", "a penguin on green grass")
+    result = run_shell(*arguments, **settings, USE_WANDB="True", WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
-    assert config_in(tmp_path / "out" / "proto_256px_steps3_lr005_seed7_demo")["prompt"] == vpt.DEFAULT_PROMPT
+    config = config_in(tmp_path / "out" / "mine")
+    assert (config["num_steps"], config["seed"], config["learning_rate"]) == (2, 7, 0.05)
+    assert config["prompt"] == "a penguin on green grass"
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
-def test_the_shell_command_passes_arguments_on_and_they_win(run_shell, tmp_path):
-    arguments = ("--num-steps", "2", "--wandb-run-name", "mine", "--prompt", "a penguin on green grass")
-    result = run_shell(*arguments, NUM_STEPS="900", USE_WANDB="0")
-    assert result.returncode == 0, result.stderr
-    config = config_in(tmp_path / "out" / "mine")
-    assert config["num_steps"] == 2 and config["prompt"] == "a penguin on green grass"
-    assert not (tmp_path / "wandb").exists()
-
-
 def test_the_shell_command_ends_with_the_scripts_own_exit_code(run_shell):
-    assert run_shell("--num-steps", "0").returncode == 2
+    refusal = run_shell("--num-steps", "0", USE_WANDB="0")
+    assert refusal.returncode == 2 and "--num-steps" in refusal.stderr
 
 
 def test_the_shell_command_says_which_words_switch_wandb(run_shell):

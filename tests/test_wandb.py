@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from support import wandb_file
 from support.contract import HISTORY, MEDIA, SUMMARY
-from support.processes import ended, let_go_on, start_pausing
+from support.processes import ended, let_go_on, start_code, start_pausing
 from support.results import refused
 from support.tiny_model import spoil_text_head, tiny_arguments
 
@@ -98,8 +98,10 @@ def test_a_missing_wandb_is_one_line_that_says_how_to_get_it(call_tiny, monkeypa
     refused(call_tiny("--use-wandb"), "--use-wandb", "pip install")
 
 
-def test_a_run_whose_wandb_service_does_not_start_goes_on_without_it(run_tiny):
-    result = run_tiny("--use-wandb", env={"WANDB_X_SERVICE_WAIT": "0.001", "WANDB_MODE": "offline"})
+def test_a_run_whose_wandb_service_does_not_start_goes_on_without_it(model_folders, tmp_path):
+    code = "import sys, verify_proto_tokens as vpt; vpt.main(vpt.parse_args(sys.argv[1:]))"
+    env = {"WANDB_X_SERVICE_WAIT": "0.001", "WANDB_MODE": "offline"}
+    result = ended(start_code(code, tmp_path, *tiny_arguments(tmp_path), "--use-wandb", env=env))
     assert result.code == 0 and "W&B cannot start" in result.err and "goes on without it" in result.err
 
 
