@@ -553,7 +553,6 @@ try:
     from matplotlib.ticker import MaxNLocator
     from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
     from safetensors.torch import save as to_safetensors
     from torch import Tensor
     from tqdm import tqdm
@@ -1844,9 +1843,7 @@ class Optimisation:
     def __init__(self, models: Models, codes: Tensor, args: argparse.Namespace, given_m: Tensor | None = None):
         count, num_tokens = codes.shape
         self.models, self.codes, self.args, self.given_m = models, codes, args, given_m
-        self.recomputes = args.gradient_checkpointing == "on" or (
-            args.gradient_checkpointing == "auto" and cpu_memory_could_run_out(models, num_tokens)
-        )
+        self.recomputes = args.gradient_checkpointing == "on"
         self.targets_per_pass = targets_at_once(models, num_tokens)
         self.together = args.m == "shared" and given_m is None
         self.batch_size = count if self.together else min(count, self.targets_per_pass)
@@ -1954,13 +1951,12 @@ class Optimisation:
             "optimisation_seconds": self.seconds,
         }
 
-    def results_of_batch(self) -> dict[str, Tensor]:
-        """Return views of the batch's results: `best` has a row per problem, the rest have a row per target."""
-        columns = {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
-        return {name: column[self.first : self.batch.stop] for name, column in columns.items()}
+    def results(self) -> dict[str, Tensor]:
+        """Return the results of all targets: `best` has a row per problem, the rest have a row per target."""
+        return {"best": self.best.points.detach(), **self.targets.table, **self.predictions._asdict()}
 
     def state_dict(self) -> dict:
-        """Return everything that the next step of this batch needs, and the results of the batch."""
+        """Return everything that the next step needs, and the results so far."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -1969,18 +1965,14 @@ class Optimisation:
             "batch_step": self.batch_step,
             "points": self.proto_tokens.points.detach(),
             "optimizer": self.optimizer.state_dict(),
-            # Copies, because torch.save writes the whole tensor behind a view.
-            "results": {name: column.clone() for name, column in self.results_of_batch().items()},
+            "results": self.results(),
         }
 
-    def load_state_dict(self, state: dict, finished: list[dict[str, Tensor]]) -> None:
-        """Restore a saved state, and the results of the batches finished before it."""
+    def load_state_dict(self, state: dict) -> None:
         self.step, self.seconds, self.batch_size = state["step"], state["seconds"], state["batch_size"]
-        for index, results in enumerate([*finished, state["results"]]):
-            self.first = index * self.batch_size
-            for name, column in self.results_of_batch().items():
-                column.copy_(results[name])
-        self.begin_batch(self.first)
+        for name, column in self.results().items():
+            column.copy_(state["results"][name])
+        self.begin_batch(state["first"])
         self.drop_ended()  # before loading: the saved tensors have only the targets that still learn
         self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
@@ -2034,20 +2026,6 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
     """Return how many targets of `num_tokens` tokens go into one pass: more would hardly be faster."""
     tokens = 1024 if models.device.type == "cpu" else 8192
     return max(1, tokens // num_tokens)
-
-
-def cpu_memory_could_run_out(models: Models, num_tokens: int) -> bool:
-    """Return whether, on a CPU, autograd for one target needs over half of the free memory: running out is fatal."""
-    config, dtype = models.generator.config, models.generator.dtype
-    kept = config.num_hidden_layers * num_tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
-    return models.device.type == "cpu" and kept * dtype.itemsize > free_memory() / 2
-
-
-def free_memory() -> float:
-    """Return this machine's free memory in bytes, or infinity if it is unknown."""
-    with contextlib.suppress(OSError, TypeError):
-        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-    return math.inf
 
 
 @contextlib.contextmanager
@@ -2521,9 +2499,7 @@ def draw_results(
 # Files
 
 VERSIONED = ("transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 13
-UNFINISHED_FOLDER = "unfinished"  # what an interrupted run needs besides its state: codes and finished batches
-BATCH_FILE = "batch_{:05}.safetensors"  # in this folder
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 14
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal. First come those that say if the others are complete.
 RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, TARGETS_FILE, "capacity.csv", PROTO_TOKENS_FILE]
@@ -2627,12 +2603,10 @@ def remove_results(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove files that only an interrupted run needs, and the half-written files of a killed run. Raises OSError."""
+    """Remove an interrupted run's state, and the half-written files of a killed run. Raises OSError."""
     half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
-    for file in (folder / STATE_FILE, *(folder / UNFINISHED_FOLDER).glob("*.safetensors*"), *half_written):
+    for file in (folder / STATE_FILE, *half_written):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (folder / UNFINISHED_FOLDER).rmdir()
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
@@ -2877,7 +2851,7 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
 
 def read_state(folder: Path) -> dict | None:
     """Return the state that `Recorder` saved, on the CPU; None if there is none. Raises UserError if it is damaged."""
-    file, unfinished = folder / STATE_FILE, folder / UNFINISHED_FOLDER
+    file = folder / STATE_FILE
     if not file.exists():
         return None
     try:
@@ -2885,15 +2859,11 @@ def read_state(folder: Path) -> dict | None:
             raise ValueError(damaged)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["format"] == STATE_FORMAT:
-            learning = saved["learning"]
-            done = range(learning["first"] // learning["batch_size"])
-            saved["codes"] = load_file(unfinished / "codes.safetensors")["codes"]
-            saved["batches"] = [load_file(unfinished / BATCH_FILE.format(index)) for index in done]
             return saved
     except Exception as error:  # a damaged file can raise any exception
         if is_out_of_memory(error):
             raise
-    raise UserError(f"{file} or {unfinished} is damaged or of another version: leave out --resume to start again")
+    raise UserError(f"{file} is damaged or of another version: leave out --resume to start again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3115,8 +3085,6 @@ class Recorder:
             elif is_finished(self.folder):
                 print(f"note: this replaces the finished run in {self.folder}; another --wandb-run-name keeps both")
             remove_results(self.folder)
-            if not self.args.from_proto_tokens:
-                write_tensors(self.folder / UNFINISHED_FOLDER / "codes.safetensors", {"codes": reference.codes})
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
 
@@ -3131,7 +3099,7 @@ class Recorder:
     def start_learning(self, learning: Optimisation) -> None:
         """If the run was interrupted, restore its optimisation and its history."""
         if self.saved:
-            learning.load_state_dict(self.saved["learning"], self.saved["batches"])
+            learning.load_state_dict(self.saved["learning"])
             print(f"resumed after step {learning.step}")
             for step, file in frames_in(self.folder).items():
                 if step > learning.step:
@@ -3189,8 +3157,6 @@ class Recorder:
             prompts = self.reference.prompts[: learning.batch.stop]
             write_table(self.folder / TARGETS_FILE, learning.targets.rows(prompts))
         if not learning.finished:
-            file = self.folder / UNFINISHED_FOLDER / BATCH_FILE.format(learning.first // learning.batch_size)
-            write_tensors(file, learning.results_of_batch())
             learning.begin_batch(learning.batch.stop)
         self.recorded_step = learning.step
         self.save_state(learning)
@@ -3217,6 +3183,7 @@ class Recorder:
             return
         state = {
             "format": STATE_FORMAT,
+            "codes": self.reference.codes,
             "learning": learning.state_dict(),
             "autoregressive_seconds": self.reference.autoregressive_seconds,
             "trials": self.trials,

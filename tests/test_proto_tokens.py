@@ -581,19 +581,6 @@ def test_gradient_checkpointing_computes_each_layer_again_on_the_way_back(tiny_m
     assert len(calls) == passes * len(layers)
 
 
-@pytest.mark.parametrize(("free", "passes"), [(50_000, 2), (10**9, 1)])
-def test_on_a_cpu_with_little_memory_layers_are_recomputed_from_the_start(
-    tiny_models, make_args, monkeypatch, free, passes
-):
-    """A CPU does not say that memory has run out: it kills."""
-    monkeypatch.setattr(vpt, "free_memory", lambda: free)
-    layers, calls = tiny_models.generator.model.layers, []
-    for layer in layers:
-        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    optimise(tiny_models, make_args("--num-steps", 1))
-    assert len(calls) == passes * len(layers)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a device is asked for
 
