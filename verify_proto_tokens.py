@@ -1774,7 +1774,7 @@ class TargetResults:
             "train/accuracy": self["accuracy"][begun].mean().item(),
             "train/top5_accuracy": self["top5_accuracy"][begun].mean().item(),
             "train/correct_tokens": int(self["num_correct"].sum()),
-            "train/best_accuracy": self["best_accuracy"].mean().item(),  # over all targets, so that it never falls
+            "train/best_accuracy": self["best_accuracy"].mean().item(),  # over all: a new batch does not lower it
         }
 
     def numbers_per_target(self) -> dict[str, float | None]:
@@ -1786,7 +1786,7 @@ class TargetResults:
         if len(begun) > SHOWN_TARGETS:
             shares, best = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), self["best_accuracy"][begun]
             p10, p50, p90 = best.quantile(shares).tolist() if len(best) else (0.0, 0.0, 0.0)
-            counts = {"targets/ended": self.num_ended, "targets/in_flight": int(begun.sum()) - self.num_ended}
+            counts = {"targets/ended": self.num_ended, "targets/in_flight": int((begun & ~self["ended"]).sum())}
             return counts | {"targets/best_p10": p10, "targets/best_p50": p50, "targets/best_p90": p90}
         return {
             f"targets/{k}/{name}": self[name][k].item() if begun[k] else None
@@ -1810,7 +1810,7 @@ def mean_of_finite(values: Tensor) -> float | None:
 
 @torch.no_grad()
 def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """Copy a step's numbers of the learning targets, [F] each, to the host: the only such copy in a step."""
+    """Copy the step's numbers, [F] each, to the host: the only copy in a step, because the host must wait for it."""
     num_targets, num_tokens = predictions.losses.shape
     columns = {
         "loss": predictions.losses.mean(1),
@@ -1833,7 +1833,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
 
 
 class Optimisation:
-    """The optimisation of codes [B, N]: the results of all targets, and the batch that is learning now.
+    """Hold the state of learning to predict codes [B, N]: all targets' results, and the batch that learns now.
 
     Targets that share a learned m are one batch and end together. Targets with a given m, or each with its own, learn
     independently, one batch after another. A target that has ended leaves its batch; its last numbers and its best
@@ -1880,7 +1880,7 @@ class Optimisation:
 
     @property
     def batch(self) -> range:
-        """Return the targets of the present batch, ended or not."""
+        """Return the targets of the current batch, including those that have ended."""
         return range(self.first, min(self.first + self.batch_size, len(self.codes)))
 
     @property
@@ -1894,7 +1894,7 @@ class Optimisation:
     def evaluate(self) -> Predictions:
         """Compute loss and gradient of the targets that learn; if memory runs out, retry in a way that needs less.
 
-        First recompute the layers, unless the user said otherwise; then halve the number of targets in a pass.
+        With --gradient-checkpointing auto, turn checkpointing on first. Then halve the number of targets in a pass.
         """
         while True:
             try:
@@ -1927,7 +1927,7 @@ class Optimisation:
     @torch.no_grad()
     def keep_best(self, new_best: Tensor, predictions: Predictions) -> None:
         """Keep the embeddings and predictions of the active targets for which `new_best` [F] is true."""
-        places = new_best.nonzero().flatten().tolist()  # `new_best` is on the host, so this waits for no device
+        places = new_best.nonzero().flatten().tolist()  # `new_best` is on the host: no wait for the device
         if not places:
             return
         if self.together:  # one problem, so `new_best` is true for all targets
@@ -1940,7 +1940,7 @@ class Optimisation:
             kept[targets] = present[places]
 
     def summary(self) -> dict:
-        """Return the final accuracies and loss, the best step, and the steps and seconds of all batches."""
+        """Return final accuracies and loss, the targets' latest best step, and the steps and seconds of all batches."""
         last = self.targets.means()
         return {
             "final_accuracy": last["train/accuracy"],
@@ -1983,9 +1983,9 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     """Run the optimisation loop, which learns the proto-tokens of the current batch.
 
     A target ends after --num-steps steps, when it reaches --target-accuracy, or when its loss or gradient is not finite
-    and its optimiser cannot go back. Targets that share m end together, once all reach --target-accuracy. The run ends
-    early at a stop signal (raises Stopped), or if memory runs out or a file cannot be written (raises UserError). The
-    numbers of a step describe the embeddings before its update.
+    and the optimiser cannot return to a finite loss. Targets that share a learned m end together: once all reach
+    --target-accuracy. The numbers of a step describe the embeddings before its update. Raises Stopped at a stop signal,
+    UserError if a file cannot be written, or an out-of-memory error, which `learn` turns into a UserError.
     """
     for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
         started = time.perf_counter()
@@ -2030,7 +2030,7 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
 
 @contextlib.contextmanager
 def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[None]:
-    """Recompute layer by layer in the backward pass. Transformers needs training mode for this; dropout stays off."""
+    """If `on`, recompute each layer in the backward pass. Transformers does so only in training mode; dropout is 0."""
     if not on:
         yield
         return
@@ -2138,7 +2138,7 @@ def teacher_forced(models: Models, text: str, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_of(models: Models, hidden_states: Tensor, codes: Tensor) -> Tensor:
-    """Return the cost in bits [N], -log2 p(code), of codes [N] that hidden_states [N, D] predict."""
+    """Return -log2 p(code), in bits, of each of the true codes [N] under the predictions of hidden_states [N, D]."""
     return predict(models, hidden_states[None], codes[None]).losses[0] / math.log(2)
 
 
@@ -2163,7 +2163,7 @@ def unigram_bits(codes: Tensor) -> float:
 
 
 def information(models: Models, reference: Reference, predictions: Predictions, cfg_scale: float) -> list[dict]:
-    """Return the cost of each target in bits, after Kuratov et al. (ACL 2025, hidden_capacity).
+    """Return the cost of each target in bits, following Kuratov et al. (ACL 2025, arXiv 2502.13063).
 
     uniform: N log2(codebook size), the same for any codes. unigram: N times the entropy of the target's own codes.
     autoregressive: teacher-forced after the prompt. unprompted: teacher-forced after the template without a prompt.
@@ -2204,7 +2204,7 @@ def describe_targets(reconstruction: Reconstruction, bits: list[dict], rows: lis
     rank, targets = reconstruction.predictions.rank, []
     for k, row in enumerate(rows):
         num_errors = (rank[k] > 0).sum().item()
-        # This `best_accuracy` replaces the one from learning, because it is the accuracy of the picture.
+        # A run that only reconstructs has no `best_accuracy` in `row`; after learning, this value is the same as there.
         accuracy = 100 * (rank.shape[1] - num_errors) / rank.shape[1]
         error = reconstruction.errors[k].item()
         numbers = {"best_accuracy": accuracy, "num_errors": num_errors, "psnr": psnr(error)}
@@ -2259,7 +2259,7 @@ def summarise(
 
 SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets; the numbers cover all
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-# For each letter, including Chinese and emoji, Matplotlib uses the first installed font in this list that has it.
+# For each character, including Chinese and emoji, Matplotlib uses the first installed font here that contains it.
 FONT_FAMILIES = [
     "DejaVu Sans",
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
@@ -2294,7 +2294,7 @@ def render(figure: Figure) -> Image.Image:
 
 
 def heading_of(prompt: str, width: int, lines: int) -> str:
-    """Return the prompt as a figure's heading: at most `lines` lines of at most `width` letters."""
+    """Return the prompt as a figure's heading: at most `lines` lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(prompt, width, max_lines=lines, placeholder=" …"))
 
 
@@ -2474,7 +2474,7 @@ def draw_results(
 ) -> dict[str, Image.Image]:
     """Draw the pictures of a run, and return them by W&B name. The file name is the W&B name with `.png`.
 
-    RESULTS lists the files. `targets`: those to show, the first, then the worst others. `rank` [B, N] covers all.
+    RESULTS lists the files. `targets`: the first SHOWN_TARGETS, then the worst others. `rank` [B, N]: all targets.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2501,7 +2501,7 @@ def draw_results(
 VERSIONED = ("transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 14
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
-# Files that a run writes, in the order of removal. First come those that say if the others are complete.
+# Files that a run writes, in the order of removal: first the files that show whether the others are complete.
 RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, TARGETS_FILE, "capacity.csv", PROTO_TOKENS_FILE]
 RESULTS += ["progress.gif", "reference_image.png", "reconstructed_image.png", "comparison.png", "worst_targets.png"]
 RESULTS += ["token_error_map.png", "training_curves.png", "capacity.png"]
@@ -2587,7 +2587,7 @@ def lock_folder(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another run is at work in {folder}: give this one a --wandb-run-name, or wait") from None
+            raise UserError(f"another run is at work in {folder}: choose another --wandb-run-name, or wait") from None
         except OSError:
             pass  # a file system without locks
     return lock
@@ -2610,7 +2610,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def frames_in(folder: Path) -> dict[int, Path]:
-    """Return the frames of the moving picture by step, in ascending order; ignore files that are not frames."""
+    """Return the frame files of progress.gif by step, in ascending order; ignore other files."""
     files = [file for file in folder.glob("progress/step_*.png") if file.stem[5:].isdecimal()]
     frames = {int(file.stem[5:]): file for file in files}
     return dict(sorted(frames.items()))
@@ -2642,7 +2642,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         settings["images_fingerprint"] = digest_of(args.images)
     del settings["prompts"]
     settings = {name: settings[name] for name in DECIDES if name in settings}
-    return json.loads(json.dumps(settings, default=str))  # paths become text, tuples lists, as in config.json
+    return json.loads(json.dumps(settings, default=str))  # paths become text and tuples become lists, as in config.json
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -2698,7 +2698,7 @@ def append_to_table(file: Path, row: dict) -> None:
 
 
 class ReferenceCache:
-    """Cache decoded references, each in a file whose name is a hash of the prompt and the settings that decide it."""
+    """Cache the codes of references, each in a file named by a hash of its prompt and the settings that affect it."""
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.num_tokens, self.codebook_size = folder, settings["num_tokens"], settings["codebook_size"]
@@ -2711,7 +2711,7 @@ class ReferenceCache:
         return self.folder / f"{key[:32]}.safetensors", key
 
     def read(self, prompts: list[str]) -> dict[str, tuple[Tensor, float | None]]:
-        """Map each prompt in the cache to its codes [N] and decoding seconds. Warn of damaged files."""
+        """Map each of `prompts` that is cached to its codes [N] and decoding seconds. Warn of damaged files."""
         decoded = {}
         for prompt in prompts:
             file, key = self.entry(prompt)
@@ -2777,7 +2777,7 @@ def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | No
 
 
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
-    """Read the proto-tokens of an earlier run. Raises UserError if they are unfit or in this run's own folder."""
+    """Read the proto-tokens of an earlier run. Raises UserError if the file is invalid or in this run's own folder."""
     if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
         raise UserError(f"{option} {file} is in this run's own folder: give this run another --wandb-run-name")
     try:
@@ -2800,7 +2800,7 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
         if not fitting:
             raise ValueError
         codes = target_ids - settings["visual_offset"]
-    except FileNotFoundError:  # safetensors also raises this if it may not read the file
+    except FileNotFoundError:  # safetensors also raises this if permission is denied
         why = "it cannot be read" if file.exists() else "there is no such file"
         raise UserError(f"{option} {file}: {why}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
@@ -2875,9 +2875,9 @@ WANDB_LOGIN_SECONDS = 30  # for the user to enter an API key when W&B asks for i
 
 
 def wandb_settings(args: argparse.Namespace) -> object | None:
-    """Return W&B's settings: options first, then the environment. Return None if its service does not start.
+    """Return W&B's settings; options override the environment. Return None if its service does not start.
 
-    Raises UserError if W&B refuses a setting.
+    Raises UserError if W&B is not installed or refuses a setting.
     """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
@@ -2893,7 +2893,7 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
     with contextlib.suppress(ImportError, AttributeError):  # disable W&B's telemetry of errors
         wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # else it waits forever for a dead service
     try:
-        # W&B also reads the environment, and the settings file that commands such as `wandb offline` leave in a folder.
+        # W&B also reads the environment, and the file wandb/settings, which commands such as `wandb offline` write.
         mode = {"mode": args.wandb_mode} if args.wandb_mode else {}
         wandb.setup(Settings(login_timeout=WANDB_LOGIN_SECONDS, **mode))
         return Settings(
@@ -2923,7 +2923,7 @@ def as_wandb_value(value: object) -> object:
 
 
 class Tracker:
-    """Report a run to Weights & Biases, if the user asks for it. Print a failure of W&B once; it never ends the run."""
+    """Report a run to Weights & Biases, if the user asks for it. After the start, print a failure once and go on."""
 
     def __init__(self, args: argparse.Namespace):
         """Prepare W&B's settings. Raises UserError if W&B refuses one."""
@@ -2954,8 +2954,8 @@ class Tracker:
             except wandb.Error as error:
                 if "already exists" in str(error):
                     raise UserError(
-                        f"W&B already has a run {os.environ.get('WANDB_RUN_ID')}, the id in WANDB_RUN_ID: unset the "
-                        "variable, or go on with that run with --resume"
+                        f"W&B already has a run with the id {os.environ.get('WANDB_RUN_ID')}, from WANDB_RUN_ID: "
+                        "unset the variable, or continue that run with --resume"
                     ) from None
                 print(f"W&B: {main_line(error)}; this run is kept offline", file=sys.stderr)
                 wandb.teardown()  # a service that failed once would fail an offline run too
@@ -2992,7 +2992,7 @@ class Tracker:
         except Exception as error:  # errors of the client, its service or the disk have no common class
             import wandb
 
-            kept = f"send what it has with: {self.sync_command()}"
+            kept = f"upload the logged data with: {self.sync_command()}"
             print(f"W&B: {main_line(error)}; the run goes on without it; {kept}", file=sys.stderr)
             self.run = None
             logging.raiseExceptions = False  # else each line that W&B cannot write to its log prints an error
@@ -3031,14 +3031,14 @@ class Tracker:
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
     def log_proto_tokens(self, file: Path, status: str) -> None:
-        """Log the file as an artifact; if W&B cannot take one without its server, save it among the run's files."""
+        """Log the file as an artifact; if that fails, as it can without a server, save it among the run's files."""
         if self.run is None:
             return
         import wandb
 
         with self.tolerating_wandb_errors():
             try:
-                name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # ids can be longer
+                name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # W&B's limit
                 artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
                 artifact.add_file(str(file))
                 self.run.log_artifact(artifact)
@@ -3058,7 +3058,7 @@ class Recorder:
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
         self.args, self.folder, self.settings, self.tracker = args, folder, settings, tracker
-        self.saved = read_state(folder) if args.resume else None  # an interrupted run's; None once restored
+        self.saved = read_state(folder) if args.resume else None  # an interrupted run's state, until restored
         self.trials: list[dict] = []  # the trials of a --capacity search
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
@@ -3168,7 +3168,7 @@ class Recorder:
             self.tracker.log_row(row)
 
     def keep_frame(self, learning: Optimisation) -> None:
-        """Draw the reconstruction from the best embeddings so far, as a frame of the moving picture."""
+        """Draw, write and log the reconstruction from the best embeddings so far, as a frame of progress.gif."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
         frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
         write_image(self.folder / "progress" / f"step_{learning.step:06}.png", frame)
@@ -3257,7 +3257,7 @@ class Recorder:
         self.publish({"capacity": image}, summary, {"trials": self.trials})
 
     def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
-        """Log the results; write the pictures, then the summary, which shows that all other files are complete."""
+        """Write the pictures, log the results, then write the summary, which shows that the rest is complete."""
         for name, image in images.items():
             if name != "reference_image":  # `begin` has written it
                 write_image(self.folder / f"{name}.png", image)
@@ -3290,7 +3290,7 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
 
 @contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Use PyTorch's deterministic algorithms; with others, a GPU may add in another order and the history differs."""
+    """Use deterministic algorithms. On a GPU, others may sum in a different order in each run, changing the history."""
     torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
@@ -3312,7 +3312,7 @@ def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record:
     """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary."""
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
-        print(f"capacity: {num_tokens} tokens")
+        print(f"capacity: trying {num_tokens} tokens")
         learning = learn(models, codes[:, :num_tokens], given_m, record)
         record.trial(
             {
@@ -3387,7 +3387,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         summary = find_capacity(models, reference.codes, given_m, record)
         record.finish_capacity(summary)
         return summary
-    # 2. Learn e_t and m until one pass over [e_t, m, ..., m] of the frozen generator emits the targets; or load them.
+    # 2. Learn e_t and m until one pass of the frozen generator over [e_t, m, ..., m] emits the targets; or load them.
     if args.from_proto_tokens:
         proto_tokens, predictions = earlier.proto_tokens(models.device), None
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]

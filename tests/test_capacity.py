@@ -94,7 +94,7 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
         call_tiny(*SEARCH)
     assert not (tmp_path / "out" / "run" / "summary.json").exists()
     result = call_tiny(*SEARCH, "--resume")
-    assert result.code == 0 and f"capacity: {trials[0]} tokens" not in result.out.splitlines()
+    assert result.code == 0 and f"capacity: trying {trials[0]} tokens" not in result.out.splitlines()
     assert trials_in(tmp_path / "out" / "run") == whole
 
 
