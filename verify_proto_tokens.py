@@ -13,9 +13,9 @@ order. `generate_visual_codes` makes the reference, `learn_batch` is the trainin
 
 Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
 D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, F = targets
-that are still learning, G = problems (1 if all targets share m, else one per target), L = learned numbers per problem,
-M = pairs that L-BFGS keeps, T = tokens of a prompt. Targets are always visual codes, 0 .. C - 1. Token ids,
-code + visual_offset, occur only in the generator's input, in `Predictions.ids`, and in proto_tokens.safetensors.
+that are still learning, G = problems (1 if targets learn one m together, else one per target), L = learned numbers per
+problem, M = pairs that L-BFGS keeps, T = tokens of a prompt. A target is the N visual codes, 0 .. C - 1, of one image.
+Token ids, code + visual_offset, occur only in the generator's input, `Predictions.ids`, and proto_tokens.safetensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from typing import NamedTuple, NoReturn
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # on Windows, where runs do not lock their folders
     fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ BETAS = checked(
 SHARD = checked(
     lambda text: tuple(map(whole_number, text.split("/"))),
     lambda shard: len(shard) == 2 and 1 <= shard[0] <= shard[1],
-    "of the form 2/8: the second of eight",
+    "of the form 2/8 (the second of eight)",
 )
 TEXT = checked(str, None, "UTF-8 text")
 PROMPTS = checked(
@@ -152,7 +152,7 @@ RUN_NAME = checked(
     lambda name: (
         re.fullmatch(r"(?!\.\.?$)[^/\\\x00-\x1f]+", name) and name != CACHE_FOLDER and len(name.encode()) <= 128
     ),
-    f"at most 128 bytes of UTF-8 without slashes, and not {CACHE_FOLDER}",
+    f"a folder name of at most 128 bytes of UTF-8 without slashes or control characters, and not {CACHE_FOLDER}",
 )
 TAGS = checked(
     lambda text: [tag.strip() for tag in ",".join(listed(text)).split(",") if tag.strip()],
@@ -173,7 +173,7 @@ SWITCH = {
 # One row per option: a table is easiest to read.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser. Its `decides` maps each setting to what it affects: the second argument of `add`.
+    """Return the parser; its `decides` maps each setting to what the setting affects (the second argument of `add`).
 
     "model": which models are used; "reference": the reference, and so everything after it; "result": what is learned
     from the reference; "nothing": only how the run works and reports. These words determine a run's default name,
@@ -198,24 +198,26 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("models")
     add("--model-path", "model", f"SimpleAR generator: a folder or a hub id (default: {DEFAULT_MODEL})",
         type=TEXT, metavar="PATH")
-    add("--vq-model-ckpt", "model", "VQ tokenizer: a hub id, or a folder with decoder.jit; that file is code, so trust "
-        f"its source (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
+    add("--vq-model-ckpt", "model", "VQ tokenizer: hub id or folder with decoder.jit, which is code: use only a "
+        f"trusted source (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
     add("--demo", "model", "use the small demo model kept in the repository; needs no network", **SWITCH)
-    add("--device", "nothing", "torch device (default: the first CUDA GPU, else mps, else cpu)", type=TEXT)
-    add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto: tf32 where CUDA has "
-        "it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
+    add("--device", "nothing", "torch device (default: the first CUDA GPU, or the local rank's; else mps, else cpu)",
+        type=TEXT)
+    add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto: tf32 on GPUs that "
+        "have it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
 
     group = parser.add_argument_group("reference image")
-    add("--prompt", "reference", f"what the picture shows; repeat it to learn several (default: {DEFAULT_PROMPT})",
+    add("--prompt", "reference", f"what the picture shows; repeat for several pictures (default: {DEFAULT_PROMPT})",
         type=PROMPTS, action="extend", default=[], metavar="TEXT", dest="prompts")
-    add("--prompts-file", "nothing", "further prompts, one per line",
+    add("--prompts-file", "nothing", "text file with further prompts, one per line",
         type=FILES, action="extend", default=[], metavar="FILE", dest="prompts_files")
-    add("--shard", "result", "share the prompts among N runs: this one takes every N-th, beginning with the I-th",
-        type=SHARD, metavar="I/N")
-    add("--image", "result", "use the middle square of a picture as the target; --prompt says what it shows (default: "
-        "the file's name)", type=FILES, action="extend", default=[], metavar="FILE", dest="images")
-    add("--image-size", "result", "width and height", type=IMAGE_SIZE, default=256, metavar="PIXELS")
-    add("--cfg-scale", "reference", "classifier-free guidance; 1 means off", type=UP_TO_1000, default=6.0, metavar="S")
+    add("--shard", "result", "split the prompts among N runs: this run takes every N-th, from the I-th on; needs --m "
+        "own or --m-from", type=SHARD, metavar="I/N")
+    add("--image", "result", "use the middle square of a picture of your own; its --prompt is by default the file's "
+        "name; with Cosmos, needs a GPU", type=FILES, action="extend", default=[], metavar="FILE", dest="images")
+    add("--image-size", "result", "width and height, a multiple of the VQ tokenizer's 16 pixels (demo: 32)",
+        type=IMAGE_SIZE, default=256, metavar="PIXELS")
+    add("--cfg-scale", "reference", "classifier-free guidance scale; 1: off", type=UP_TO_1000, default=6.0, metavar="S")
     add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
     add("--top-k", "reference", "sample from the K likeliest visual codes only; 1 is greedy (default: "
         "all visual codes)", type=COUNT, metavar="K")
@@ -225,44 +227,44 @@ def build_parser() -> argparse.ArgumentParser:
         "1 means no penalty (default: from generation_config.json, else 1)", type=PENALTY, metavar="P")
     add("--force-generate", "nothing", "generate the reference even if it is cached", **SWITCH)
     add("--seed", "reference", "seed of the reference and of the initial proto-tokens", type=COUNT_OR_0, default=42)
-    add("--control", "result", "a harder target: random codes, the reference's codes in random order, or the reference "
+    add("--control", "result", "learn a control: random codes, the reference's codes in random order, or the reference "
         "with an untrained generator", choices=("random", "shuffled", "untrained"))
 
     group = parser.add_argument_group("optimisation of the proto-tokens")
     add("--num-steps", "result", "maximum number of steps for a target", type=COUNT, default=1000, metavar="STEPS")
-    add("--num-e-tokens", "result", "number of embeddings e_t per target: [e_1 .. e_K, m, ..., m]",
+    add("--num-e-tokens", "result", "number of embeddings e_t per target; the input is [e_1 .. e_K, m, ..., m]",
         type=COUNT, default=1, metavar="K")
     add("--m", "result", "whether several targets share one m or learn one each",
         choices=("shared", "own"), default="shared")
     add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
     add("--optimizer", "result", "optimiser", choices=("lbfgs", "adamw"), default="lbfgs")
-    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change per step; AdamW: peak rate, followed by "
-        "a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
-    add("--warmup-steps", "result", "AdamW: warm-up steps, at most a tenth of all steps",
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of the numbers per step; AdamW: peak "
+        "rate, followed by a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
+    add("--warmup-steps", "result", "AdamW: warm-up steps, capped at a tenth of --num-steps",
         type=COUNT_OR_0, default=20, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments",
         type=BETAS, default="0.9,0.9", metavar="B1,B2")
     add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping",
         type=AT_LEAST_0, default="0", metavar="NORM")
-    add("--initial-scale", "result", "standard deviation of the initial values",
+    add("--initial-scale", "result", "standard deviation of the initial proto-tokens",
         type=UP_TO_1000, default=0.25, metavar="STD")
     add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
         choices=("full", "visual"), default="full")
-    add("--cuda-graphs", "nothing", "record the kernels of a step and of a decoded token once, and replay them: fewer "
-        "launches; never tried on a GPU", choices=("off", "on"), default="off")
+    add("--cuda-graphs", "nothing", "record the kernels of a forward and backward pass and of a decoding step, and "
+        "replay them: fewer launches; never tried on a GPU", choices=("off", "on"), default="off")
     add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
         "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
-    add("--target-accuracy", "result", "stop at this token accuracy; 0: never (default: 100, or 99 with --capacity)",
-        type=PERCENT, metavar="PERCENT")
+    add("--target-accuracy", "result", "end a target at this token accuracy; 0: never early (default: 100, or 99 "
+        "with --capacity)", type=PERCENT, metavar="PERCENT")
     add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
         "--num-steps", **SWITCH)
-    add("--log-every", "result", "steps between two rows of the history (multiplied by the number of batches)",
+    add("--log-every", "result", "steps between two rows of history.csv; n times as many with n batches of targets",
         type=COUNT, default=1, metavar="STEPS")
     add("--save-every", "nothing", "steps between two saved states; a stop signal also saves the state",
         type=COUNT, default=100, metavar="STEPS")
-    add("--resume", "nothing", "continue the interrupted run with this name and these settings, if there is one",
-        **SWITCH)
+    add("--resume", "nothing", "continue the interrupted run with this name and these settings; without one, "
+        "start it", **SWITCH)
     add("--from-proto-tokens", "result", "learn nothing: reconstruct an earlier run's picture, with its models; give "
         "its folder or proto_tokens.safetensors", type=PROTO_TOKENS, metavar="FILE")
 
@@ -281,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
         "proto_256px_steps1000_lr02_seed42)", type=RUN_NAME, metavar="NAME")
     add("--wandb-tags", "nothing", "tags of the run (default: from WANDB_TAGS if set, else proto-tokens)",
         type=TAGS, metavar="TAG,TAG")
-    add("--wandb-group", "nothing", "group of the run", type=TEXT, metavar="NAME")
+    add("--wandb-group", "nothing", "W&B group of the run", type=TEXT, metavar="NAME")
     add("--wandb-mode", "nothing", "offline: sync later (default: from WANDB_MODE if set, else online)",
         choices=("online", "offline", "disabled"))
     return parser
@@ -349,13 +351,13 @@ def refuse_contradictions(args: argparse.Namespace, defaults: argparse.Namespace
 def choose_targets(args: argparse.Namespace) -> None:
     """Fill in all prompts, from the options, the prompts files or the pictures' names. Raises UserError."""
     for file in args.prompts_files:
-        args.prompts = [*args.prompts, *read_prompts(file)]  # a new list: the default is the parser's own
+        args.prompts = [*args.prompts, *read_prompts(file)]  # a new list, so that the parser's default stays empty
     if not args.prompts:
         names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
         args.prompts = names or [DEFAULT_PROMPT]
     if args.images and len(args.images) != len(args.prompts):
         raise UserError(
-            f"{len(args.images)} times --image, {len(args.prompts)} times --prompt: give one prompt per image"
+            f"{len(args.images)} times --image, number of prompts: {len(args.prompts)}; give one --prompt per image"
         )
 
 
@@ -433,7 +435,7 @@ def fill_in_name_and_wandb(args: argparse.Namespace, default_name: str) -> None:
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """Return a name such as proto_256px_steps1000_lr02_seed42, followed by all other settings not at their defaults.
 
-    Settings that decide "nothing" are left out. If the name shows only part of a text, it ends in a digest, so that
+    Settings that decide "nothing" are left out. If the name does not show a value in full, it ends in a digest, so that
     runs with different settings never share a folder.
     """
     rate = re.sub(r"^0\.", "0", name_part(args.learning_rate))
@@ -535,7 +537,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once: only the training loop has something to save
 
-# A matplotlibrc can name missing things; matplotlib warns about each of them at import and for each letter drawn.
+# A matplotlibrc can hold unknown keys and missing fonts; matplotlib warns at import, and for each letter drawn.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
 try:
@@ -572,7 +574,8 @@ except Exception as error:  # a bad environment variable or a file that shadows 
         raise
     statement = traceback.extract_tb(error.__traceback__)[0].line
     why = textwrap.shorten(str(error), 250) or type(error).__name__
-    exit_with_error(f"`{statement}` fails ({why}): fix what the error names, or install requirements.txt")
+    remedy = "fix what the error names, install requirements.txt, or use .venv/bin/python"
+    exit_with_error(f"`{statement}` fails ({why}): {remedy}")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
@@ -605,7 +608,7 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 def main_line(error: BaseException) -> str:
     """Return the line of an error's message that says what happened.
 
-    TorchScript puts it after a traceback, the hub after a title, and pydantic into the first of its details.
+    TorchScript puts it after a traceback, huggingface_hub after a title, and pydantic into the first of its details.
     """
     if type(error).__name__ == "ValidationError":  # of pydantic, which checks W&B's settings
         details = error.errors()[0]
@@ -620,7 +623,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words):
         return True
-    return error.__context__ is not None and is_out_of_memory(error.__context__)  # ending a recording can fail, too
+    return error.__context__ is not None and is_out_of_memory(error.__context__)  # a failed graph capture can hide it
 
 
 @contextlib.contextmanager
@@ -755,11 +758,11 @@ def num_tokens_of(image_size: int, factor: int) -> int:
 def load_models(args: argparse.Namespace) -> Models:
     """Load the frozen models; check the small parts before the generator, which loads slowly. Raises UserError."""
     device = pick_device(args.device)
-    precision = pick_precision(args.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # torch's precision checks and graphs use the current device
     elif args.cuda_graphs == "on":
         raise UserError(f"--cuda-graphs on needs a CUDA GPU, not {device}: leave it out")
+    precision = pick_precision(args.dtype, device)
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
@@ -812,7 +815,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, else the device type. It is a setting because a seed's reference differs between GPUs."""
+    """Return the GPU's name, else the device type. The cache key has it: other GPUs may make other codes."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -839,7 +842,7 @@ def tf32_if_asked(models: Models) -> Iterator[None]:
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
-    """Return the folder itself, or the local snapshot of a hub repository, downloaded if needed.
+    """Return `name` if it is a folder, else the local snapshot of that hub repository, downloaded if needed.
 
     Raises UserError.
     """
@@ -893,13 +896,13 @@ def read_repetition_penalty(folder: Path) -> float:
     file = folder / "generation_config.json"
     if not file.exists():
         file = folder / "config.json"
-    with one_line_for(f"{file} cannot be used", "mend it, or give a --repetition-penalty"):
+    with one_line_for(f"{file} cannot be used", "fix it, or give a --repetition-penalty"):
         fields = json.loads(file.read_text(encoding="utf-8"))
         penalty = float(fields.get("repetition_penalty") or 1)
         if not 0.01 <= penalty <= 100:
             raise ValueError(f"its repetition_penalty is {penalty:g}, not from 0.01 to 100")
     if penalty != 1:
-        print(f"note: decoding with the checkpoint's own --repetition-penalty of {penalty:g}; 1 means no penalty")
+        print(f"note: decoding with the checkpoint's own repetition_penalty of {penalty:g}; 1 means no penalty")
     ignored = [name for name in IGNORED_GENERATE_OPTIONS if fields.get(name) not in (None, 0, 1, [])]
     if ignored:
         print(f"note: {file.name} asks for {', '.join(ignored)}, which is not followed")
@@ -916,7 +919,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2ForCausalLM:
-    """Load the generator and freeze it. Raises UserError."""
+    """Load the generator, freeze it, and run it once, so that failures show now. Raises UserError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     remedy = "download them again, or take a SimpleAR checkpoint"
@@ -959,7 +962,7 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
 def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """Compute attention like transformers' "sdpa"; on a GPU in float32, repeat the shared keys and values [B, H, N, d].
+    """Compute attention like transformers' "sdpa"; on a GPU in float32, repeat keys and values for each query head.
 
     With enable_gqa, CUDA has only its slowest kernel for float32, which stores all attention weights [B, heads, N, N].
     """
@@ -1110,7 +1113,7 @@ Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses pictures above twice this
 
 @dataclass(frozen=True)
 class Reference:
-    """The targets: visual codes and prompts, and the pixels of the first few."""
+    """Hold the targets: visual codes and prompts, and the pixels of the first few."""
 
     codes: Tensor  # [B, N]
     autoregressive_seconds: float | None  # to decode a single target alone; None in all other cases
@@ -1129,7 +1132,7 @@ def negative_prompt(size: str = "") -> str:
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
-    """Return the tokenizer's token for the image size, such as `<|512px|>`; "" if there is none, as in SimpleAR."""
+    """Return the tokenizer's token for the image size, such as `<|512px|>`, or "" if it has none, like SimpleAR's."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
 
@@ -1162,8 +1165,8 @@ def new_targets(
 ) -> tuple[Tensor, float | None]:
     """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
 
-    To add a kind, add a branch here, an option checked in `refuse_contradictions` and `choose_targets`, its shard in
-    `take_shard`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
+    To add a kind of target, add a branch here, an option checked in `refuse_contradictions` and `choose_targets`, its
+    shard in `take_shard`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
@@ -1207,7 +1210,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     """Read a picture's middle square as pixels [3, size, size] in [0, 1]. Raises UserError.
 
     Turn it as its EXIF orientation says, and make transparent parts white. Scale it as SimpleAR's data preparation
-    does: halve it by box averages while it is at least twice too large, then resize it with a bicubic filter.
+    does: halve it by box averages while its side is at least twice `size`, then resize it with a bicubic filter.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # Pillow warns of damaged EXIF
@@ -1231,13 +1234,13 @@ def read_picture(file: Path, size: int) -> Tensor:
 def as_cuda_graph(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
     """Record the CUDA kernels of `work(*inputs)` as a graph; return a function that replays them for other inputs.
 
-    The inputs keep their shapes. `work` must use the same memory in each call and never wait for the device. A replay
-    launches all kernels at once, and writes its results into the tensors that the recording returned.
+    The inputs must keep their shapes. `work` must use the same memory in each call and never wait for the device. A
+    replay launches all kernels at once, and writes its results into the tensors that the recording returned.
     """
     buffers, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        work(*buffers)  # a first call loads kernels, which cannot be recorded
+        work(*buffers)  # the first call loads kernels, and loading cannot be recorded
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as W&B's, may use CUDA meanwhile.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -1328,7 +1331,7 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
-    """Sample one index per row of scores [B, C], each with its own generator; top-k keeps ties with the k-th score."""
+    """Sample one index per row of scores [B, C], each with its own RNG; top-k keeps ties with the k-th score."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -1350,7 +1353,7 @@ LOGITS_AT_ONCE = 2**25  # in memory at a time: in float32, a few copies of 128 M
 
 @dataclass
 class ProtoTokens:
-    """The learned embeddings of B targets, in float32 for any precision of the generator.
+    """Hold the learned embeddings of B targets, in float32 for any precision of the generator.
 
     All numbers that learn are in one leaf tensor, `points` [G, L], with one row per problem. If the targets learn one
     m together, they form one problem (G = 1); otherwise each target is a problem (G = B). A row holds the e_t of its
@@ -1396,7 +1399,7 @@ def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoToken
 def initial_proto_tokens(
     models: Models, num_targets: int, args: argparse.Namespace, given_m: Tensor | None = None
 ) -> ProtoTokens:
-    """Draw the initial values with a seeded CPU generator: the same for every target and on any device.
+    """Draw the initial values with a seeded RNG on the CPU: the same for every target and on any device.
 
     If there is a `given_m` [1, D], use it unchanged as m.
     """
@@ -1500,10 +1503,10 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: `step` moves the points [G, L] in place, by points.grad and the losses [F]. To add one, write a class
-# ---- with the methods `step`, `drop_others` (may come before any step), `state_dict` and `load_state_dict` and the
-# ---- tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice, with its help, to
-# ---- --optimizer. Check `refuse_contradictions`.
+# ---- optimisers: `step` moves the points [G, L] in place, using points.grad and the losses [F]. To add one, write a
+# ---- class with the methods `step`, `drop_others` (may be called before the first `step`), `state_dict` and
+# ---- `load_state_dict`, and the tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice,
+# ---- with its help, to --optimizer. Check `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1517,7 +1520,7 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
 
 
 class AdamW:
-    """torch's AdamW without weight decay. It updates each number separately, so the G problems are independent.
+    """Apply torch's AdamW without weight decay. It updates each number separately, so the G problems are independent.
 
     The rate follows `rate_at`. If --grad-clip is above 0, the gradient of each problem is clipped first.
     """
@@ -1559,13 +1562,13 @@ class AdamW:
 
 
 class LBFGS:
-    """Limited-memory BFGS for G independent problems of L numbers each. Each step uses one evaluation of the loss.
+    """Solve G independent problems of L numbers each by limited-memory BFGS, with one evaluation of the loss per step.
 
-    It moves from the last accepted point x by -alpha H g, by at most `rate` (root mean square over the numbers). H is
-    built from the newest pairs: a step s and the change y of the gradient. If the loss falls too little (Armijo's
-    condition, with a tolerance for rounding) or is not finite, the next step tries a smaller alpha; after TRIES
-    failures, all pairs are discarded. Each embedding has its own scale, since m is the input at nearly all positions
-    and each e_t at only one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    A step moves from the last accepted point x by -alpha H g, at most `rate` (root mean square over the numbers). H
+    approximates the inverse Hessian; it is built from the newest pairs: a step s and the change y of the gradient g. If
+    the loss falls too little (Armijo's condition, with a tolerance for rounding) or is not finite, the next step tries
+    a smaller alpha; after TRIES failures, all pairs are discarded. Each embedding has its own scale, since m is used at
+    most positions and e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
     """
 
     PAIRS = 60
@@ -1579,7 +1582,7 @@ class LBFGS:
         self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
         count, size = points.shape
         self.x = points.detach().clone()  # [G, L], the last point accepted
-        self.loss = points.new_full((count,), math.inf)  # [G], the loss at x; at first any loss is less
+        self.loss = points.new_full((count,), math.inf)  # [G], the loss at x; inf, so that the first point is accepted
         self.gradient = torch.zeros_like(self.x)
         self.direction = torch.zeros_like(self.x)
         self.alpha = torch.zeros_like(self.loss)  # the trial moves by alpha times the direction
@@ -1609,7 +1612,7 @@ class LBFGS:
         given_up = ~accepted & ((failures >= self.TRIES) | vanished)
         search_ended = accepted | given_up
         self.failures = failures.masked_fill_(search_ended, 0)
-        # Before `remember` discards pairs: if steepest descent (no pairs) is given up too, the next must be finite.
+        # Read pairs before `remember` discards them. Without pairs, even steepest descent failed, and no way is left.
         self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
         fraction = 0.5 * descent / (self.loss + descent - losses)  # of alpha
@@ -1619,7 +1622,7 @@ class LBFGS:
         self.x = torch.where(accepted[:, None], tried, self.x)
         self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        self.direction, alpha = self.next_direction()  # unchanged where the trial failed, as are x and the pairs
+        self.direction, alpha = self.next_direction()  # unchanged where only alpha shrinks, since x and pairs are
         self.alpha = torch.where(search_ended, alpha, shorter_alpha)
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
@@ -1701,10 +1704,10 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
 
 
 class TargetResults:
-    """The results of B targets so far: a table of columns [B], on the host.
+    """Hold the results of B targets so far: a table of columns [B], on the host.
 
     The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that share a learned m
-    have the same best step; otherwise each target has its own. `reached`: the target reached the target accuracy;
+    have the same best step; otherwise each target has its own. `reached`: the target reached --target-accuracy;
     `ended`: it stopped learning, for this or another reason.
     """
 
@@ -2278,6 +2281,7 @@ STYLES = [
         "grid.color": FAINT,
         "grid.alpha": 0.25,
         "figure.constrained_layout.h_pad": 0.08,
+        "axes.formatter.min_exponent": 3,  # on a logarithmic axis, 0.2 instead of 2 x 10^-1
     },
 ]
 
@@ -2363,21 +2367,24 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
-    """Draw a row for each target: prompt and accuracy, reference, reconstruction, error map."""
-    figure = Figure(figsize=(10.6, 2.3 * len(shown) + 0.6), dpi=110, layout="constrained")
-    rows = figure.subplots(len(shown), 4, squeeze=False, width_ratios=(1.25, 1, 1, 1))
+    """Draw for each target its prompt and accuracy, reference, reconstruction and error map, in columns of up to 8."""
+    columns = math.ceil(len(shown) / 8)
+    num_rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(10.6 * columns, 2.3 * num_rows + 0.6), dpi=110, layout="constrained")
+    axes = figure.subplots(num_rows, 4 * columns, squeeze=False, width_ratios=(1.25, 1, 1, 1) * columns)
     if title:
         figure.suptitle(title, fontsize=11)
-    for row, target in zip(rows, shown, strict=True):
-        words, *pictures = row
-        words.axis("off")
+    for axis in axes.flat:
+        axis.axis("off")
+    for k, target in enumerate(shown):
+        column, row = divmod(k, num_rows)
+        words, *pictures = axes[row, 4 * column : 4 * column + 4]
         heading = heading_of(target["prompt"], width=22, lines=3)
         words.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
         words.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
-        for axis, name in zip(pictures, ("reference", "reconstruction", "error_map"), strict=True):
-            show(axis, target[name])
-    for axis, heading in zip(rows[0][1:], ("reference", "one forward pass", "wrong tokens"), strict=True):
-        axis.set_title(heading, loc="center")
+        names = {"reference": "reference", "reconstruction": "one forward pass", "error_map": "wrong tokens"}
+        for axis, (name, label) in zip(pictures, names.items(), strict=True):
+            show(axis, target[name], label if row == 0 else "")
     return render(figure)
 
 

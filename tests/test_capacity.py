@@ -107,14 +107,14 @@ def test_a_search_over_several_batches_that_is_killed_in_a_trial_goes_on(call_ti
     class Killed(BaseException):
         pass
 
-    def write(file, *rest):
-        really_write(file, *rest)
-        if file.name.startswith("batch") and next(written) == 4:  # of the second trial or a later one
+    def end_batch(recorder, learning):
+        really_end(recorder, learning)
+        if not learning.finished and next(ended) == 4:  # two of each trial's three batches are counted
             raise Killed
 
-    really_write, written = vpt.write_tensors, iter(range(10**6))
+    really_end, ended = vpt.Recorder.end_batch, iter(range(10**6))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vpt, "write_tensors", write)
+        patch.setattr(vpt.Recorder, "end_batch", end_batch)
         call_tiny(*arguments)
     assert call_tiny(*arguments, "--resume").code == 0
     assert trials_in(tmp_path / "out" / "run") == whole

@@ -236,7 +236,7 @@ def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tm
     own = vpt.load_models(make_args("--model-path", tmp_path / "generator"))
     assert own.repetition_penalty == 1.1
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert "--repetition-penalty of 1.1" in note
+    assert "own repetition_penalty of 1.1" in note
     none = vpt.load_models(make_args("--model-path", tmp_path / "generator", "--repetition-penalty", "1"))
     assert none.repetition_penalty == 1 and "note:" not in capsys.readouterr().out
     args = make_args()
