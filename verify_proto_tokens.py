@@ -239,8 +239,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
     add("--optimizer", "result", "optimiser", choices=("lbfgs", "adamw"), default="lbfgs")
-    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of the numbers per step; AdamW: peak "
-        "rate, followed by a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of the numbers per step (default: 0.2); "
+        "AdamW: peak rate before a cosine decay (default: 0.01)", type=POSITIVE, metavar="RATE")
     add("--warmup-steps", "result", "AdamW: warm-up steps, capped at a tenth of --num-steps",
         type=COUNT_OR_0, default=20, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments",
@@ -311,6 +311,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Set the options that were not given and depend on other options. Raises UserError."""
+    if args.learning_rate is None:
+        args.learning_rate = 0.2 if args.optimizer == "lbfgs" else 0.01
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
@@ -938,6 +940,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
         if generator.config.tie_word_embeddings and generator.lm_head.weight is not generator.model.embed_tokens.weight:
             print("note: config.json ties the head to the embedding, so the file's own lm_head.weight is not used")
             generator.lm_head.weight = generator.model.embed_tokens.weight
+    with one_line_for(f"the generator does not run in {precision} on {device}", "try --dtype float32 or --device cpu"):
         generator = generator.to(device).eval().requires_grad_(False)  # frozen: from here on, no parameter learns
         generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     return generator
@@ -1450,9 +1453,9 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
     return Predictions(losses, rank, predicted_ids, visual_logits.argmax(-1))
 
 
-def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
+def chunks_of_positions(num_positions: int, head: Tensor) -> list[slice]:
     """Return slices of positions, each of at most about LOGITS_AT_ONCE logits: all logits [B, N, V] may not fit."""
-    num_chunks = math.ceil(num_positions * len(models.head) / LOGITS_AT_ONCE)
+    num_chunks = math.ceil(num_positions * len(head) / LOGITS_AT_ONCE)
     # Chunks of equal size: a small last one would be slow.
     return slices(num_positions, math.ceil(num_positions / num_chunks))
 
@@ -1460,7 +1463,7 @@ def chunks_of_positions(models: Models, num_positions: int) -> list[slice]:
 def predict(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [B, N, D] with the targets `codes` [B, N]."""
     all_states, all_codes = hidden_states.flatten(0, 1), codes.flatten()
-    chunks = chunks_of_positions(models, len(all_codes))
+    chunks = chunks_of_positions(len(all_codes), models.head)
     return joined([predict_positions(models, all_states[chunk], all_codes[chunk]) for chunk in chunks], codes.shape)
 
 
@@ -1494,7 +1497,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
         # then once through the layers.
         head_inputs = hidden_states.detach().requires_grad_()
         all_states, all_codes = head_inputs.flatten(0, 1), codes[part].flatten()
-        for chunk in chunks_of_positions(models, len(all_codes)):
+        for chunk in chunks_of_positions(len(all_codes), models.head):
             predictions = predict_positions(models, all_states[chunk], all_codes[chunk])
             predictions.losses.sum().backward()
             parts.append(predictions._replace(losses=predictions.losses.detach()))
@@ -2067,7 +2070,7 @@ def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Hold the output of one forward pass over proto-tokens: predictions [B, N] for all targets, pictures of some."""
+    """Hold what one forward pass over the proto-tokens predicts, [B, N] for all targets, and pictures of some."""
 
     predictions: Predictions
     errors: Tensor  # [B], mean squared error of pixels in [0, 1]
@@ -2081,11 +2084,11 @@ def reconstruct(
 ) -> Reconstruction:
     """Decode the likeliest codes of `predictions`, or of a new pass if none are given. Time a pass in both cases.
 
-    `predictions` come from a pass made while learning, because in half precision a pass over another set of targets
-    may round differently. If the argmax of a position is a text id, the position counts as wrong, and the picture
-    shows its likeliest visual code.
+    After learning, `predictions` are those of the best step: in half precision, a pass over another set of targets may
+    round differently. If the argmax of a position is a text id, the position counts as wrong, and the picture shows its
+    likeliest visual code.
     """
-    print("reconstruction: one pass over the best proto-tokens")
+    print("reconstruction: timing the pass, and decoding its codes")
     one_pass_seconds = timed_pass(models, proto_tokens, codes.shape[1])
     predictions = predictions or predict_in_one_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
@@ -2102,11 +2105,14 @@ def reconstruct(
 
 @torch.no_grad()
 def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
-    """Return the median seconds of a pass that emits all codes; repeat it for 2 s, but at most six times."""
+    """Return the median seconds to emit the codes of all targets; repeat it for 2 s, but at most six times.
+
+    Many targets need several passes. Compute the logits of visual codes only, as in decoding.
+    """
 
     def emit(part: slice) -> None:
         hidden_states = one_pass(models, proto_tokens, num_tokens, part).flatten(0, 1)
-        for chunk in chunks_of_positions(models, len(hidden_states)):
+        for chunk in chunks_of_positions(len(hidden_states), models.visual_head):
             F.linear(hidden_states[chunk], models.visual_head).argmax(-1)
 
     batch, at_once, seconds = len(proto_tokens.e_t), targets_at_once(models, num_tokens), []
@@ -2152,7 +2158,7 @@ def text_ids_ahead(models: Models, cond_states: Tensor, uncond_states: Tensor, c
     `cond_states` [N, D] come from the prompt, `uncond_states` [N, D] from the negative prompt.
     """
     head, count = models.generator.lm_head.weight, 0
-    for chunk in chunks_of_positions(models, len(cond_states)):
+    for chunk in chunks_of_positions(len(cond_states), head):
         cond_logits, uncond_logits = (F.linear(states[chunk], head).float() for states in (cond_states, uncond_states))
         likeliest = guided_scores(cond_logits, uncond_logits, cfg_scale).argmax(-1) - models.visual_offset
         count += ((likeliest < 0) | (likeliest >= models.codebook_size)).sum().item()
@@ -2862,8 +2868,9 @@ def read_state(folder: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        if damaged := zipfile.ZipFile(file).testzip():  # torch does not check the checksums
-            raise ValueError(damaged)
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch does not check the checksums
+                raise ValueError(damaged)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["format"] == STATE_FORMAT:
             return saved
@@ -2968,11 +2975,12 @@ class Tracker:
                 wandb.teardown()  # a service that failed once would fail an offline run too
                 self.run = start(mode="offline")
         self.run_id = self.run.id
-        self.run.define_metric("optimisation_step", hidden=True)
-        self.run.define_metric("capacity/*", step_metric="capacity/num_tokens")
-        for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
-            self.run.define_metric(metrics, step_metric="optimisation_step")
-        self.run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
+        with self.tolerating_wandb_errors():
+            self.run.define_metric("optimisation_step", hidden=True)
+            self.run.define_metric("capacity/*", step_metric="capacity/num_tokens")
+            for metrics in ("train/*", "targets/*", "embeddings/*", "gradients/*", "progress/*"):
+                self.run.define_metric(metrics, step_metric="optimisation_step")
+            self.run.define_metric("best_accuracy", step_metric="optimisation_step", summary="max")
 
     def finish(self, exit_code: int) -> None:
         if self.run is None:
@@ -2987,7 +2995,8 @@ class Tracker:
     def end_by_signal(self, number: int) -> None:
         """Finish the W&B run, so that W&B does not show it as running; then let the signal end the process."""
         for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, signal.SIG_DFL)  # a second signal ends the process at once
+            if signal.getsignal(stop_signal) != signal.SIG_IGN:
+                signal.signal(stop_signal, signal.SIG_DFL)  # a second signal ends the process at once
         self.finish(128 + number)
         signal.raise_signal(number)
 
@@ -3316,7 +3325,10 @@ def progress_bar_of(learning: Optimisation) -> tqdm:
 
 
 def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
-    """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary."""
+    """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary.
+
+    A trial that diverges has not reached the target accuracy.
+    """
     batch, longest = codes.shape
     while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
         print(f"capacity: trying {num_tokens} tokens")
@@ -3374,7 +3386,7 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
         lines["optimisation"] = took if batch > 1 else f"{took}, the best at {s['best_step']}"
-    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s"
+    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s" + (f" for all {batch} targets" if batch > 1 else "")
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
     return lines

@@ -73,7 +73,7 @@ def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
 
 
 def test_each_stage_that_can_be_long_says_that_it_begins(demo_run):
-    lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "one pass over", "writing")
+    lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "timing the pass", "writing")
     places = [demo_run.out.index(line) for line in lines]
     assert places == sorted(places)
     for bar in ("reference", "proto-tokens", "pictures", "bits"):

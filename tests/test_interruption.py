@@ -76,7 +76,9 @@ def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, op
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
 def test_a_state_saved_after_some_targets_ended_goes_on_bit_for_bit(tiny_models, make_args, optimizer):
     """Also after all have ended, the last two of them together."""
-    args = make_args("--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40)
+    args = make_args(
+        "--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40, "--learning-rate", 0.2
+    )
     codes = torch.stack([torch.zeros(16, dtype=torch.long), torch.arange(16) % 12, torch.arange(16) % 11])
 
     def optimisation() -> vpt.Optimisation:
