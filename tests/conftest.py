@@ -1,4 +1,4 @@
-"""Fixtures: the tiny model, and the script called in this process or started as one of its own."""
+"""Provide fixtures: the tiny models, and the script, called in this process or run as a process."""
 
 import os
 import shutil
@@ -19,13 +19,13 @@ from support.tiny_model import save_tiny_models, tiny_arguments  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
-# Runs that several tests look at: these tests stay together, so that one worker makes the run, once.
+# Fixtures of runs that several tests share: one worker gets all tests of such a run, so that it is made only once.
 SHARED_RUNS = ("demo_run", "online", "troubled", "troubled_at_the_start", "interrupted_once", "elsewhere", "hostile")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore:Glyph .* missing from font")  # as the script has it
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and what it starts
+    config.addinivalue_line("filterwarnings", "ignore:Glyph .* missing from font")  # as in the script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else background jobs and their children ignore it
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """The tiny models, not to be changed."""
+    """Save the tiny models in a folder that no test may change."""
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_models(folder)
     return folder
@@ -46,7 +46,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_args(tiny_folder, tmp_path):
-    """Builds the script's arguments for the tiny model and a save directory of the test's own."""
+    """Return a function that parses arguments for the tiny models and the test's own save directory."""
 
     def build(*arguments: object):
         words = (*tiny_arguments(tiny_folder), "--num-steps", 1000, "--save-dir", tmp_path / "out", *arguments)
@@ -62,16 +62,16 @@ def tiny_models(make_args) -> vpt.Models:
 
 @pytest.fixture
 def model_folders(tiny_folder, tmp_path):
-    """Copies of the tiny models to break."""
+    """Copy the tiny models, so that a test can damage them."""
     shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
     return tmp_path / "generator", tmp_path / "vq"
 
 
 @pytest.fixture
 def call_script(tmp_path, monkeypatch, capfd):
-    """Runs the script's `main` in this process, for tests of what it says and leaves: no seconds of imports.
+    """Return a function that runs the script's `main` in this process, which saves the seconds of its imports.
 
-    Figures, which take longer than all else and have tests of their own, are blank.
+    Figures are blank: they take longer than all the rest, and have tests of their own.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -81,7 +81,7 @@ def call_script(tmp_path, monkeypatch, capfd):
     def call(*arguments, env: dict[str, str | None] | None = None) -> SimpleNamespace:
         capfd.readouterr()
         code = 0
-        variables = clean_environment(tmp_path) | (env or {})  # None takes one away
+        variables = clean_environment(tmp_path) | (env or {})  # None removes a variable
         variables = {name: value for name, value in variables.items() if value is not None}
         with mock.patch.dict(os.environ, variables, clear=True):
             try:
@@ -98,7 +98,7 @@ def call_script(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def hub(call_script, monkeypatch, tmp_path):
-    """A hub for `call_script` that answers as the test says."""
+    """Start a hub that `call_script` uses; the test sets its answer."""
     hub = Hub(monkeypatch, tmp_path / "hf" / "hub")
     yield hub
     hub.stop()
@@ -114,7 +114,7 @@ def call_tiny(call_script, model_folders, tmp_path):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Runs the script as a process in the test's folder."""
+    """Return a function that runs the script as a process in the test's folder."""
 
     def run(*arguments, env=None) -> SimpleNamespace:
         return run_script_in(tmp_path, *arguments, env=env)
@@ -124,7 +124,7 @@ def run_script(tmp_path):
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory):
-    """One short demo run, kept for W&B offline; shared by the tests that only look at it."""
+    """Make one short demo run with W&B offline, for all tests that only read its results."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = ["--demo", "--device", "cpu", "--num_steps=40", "--save-dir", "exp", "--use-wandb"]
     arguments += ["--wandb-tags", "one,two", "--wandb-project", "my-project", "--wandb-group", "mine"]

@@ -1,4 +1,4 @@
-"""The command line: defaults, spellings, run names, and every value that is refused before anything slow happens."""
+"""Test the options: defaults, spellings, run names, and every value that is refused before anything slow happens."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from support.processes import ROOT
 import verify_proto_tokens as vpt
 
 
-def test_defaults_are_those_of_the_documentation():
+def test_the_defaults_are_the_documented_ones():
     args = vpt.parse_args([])
     assert args.model_path == "Daniel0724/SimpleAR-1.5B-RL"
     assert args.vq_model_ckpt == "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
@@ -52,12 +52,12 @@ def test_every_option_is_accepted_with_underscores():
         assert both[0] == both[1], name
 
 
-def test_only_the_name_of_an_option_changes_its_underscores():
+def test_underscores_in_a_value_are_kept():
     assert vpt.parse_args(["--wandb_run_name=my_run_1"]).wandb_run_name == "my_run_1"
     assert vpt.parse_args(["--prompt", "snake_case"]).prompts == ["snake_case"]
 
 
-def test_a_run_is_named_from_its_settings_as_in_the_guide():
+def test_a_run_is_named_after_its_settings():
     args = vpt.parse_args(["--learning-rate", "0.01", "--num-steps", "1000", "--image-size", "256", "--seed", "42"])
     assert args.wandb_run_name == "proto_256px_steps1000_lr001_seed42"
 
@@ -68,7 +68,7 @@ def name_of(*words: object) -> str:
     return name
 
 
-def test_every_setting_that_is_not_at_its_default_stands_in_the_name():
+def test_the_name_shows_settings_that_change_results_and_differ_from_their_defaults():
     plain = "proto_256px_steps1000_lr02_seed42"
     assert name_of("--demo") == f"{plain}_demo"
     assert name_of("--prompt", vpt.DEFAULT_PROMPT, "--optimizer", "lbfgs", "--log-every", 1) == plain
@@ -101,11 +101,11 @@ def test_every_setting_that_is_not_at_its_default_stands_in_the_name():
         (["--image", "a/x.png"], ["--image", "b/x.png"]),
     ],
 )
-def test_other_settings_never_share_a_name(one, other):
+def test_different_settings_never_share_a_name(one, other):
     assert name_of(*one) != name_of(*other)
 
 
-def test_pictures_are_named_by_where_they_are(tmp_path, monkeypatch):
+def test_pictures_of_one_name_in_two_folders_never_share_a_run_name(tmp_path, monkeypatch):
     names = set()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -117,11 +117,11 @@ def test_pictures_are_named_by_where_they_are(tmp_path, monkeypatch):
 @given(st.text(min_size=1, max_size=200), st.text(min_size=1, max_size=200))
 def test_two_prompts_never_share_a_name(one, other):
     assume(one.strip() and other.strip() and one.strip() != other.strip())
-    with contextlib.suppress(SystemExit):  # what is refused as a prompt
+    with contextlib.suppress(SystemExit):  # some texts are refused as prompts
         assert name_of(f"--prompt={one}") != name_of(f"--prompt={other}")
 
 
-def test_two_models_of_one_folder_name_never_share_a_name(tmp_path):
+def test_two_folders_of_one_name_never_share_a_run_name(tmp_path):
     names = set()
     for parent in ("a", "b"):
         (tmp_path / parent / "checkpoint").mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_two_models_of_one_folder_name_never_share_a_name(tmp_path):
     assert len(names) == 4
 
 
-def test_two_models_that_are_named_alike_in_two_places_never_share_a_name(tmp_path, monkeypatch):
+def test_a_relative_model_path_in_two_working_folders_gives_two_run_names(tmp_path, monkeypatch):
     names = set()
     for parent in ("a", "b"):
         (tmp_path / parent / "model").mkdir(parents=True)
@@ -157,13 +157,13 @@ def test_a_shard_takes_every_nth_prompt_from_its_own_number_on():
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/2/3", "1.5/2"])
-def test_a_shard_that_is_none_is_refused(capsys, text):
+def test_an_invalid_shard_is_refused(capsys, text):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args(["--m", "own", "--shard", text])
     assert stop.value.code == 2 and "--shard" in capsys.readouterr().err
 
 
-def test_prompts_of_a_file_come_after_those_given(tmp_path):
+def test_prompts_of_a_file_come_after_those_of_the_command_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("a löwe\n\n  two cats  \n", encoding="utf-8")
     args = vpt.parse_args(["--prompt", "first", "--prompts-file", str(tmp_path / "prompts.txt")])
     assert args.prompts == ["first", "a löwe", "two cats"]
@@ -201,13 +201,13 @@ def test_an_option_of_adamw_beside_lbfgs_is_refused(capsys, optimizer):
     assert stop.value.code == 2 and "--grad-clip is an option of AdamW" in capsys.readouterr().err
 
 
-def test_a_sweep_run_is_named_after_its_run_id_too(monkeypatch):
+def test_the_name_of_a_sweep_run_ends_with_its_run_id(monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
     assert vpt.parse_args([]).wandb_run_name.endswith("_abc123")
 
 
-def test_demo_only_points_at_the_bundled_models():
+def test_demo_changes_only_the_models_and_the_name():
     plain, demo, names = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"])), {"wandb_run_name", "wandb_name"}
     assert {name for name in plain if plain[name] != demo[name]} == {"demo", "model_path", "vq_model_ckpt"} | names
 
@@ -248,7 +248,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option in REFUSED for value in REFUSED[option]])
-def test_a_value_out_of_range_is_one_line_that_names_the_option(option, value, capsys):
+def test_a_value_out_of_range_is_refused_in_one_line_that_names_the_option(option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args([f"{option}={value}"])
     lines = capsys.readouterr().err.splitlines()
@@ -265,7 +265,7 @@ def parsed(*words: str) -> dict:
 
 
 @pytest.mark.parametrize("option", sorted(vpt.build_parser().options))
-def test_none_is_not_given(option):
+def test_an_option_set_to_none_counts_as_not_given(option):
     assert parsed(f"{option}=None") == parsed(f"{option.replace('-', '_').replace('__', '--')}=None") == parsed()
 
 
@@ -274,18 +274,18 @@ WHOLE = ("top_k", "seed", "num_steps", "num_e_tokens", "warmup_steps", "image_si
 
 @pytest.mark.parametrize("name", (*WHOLE, "save_every", "image_every"))
 @pytest.mark.parametrize("text", ["2.0", "2e0", "2"])
-def test_a_whole_float_is_a_whole_number(name, text):
+def test_a_whole_number_may_be_written_as_a_float(name, text):
     value = parsed("--optimizer=adamw", f"--{name}={text}")[name]
     assert value == 2 and isinstance(value, int)
 
 
 @pytest.mark.parametrize("name", ["cfg_scale", "learning_rate", "grad_clip", "target_accuracy", "temperature"])
-def test_a_number_may_be_written_as_a_whole_one(name):
+def test_a_float_may_be_written_as_a_whole_number(name):
     values = [parsed("--optimizer=adamw", f"--{name}={text}")[name] for text in ("2", "2.0", "2e0")]
     assert values == [2, 2, 2]
 
 
-def test_lists_are_read():
+def test_lists_as_sweep_agents_write_them_are_parsed():
     for betas in ("[0.9, 0.99]", "0.9,0.99"):
         assert parsed("--optimizer=adamw", f"--betas={betas}")["betas"] == (0.9, 0.99)
     assert parsed("--prompt=['a red apple', \"it's a [cat]\"]")["prompts"] == ["a red apple", "it's a [cat]"]
@@ -297,28 +297,28 @@ def test_lists_are_read():
 
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("spelled", [str, lambda value: str(value).lower(), lambda value: str(int(value))])
-def test_a_switch_takes_the_word_that_an_agent_writes_or_a_number(spelled, value):
+def test_a_switch_accepts_true_false_1_and_0(spelled, value):
     assert parsed(f"--demo={spelled(value)}")["demo"] is value
 
 
-def test_settings_of_the_agents_own_are_passed_over():
+def test_the_sweep_agents_own_settings_are_ignored():
     assert parsed("--_wandb={'a': {'b': 1}}") == parsed()
 
 
-def test_a_key_that_the_script_does_not_know_says_its_own_name(capsys):
+def test_an_unknown_sweep_parameter_is_named_in_the_error(capsys):
     with pytest.raises(SystemExit):
         vpt.parse_args(["--batch_size=4"])
     assert "--batch_size=4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--wandb-project", "--wandb-entity", "--wandb-group", "--wandb-tags"])
-def test_an_option_of_wandb_that_has_no_effect_is_said_at_once(option, capsys):
+def test_a_wandb_option_without_effect_prints_a_note(option, capsys):
     for words, note in (([], f"note: {option} has no effect without --use-wandb\n"), (["--use-wandb"], "")):
         vpt.parse_args([option, "mine", *words])
         assert capsys.readouterr().out == note
 
 
-def test_the_mode_of_wandb_has_an_effect_with_use_wandb_alone_or_where_it_is_disabled(capsys):
+def test_wandb_mode_without_use_wandb_prints_a_note_unless_it_is_disabled(capsys):
     vpt.parse_args(["--wandb-mode", "disabled"])
     assert capsys.readouterr().out == ""
     vpt.parse_args(["--wandb-mode", "offline"])
@@ -346,7 +346,7 @@ TEXTS += (
 
 
 @pytest.mark.parametrize("option", TEXTS)
-def test_bytes_that_are_not_utf_8_are_one_line(option, capsys):
+def test_bytes_that_are_not_utf_8_are_refused_in_one_line(option, capsys):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args([option, os.fsdecode(b"caf\xe9")])
     (line,) = capsys.readouterr().err.splitlines()
@@ -354,14 +354,14 @@ def test_bytes_that_are_not_utf_8_are_one_line(option, capsys):
 
 
 @pytest.mark.parametrize("option", ["--image", "--save-dir", "--prompts-file", "--m-from", "--from-proto-tokens"])
-def test_a_home_that_nobody_has_is_one_line(option, capsys):
+def test_the_home_of_an_unknown_user_is_refused_in_one_line(option, capsys):
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args([option, "~nosuchuser/x"])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and option in line and "~nosuchuser/x" in line
 
 
-def test_an_option_comes_before_the_environment_and_this_before_the_default(monkeypatch):
+def test_an_option_overrides_the_environment_which_overrides_the_default(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "from_environment")
     assert parsed()["wandb_project"] == "from_environment"
     assert parsed("--wandb-project=given")["wandb_project"] == "given"
@@ -394,7 +394,7 @@ def test_an_unknown_abbreviated_or_contradictory_option_is_refused(arguments, ca
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_script_alone_says_what_its_demo_needs(monkeypatch, tmp_path, capsys):
+def test_demo_without_its_folder_is_refused_with_the_path_of_the_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vpt, "DEMO_FOLDER", tmp_path / "tests" / "demo_model")
     with pytest.raises(SystemExit) as stop:
         vpt.parse_args(["--demo"])

@@ -1,4 +1,4 @@
-"""The capacity: which beginnings of the target are tried, that the search can be interrupted, and what it leaves."""
+"""Test the search for the capacity: which prefixes of the target it tries, how it is resumed, and what it writes."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_the_search_ends_at_the_capacity_in_few_trials(longest, data):
     assert len(trials) <= 2 * math.log2(longest) + 2
 
 
-def test_it_doubles_then_halves_the_gap():
+def test_the_search_doubles_the_length_then_bisects():
     trials, tried = [], []
     while num_tokens := vpt.next_prefix(trials, 1, 100):
         tried.append(num_tokens)
@@ -41,7 +41,7 @@ def trials_in(folder) -> list[tuple]:
     return [tuple(row[name] for name in names) for row in rows_of(folder / "capacity.csv")]
 
 
-def test_a_search_leaves_its_trials_a_picture_and_a_summary(call_tiny, tmp_path):
+def test_a_search_writes_a_table_of_its_trials_a_picture_and_a_summary(call_tiny, tmp_path):
     result = call_tiny(*SEARCH)
     assert result.code == 0, result.err
     folder = tmp_path / "out" / "run"
@@ -75,7 +75,7 @@ def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_p
     assert "finished" in call_tiny(*SEARCH, "--resume").out
 
 
-def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path, monkeypatch):
+def test_a_killed_search_keeps_its_finished_trials(call_tiny, tmp_path, monkeypatch):
     assert call_tiny(*SEARCH).code == 0
     whole, trials = trials_in(tmp_path / "out" / "run"), []
 
@@ -98,7 +98,7 @@ def test_a_search_that_is_killed_keeps_the_trials_behind_it(call_tiny, tmp_path,
     assert trials_in(tmp_path / "out" / "run") == whole
 
 
-def test_a_search_over_several_batches_that_is_killed_in_a_trial_goes_on(call_tiny, tmp_path, monkeypatch):
+def test_a_search_killed_in_a_trial_of_several_batches_can_be_resumed(call_tiny, tmp_path, monkeypatch):
     arguments = (*SEARCH, "--prompt", "a", "--prompt", "b", "--prompt", "c", "--m", "own")
     monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
     assert call_tiny(*arguments).code == 0
@@ -128,7 +128,7 @@ def test_a_trial_that_diverges_has_not_reached_the_accuracy(call_tiny, model_fol
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_accuracy_of_a_trial_is_that_of_its_reconstruction(call_tiny, tmp_path, monkeypatch, dtype):
+def test_a_trial_and_its_reconstruction_have_the_same_accuracy(call_tiny, tmp_path, monkeypatch, dtype):
     really_learn, found = vpt.learn, []
 
     def learn(models, codes, given_m, record):

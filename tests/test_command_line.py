@@ -1,4 +1,4 @@
-"""The script as a process, on the demo model and on broken input: what a user types, sees and finds on disk."""
+"""Test the command line on the demo model and on broken input: what a run prints, writes and refuses."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_the_summary_holds_every_key(demo_run):
     assert summary["speedup"] > 1
 
 
-def test_the_history_has_a_row_a_step_under_the_names_of_wandb(demo_run):
+def test_the_history_has_a_row_per_step_with_the_names_of_wandb(demo_run):
     rows = rows_of(demo_run.folder / "history.csv")
     assert list(rows[0]) == COLUMNS
     assert [int(row["step"]) for row in rows] == list(range(1, 41))
@@ -67,12 +67,12 @@ def test_the_proto_tokens_file_reproduces_the_prediction(demo_run):
     assert settings["prompt"] == "a red apple on a wooden table"
 
 
-def test_the_run_ends_with_a_table_of_results_and_where_they_lie(demo_run):
+def test_the_run_ends_by_printing_its_results_and_their_folder(demo_run):
     assert re.search(r"best accuracy +\d+\.\d %", demo_run.out)
     assert "exp/proto_256px_steps40_lr02_seed42_demo" in demo_run.out
 
 
-def test_each_stage_that_can_be_long_says_that_it_begins(demo_run):
+def test_each_slow_stage_prints_that_it_begins(demo_run):
     lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "timing the pass", "writing")
     places = [demo_run.out.index(line) for line in lines]
     assert places == sorted(places)
@@ -95,7 +95,7 @@ def test_folders_with_spaces_and_non_ascii_letters_work(call_tiny, tmp_path):
     assert {file.name for file in (tmp_path / "größe und raum" / "läuft gut 1").iterdir()} == FILES
 
 
-def test_a_codebook_unknown_to_the_decoder_is_read_off_the_embedding_rows(call_tiny):
+def test_the_codebook_size_comes_from_the_embedding_rows_if_the_decoder_lacks_it(call_tiny):
     assert "1401 text ids + 12 visual codes" in call_tiny().out
 
 
@@ -104,19 +104,19 @@ def test_a_checkpoint_with_fewer_rows_than_the_tokenizer_has_codes_is_refused(ca
     refused(result, "embedding rows, too few for 1401 text tokens and a codebook of 625")
 
 
-def test_an_unreachable_hub_points_at_the_other_ways(call_script):
+def test_the_error_for_an_unreachable_hub_names_the_alternatives(call_script):
     refused(call_script("--device", "cpu"), "--model-path", "--demo", "local folder")
 
 
-def test_a_model_path_that_does_not_exist(call_script):
+def test_a_model_path_that_does_not_exist_is_refused(call_script):
     refused(call_script("--model-path", "./nowhere"), "--model-path ./nowhere", "no such folder")
 
 
-def test_a_model_path_that_is_a_file(call_tiny, model_folders):
+def test_a_model_path_that_is_a_file_is_refused(call_tiny, model_folders):
     refused(call_tiny("--model-path", model_folders[0] / "config.json"), "--model-path", "is a file")
 
 
-def test_a_folder_that_is_no_model(call_tiny, tmp_path):
+def test_a_folder_without_a_model_is_refused(call_tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(call_tiny("--model-path", tmp_path / "empty"), "config.json", "No such file", "SimpleAR model's folder")
 
@@ -248,7 +248,7 @@ def test_only_a_runs_own_files_are_replaced(call_tiny, tmp_path):
     assert (tmp_path / "out" / "mine" / "holiday.png").read_text() == "precious"
 
 
-def test_a_folder_whose_files_would_be_replaced_but_are_no_runs_is_refused(call_tiny, tmp_path):
+def test_a_folder_with_files_that_no_run_wrote_is_refused(call_tiny, tmp_path):
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "comparison.png").write_text("precious")
     refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "no run's folder", "comparison.png")
@@ -262,41 +262,41 @@ def test_a_prompt_too_long_for_the_model_is_named(call_tiny, model_folders, tmp_
     refused(call_tiny("--prompts-file", tmp_path / "prompts.txt"), "(a dog and another", "...)", "shorten the prompt")
 
 
-def test_a_folder_with_a_config_of_something_else_is_not_taken_for_a_runs(call_tiny, model_folders, tmp_path):
+def test_a_models_folder_is_not_mistaken_for_a_runs_folder(call_tiny, model_folders, tmp_path):
     before = (model_folders[0] / "config.json").read_text()
     refused(call_tiny("--save-dir", tmp_path, "--wandb-run-name", model_folders[0].name), "no run's folder")
     assert (model_folders[0] / "config.json").read_text() == before
 
 
-def test_a_result_that_cannot_be_replaced_is_one_line(call_tiny, tmp_path):
+def test_a_result_that_cannot_be_replaced_is_reported_in_one_line(call_tiny, tmp_path):
     (tmp_path / "out" / "mine" / "capacity.png").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / "summary.json").touch()  # so it is a run's
+    (tmp_path / "out" / "mine" / "summary.json").touch()  # this file marks the folder as a run's
     refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "capacity.png: Is a directory")
 
 
 @pytest.mark.parametrize("option", ["--save-dir", "--model-path", "--vq-model-ckpt"])
-def test_a_name_too_long_for_the_file_system_is_one_line(call_tiny, option):
+def test_a_name_too_long_for_the_file_system_is_refused_in_one_line(call_tiny, option):
     refused(call_tiny(option, "x" * 300), option)
 
 
 @pytest.mark.parametrize("size", ["15", "2"])
-def test_an_image_size_that_is_no_multiple_of_the_factor(call_tiny, size):
+def test_an_image_size_that_is_no_multiple_of_the_factor_is_refused(call_tiny, size):
     refused(call_tiny("--image-size", size), "--image-size", "multiple", "4")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:99", "warp", "meta"])
-def test_a_device_that_is_not_there(call_tiny, device):
+def test_a_device_that_is_not_there_is_refused(call_tiny, device):
     refused(call_tiny("--device", device), f"--device {device}")
 
 
-def test_a_save_directory_that_cannot_be_written(call_tiny, tmp_path):
+def test_a_save_directory_that_cannot_be_written_is_refused(call_tiny, tmp_path):
     (tmp_path / "occupied").write_text("a file")
     refused(call_tiny("--save-dir", "occupied"), "--save-dir occupied")
     assert (tmp_path / "occupied").read_text() == "a file"
 
 
-def test_a_diverged_run_saves_the_best_so_far_then_says_so(call_tiny, model_folders, tmp_path):
+def test_a_diverged_run_saves_its_best_embeddings_and_reports_the_divergence(call_tiny, model_folders, tmp_path):
     spoil_text_head(model_folders[0])
     refused(call_tiny("--save-dir", "out", "--wandb-run-name", "hot"), "finite", "--learning-rate", "proto_tokens")
     with safe_open(tmp_path / "out" / "hot" / "proto_tokens.safetensors", "pt") as file:
@@ -323,13 +323,13 @@ def test_a_prompt_of_ten_thousand_words_is_refused(call_script):
 
 
 @pytest.mark.parametrize("prompt", ["\U0001f34e\U0001f34e", "tab\tand\x07bell", "  spaced  out  ", "l\u00f6we \u732b"])
-def test_any_other_prompt_works(call_tiny, prompt):
+def test_an_unusual_prompt_works(call_tiny, prompt):
     assert call_tiny("--prompt", prompt).code == 0
 
 
 @pytest.mark.parametrize("largest", [4_000, 30_000])
-def test_a_disk_that_fills_up_costs_one_line_and_leaves_whole_files_only(model_folders, tmp_path, largest):
-    """Writing beyond a limit fails as on a full disk, at another file for each limit."""
+def test_a_full_disk_is_reported_in_one_line_and_leaves_only_whole_files(model_folders, tmp_path, largest):
+    """Limit the size of files, so that writing fails as on a full disk: with each limit at a different file."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

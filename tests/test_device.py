@@ -1,4 +1,4 @@
-"""A device that is not the CPU: where no GPU is, one whose arithmetic is the CPU's, which needs the same care."""
+"""Test the script on a pretend device, which computes on the CPU but needs the same care as a GPU."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ PLAIN = ("--num-steps", 6, "--wandb-run-name", "plain")
 
 
 def run_elsewhere(folder: Path, tiny: Path, *runs: tuple) -> list[dict]:
-    """Runs the script on the pretend device, once for each of `runs`; what support/pretend_device.py says of each."""
+    """Run the script on the pretend device once for each of `runs`; return what support/pretend_device.py prints."""
     words = [[str(word) for word in (*tiny_arguments(tiny), *ELSEWHERE, *run)] for run in runs]
     commands = folder / "runs.json"
     commands.write_text(json.dumps(words))
@@ -30,7 +30,7 @@ def run_elsewhere(folder: Path, tiny: Path, *runs: tuple) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tiny_folder, tmp_path_factory) -> SimpleNamespace:
-    """A plain run, one of several targets that is interrupted and resumed, and one of each kind."""
+    """Make a plain run, a stopped and resumed run of several targets, both also on the CPU, and a run of each kind."""
     folder = tmp_path_factory.mktemp("device")
     several = (*SEVERAL, "--num-steps", 6, "--wandb-run-name", "several")
     on_cpu = ("on the CPU", "--save-dir", "cpu")
@@ -41,7 +41,7 @@ def elsewhere(tiny_folder, tmp_path_factory) -> SimpleNamespace:
 
 
 def each_kind(plain: Path) -> list[tuple]:
-    """The options of runs of each kind of target and of learning, which use the results of the plain run."""
+    """Return the options of a run for each kind of target and of learning; some use the results of the plain run."""
     learned = plain / "proto_tokens.safetensors"
     return [
         ("--image", plain / "reference_image.png"),
@@ -73,7 +73,7 @@ def test_the_host_waits_for_the_device_once_a_step(elsewhere):
 
 
 def test_the_host_does_not_wait_for_each_decoded_token(elsewhere):
-    assert elsewhere.plain["waits_of_decoding"] == 2  # the first and the last, whether the logits are finite
+    assert elsewhere.plain["waits_of_decoding"] == 2  # at the first and the last token: are the logits finite?
 
 
 def test_each_kind_of_target_and_of_learning_keeps_to_one_device(elsewhere):

@@ -1,4 +1,4 @@
-"""Environments that are not a laptop's: other people's settings, file systems, outputs and schedulers."""
+"""Test unusual environments: settings of libraries, file systems, outputs and schedulers."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ no.such.key: 1
 
 @pytest.fixture(scope="module")
 def hostile(tiny_folder, tmp_path_factory):
-    """A run in a folder with a matplotlibrc, from a notebook's shell, into an output of few letters, without W&B."""
+    """Run with a broken matplotlibrc, a notebook's backend, an output of few letters, and a trap for wandb."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "matplotlibrc").write_text(HOSTILE)
     (folder / "trap").mkdir()
@@ -61,19 +61,19 @@ def test_without_use_wandb_wandb_is_not_even_imported(hostile):
     assert result.code == 0, result.err
 
 
-def test_nobody_elses_matplotlib_settings_matter(hostile):
+def test_a_broken_matplotlibrc_does_not_disturb_a_run(hostile):
     result, folder = hostile
     assert result.code == 0, result.err
     assert {file.name for file in folder.iterdir()} == FILES
     assert not any(word in result.err for word in ("matplotlibrc", "findfont", "No Such Font"))
 
 
-def test_what_an_output_cannot_print_is_escaped(hostile):
+def test_letters_that_an_output_cannot_encode_are_escaped(hostile):
     result, _ = hostile
     assert r"\u732b/\u72d7/" in result.out
 
 
-def test_figures_are_the_same_under_any_settings():
+def test_figures_are_the_same_under_any_matplotlib_settings():
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     target = {"prompt": "a", "reference": red, "reconstruction": blue}
     summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
@@ -83,8 +83,8 @@ def test_figures_are_the_same_under_any_settings():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
-def test_an_output_that_takes_nothing_ends_no_run(tiny_folder, tmp_path):
-    """As `| head` leaves it, and a log file on a full disk."""
+def test_a_closed_or_full_output_does_not_end_a_run(tiny_folder, tmp_path):
+    """Close stdout, as `| head` does; send stderr to a full device, like a log file on a full disk."""
     with open("/dev/full", "w") as full:
         process = start_script(tmp_path, *tiny_arguments(tiny_folder), *RUN, stderr=full)
         process.stdout.close()
@@ -106,7 +106,7 @@ def test_a_run_needs_no_locks_of_the_file_system(call_tiny, tmp_path, monkeypatc
     assert (tmp_path / "out" / "run" / "summary.json").exists()
 
 
-def test_a_model_path_whose_home_does_not_exist_is_one_line(call_tiny):
+def test_a_model_path_in_the_home_of_an_unknown_user_is_refused_in_one_line(call_tiny):
     for option in ("--model-path", "--vq-model-ckpt"):
         result = call_tiny(option, "~nosuchuser/x")
         (line,) = result.err.splitlines()
@@ -118,7 +118,7 @@ def test_a_model_path_whose_home_does_not_exist_is_one_line(call_tiny):
 
 
 def stopping(number: int, at_step: int):
-    """Sends this process a signal after a step, as a scheduler would."""
+    """Return a `Recorder.step` that sends this process a signal after a step, as a scheduler would."""
     really_step = vpt.Recorder.step
 
     def step(record, row, learning):
@@ -131,7 +131,7 @@ def stopping(number: int, at_step: int):
 
 @pytest.fixture
 def default_handlers():
-    """Under nohup the tests themselves ignore one of these."""
+    """Set the default handlers of these signals: under nohup, the tests themselves would ignore SIGHUP."""
     numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
@@ -141,7 +141,7 @@ def default_handlers():
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 @pytest.mark.usefixtures("default_handlers")
-def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_path, monkeypatch, name):
+def test_a_lost_terminal_or_a_schedulers_warning_saves_the_state_and_stops(call_tiny, tmp_path, monkeypatch, name):
     number, folder = getattr(signal, name), tmp_path / "out" / "run"
     assert call_tiny(*RUN).code == 0
     whole = results_of(folder)
@@ -152,11 +152,11 @@ def test_a_lost_terminal_and_a_schedulers_warning_save_and_stop(call_tiny, tmp_p
     assert vpt.read_state(folder)["learning"]["step"] == 4
     assert call_tiny(*RUN, "--resume").code == 0
     assert results_of(folder) == whole
-    assert signal.getsignal(number) == signal.SIG_DFL  # given back
+    assert signal.getsignal(number) == signal.SIG_DFL  # the handler is restored
 
 
 @pytest.mark.usefixtures("default_handlers")
-def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monkeypatch):
+def test_an_ignored_sighup_stays_ignored(call_tiny, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     monkeypatch.setattr(vpt.Recorder, "step", stopping(signal.SIGHUP, at_step=4))
     assert call_tiny(*RUN).code == 0
@@ -168,7 +168,7 @@ def test_a_lost_terminal_that_is_ignored_stays_ignored(call_tiny, tmp_path, monk
 
 
 @pytest.mark.parametrize(("seconds_a_pass", "passes"), [(0.0, 6), (0.9, 3), (60.0, 1)])
-def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkeypatch, seconds_a_pass, passes):
+def test_a_slow_pass_is_timed_with_fewer_repetitions(tiny_models, make_args, monkeypatch, seconds_a_pass, passes):
     clock, really_pass, count = [0.0], vpt.one_pass, []
 
     def slow(*arguments):
@@ -198,7 +198,7 @@ def test_a_slow_pass_is_not_repeated_for_its_time(tiny_models, make_args, monkey
         ("PYTHONPATH", "shadow"),
     ],
 )
-def test_what_a_library_refuses_while_it_is_imported_is_one_line(run_script, tmp_path, name, value):
+def test_an_error_while_importing_a_library_is_reported_in_one_line(run_script, tmp_path, name, value):
     (tmp_path / "latin-1").write_bytes(b"# \xe9\n")
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "numpy.py").write_text("")
@@ -206,7 +206,7 @@ def test_what_a_library_refuses_while_it_is_imported_is_one_line(run_script, tmp
     assert run_script("--help", env={name: value}).code == 0
 
 
-def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+def test_a_deleted_working_folder_is_reported_in_one_line(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     command = f"cd {gone} && rmdir {gone} && exec {sys.executable} {SCRIPT} --demo --save-dir {tmp_path}"
@@ -219,28 +219,28 @@ def test_torchscript_cannot_be_switched_off(hostile):
     assert result.code == 0, result.err
 
 
-def test_a_module_that_only_has_wandbs_name_is_said_to_be_none(call_tiny, monkeypatch):
+def test_another_module_named_wandb_is_refused(call_tiny, monkeypatch):
     shadow = types.ModuleType("wandb")
     shadow.teardown = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", shadow)
     refused(call_tiny("--use-wandb"), "--use-wandb", "cannot import name 'Settings'")
 
 
-def test_a_folder_whose_name_is_no_utf8_works(call_script, tiny_folder, tmp_path):
+def test_a_model_folder_with_a_name_that_is_not_utf_8_works(call_script, tiny_folder, tmp_path):
     folder = os.fsencode(tmp_path) + b"/models\xe9"
     shutil.copytree(tiny_folder, os.fsdecode(folder))
     (tmp_path / "models").symlink_to(os.fsdecode(folder))
     assert call_script(*tiny_arguments(tmp_path / "models")).code == 0
 
 
-def test_a_save_dir_through_a_link_to_nowhere_is_made_there(call_tiny, tmp_path):
+def test_a_save_dir_that_is_a_dangling_link_is_made_at_the_links_target(call_tiny, tmp_path):
     (tmp_path / "link").symlink_to("disk")
     assert call_tiny("--save-dir", "link", "--wandb-run-name", "run").code == 0
     assert (tmp_path / "disk" / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("option", ["--from-proto-tokens", "--m-from", "--prompts-file", "--image"])
-def test_a_link_to_itself_is_one_line(call_tiny, tmp_path, option):
+def test_a_link_to_itself_is_refused_in_one_line(call_tiny, tmp_path, option):
     (tmp_path / "loop").symlink_to("loop")
     refused(call_tiny(option, "loop"), option)
 

@@ -1,4 +1,4 @@
-"""--cuda-graphs: a step and a decoded token can be recorded once and replayed in the same memory."""
+"""Test --cuda-graphs: a step and a decoded token can be recorded once and replayed in the same memory."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import verify_proto_tokens as vpt
 
 @pytest.fixture
 def counted(monkeypatch) -> list:
-    """Recordings are the CPU's; each is counted."""
+    """Record on the CPU instead of as CUDA graphs; return the list of all recordings."""
     recordings = []
 
     def count(work, *inputs):
@@ -62,7 +62,7 @@ def test_replayed_decoding_gives_the_same_tokens(tiny_models, make_args, counted
     assert torch.equal(replayed, plain) and len(counted) == 1
 
 
-def test_what_makes_the_host_wait_cannot_be_recorded():
+def test_an_operation_that_makes_the_host_wait_cannot_be_recorded():
     with pytest.raises(RuntimeError, match="the host waits"):
         recorded(lambda x: x.sum().item(), torch.ones(2))
 

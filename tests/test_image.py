@@ -1,4 +1,4 @@
-"""A picture of one's own as the target: how it is read, cut and encoded, and what is refused."""
+"""Test --image: how a picture is read, cropped and encoded, and which pictures are refused."""
 
 import struct
 
@@ -39,7 +39,7 @@ def test_a_picture_of_more_than_eight_bits_is_refused_not_clipped(call_tiny, tmp
     refused(call_tiny("--image", file), "--image", "more than 8 bits")
 
 
-def test_a_long_strip_costs_no_more_than_its_middle(tmp_path):
+def test_the_middle_of_a_long_strip_is_read(tmp_path):
     assert vpt.read_picture(saved(tmp_path, Image.new("L", (60_000, 1))), 256).shape == (3, 256, 256)
 
 
@@ -50,7 +50,7 @@ def test_transparent_parts_are_white(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.tiff"])  # Pillow itself turns a TIFF
-def test_a_picture_is_turned_as_its_camera_held_it(tmp_path, name):
+def test_a_picture_is_turned_upright_by_its_exif_orientation(tmp_path, name):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise shows it upright
     file = saved(tmp_path, picture().rotate(90), name, exif=exif)
@@ -58,14 +58,14 @@ def test_a_picture_is_turned_as_its_camera_held_it(tmp_path, name):
 
 
 def exif_of(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF of entries (tag, type, count, four bytes of value), as a camera writes it; a rational -1/3 after them."""
+    """Return EXIF with these entries (tag, type, count, four bytes of value), followed by the rational -1/3."""
     rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     first = b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", 0)
     return b"Exif\0\0" + first + struct.pack("<ii", -1, 3)
 
 
 def test_exif_that_cannot_be_written_back_still_turns_the_picture(tmp_path):
-    """A camera's negative rational under a tag that is unsigned by the standard."""
+    """Use a negative rational, as some cameras write it, under a tag that is unsigned by the standard."""
     orientation = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
     negative = (0x011A, 10, 1, struct.pack("<I", 8 + 2 + 2 * 12 + 4))
     turned = saved(tmp_path, picture(size=64).rotate(90), "p.jpg", exif=exif_of(orientation, negative), quality=95)
@@ -83,14 +83,14 @@ def test_exif_that_cannot_be_written_back_still_turns_the_picture(tmp_path):
         exif_of((0x0112, 5, 1, struct.pack("<I", 99999))),
     ],
 )
-def test_damaged_exif_is_none(tmp_path, exif):
+def test_damaged_exif_is_ignored(tmp_path, exif):
     file = saved(tmp_path, picture(size=64), "p.jpg", exif=exif, quality=95)
     plain = vpt.read_picture(saved(tmp_path, picture(size=64), "q.jpg", quality=95), 16)
     assert torch.equal(vpt.read_picture(file, 16), plain)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_way_to_hold_a_camera_is_undone(tmp_path, orientation):
+def test_every_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = saved(tmp_path, Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10), exif=exif)
@@ -100,19 +100,19 @@ def test_every_way_to_hold_a_camera_is_undone(tmp_path, orientation):
     assert torch.equal(vpt.read_picture(file, 4), vpt.read_picture(tmp_path / "q.png", 4))
 
 
-def test_a_telephones_200_megapixels_are_read_without_a_word(tmp_path, recwarn):
+def test_a_picture_of_200_megapixels_is_read_without_a_warning(tmp_path, recwarn):
     file = saved(tmp_path, Image.new("1", (400_000, 500), 1))
     assert torch.equal(vpt.read_picture(file, 16), torch.ones(3, 16, 16))
     assert not recwarn.list
 
 
-def test_a_picture_that_no_camera_takes_is_one_line(call_tiny, tmp_path):
+def test_a_picture_of_550_megapixels_is_refused_in_one_line(call_tiny, tmp_path):
     file = saved(tmp_path, Image.new("1", (1_100_000, 500)))
     refused(call_tiny("--image", file), "--image", "exceeds limit")
 
 
 @pytest.mark.parametrize("size", [(40, 16), (16, 40), (90, 33), (400, 301)])
-def test_the_middle_square_is_what_is_kept(tmp_path, size):
+def test_only_the_middle_square_is_kept(tmp_path, size):
     image = Image.new("L", size, 255)
     side, (width, height) = min(size), size
     image.paste(0, ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
@@ -133,7 +133,7 @@ def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, t
     assert "speedup" not in summary_in(folder)  # nothing was decoded one by one
 
 
-def test_an_interrupted_run_goes_on_with_its_picture_alone(call_tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_only_with_the_same_picture(call_tiny, tmp_path, monkeypatch):
     options = ("--image", saved(tmp_path, picture()), "--save-every", 1, "--resume", "--wandb-run-name", "run")
     with monkeypatch.context() as patch:
         patch.setattr(vpt, "reconstruct", lambda *_, **__: 1 / 0)
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_with_its_picture_alone(call_tiny, tmp_path, 
     refused(call_tiny(*options), "other settings", "images_fingerprint")
     saved(tmp_path, picture())
     with monkeypatch.context() as patch:
-        patch.setattr(vpt, "encode_pixels", lambda _, pixels, __: torch.zeros(len(pixels), 16).long())  # another GPU's
+        patch.setattr(vpt, "encode_pixels", lambda _, pixels, __: torch.zeros(len(pixels), 16).long())  # on another GPU
         assert call_tiny(*options).code == 0
     assert torch.equal(tensors_in(tmp_path / "proto_tokens_exp" / "run")["target_ids"][0] - 1401, CODES)
 
@@ -159,7 +159,7 @@ def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tm
     refused(call_tiny(*two, "--prompt", "one"), "--image", "--prompt")
 
 
-def test_the_demos_own_encoder_gives_back_what_its_decoder_drew():
+def test_the_demos_encoder_and_decoder_reproduce_a_picture():
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu", "--image", str(DEMO / "samples.png")]))
     pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
     codes = vpt.encode_pixels(models.vq_encoder, pixels, models.factor)
@@ -180,7 +180,7 @@ def test_a_file_that_is_no_picture_is_named(call_tiny, tmp_path, content):
     refused(call_tiny("--image", file), "--image", "p.png")
 
 
-def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_folders, tmp_path):
+def test_an_encoder_that_is_missing_or_cannot_run_is_refused_in_one_line(call_tiny, model_folders, tmp_path):
     file = saved(tmp_path, picture())
     encoder = model_folders[1] / "encoder.jit"
     encoder.unlink()
@@ -188,9 +188,9 @@ def test_an_encoder_that_is_missing_or_cannot_run_is_one_line(call_tiny, model_f
     save_torchscript(torch.nn.Linear(2, 2), encoder)
     result = call_tiny("--image", file)
     refused(result, "encoder.jit cannot run", "GPU")
-    assert "generator:" not in result.out  # before it is loaded
+    assert "generator:" not in result.out  # refused before the generator loads
 
 
-def test_a_picture_of_a_kind_that_pillow_does_not_know_is_one_line(call_tiny, tmp_path):
+def test_a_picture_format_that_pillow_does_not_know_is_refused_in_one_line(call_tiny, tmp_path):
     (tmp_path / "p.dds").write_bytes(b"DDS \x7c" + bytes(203))
     refused(call_tiny("--image", tmp_path / "p.dds"), "--image", "cannot be read")

@@ -1,4 +1,4 @@
-"""Interrupted runs: what a kill, a signal or a second run leaves behind, and going on as if nothing had happened."""
+"""Test interrupted runs: what a kill, a signal, a full disk or a second run leaves, and that resuming loses nothing."""
 
 import builtins
 import contextlib
@@ -26,7 +26,7 @@ TWENTY_STEPS = ("--num-steps", 20, "--save-every", 5, "--target-accuracy", 0, "-
 
 @pytest.fixture(scope="module")
 def interrupted_once(tiny_folder, tmp_path_factory):
-    """A run that a SIGTERM stopped after step 7: its arguments, its end, and its save directory."""
+    """Stop a run by SIGTERM after step 7; return its arguments, its exit code and output, and its save directory."""
     folder = tmp_path_factory.mktemp("interrupted")
     arguments = (*tiny_arguments(tiny_folder), *TWENTY_STEPS)
     process = start_pausing(folder, 7, *arguments, "--save-dir", "out")
@@ -37,14 +37,14 @@ def interrupted_once(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def interrupted(interrupted_once, tmp_path):
-    """The same, with a copy of what it left, to do with as a test likes."""
+    """Copy the save directory of `interrupted_once`, so that a test can change it."""
     arguments, end, save_dir = interrupted_once
     shutil.copytree(save_dir, tmp_path / "out")
     return (*arguments, "--save-dir", tmp_path / "out"), end, tmp_path / "out" / "run"
 
 
 def interrupted_after(steps: int, first: vpt.Optimisation, second: vpt.Optimisation) -> tuple[list, vpt.Optimisation]:
-    """The rows of the first's steps, and the second with the state that these leave."""
+    """Take `steps` steps with `first`; return their rows, and `second` with the state of `first`."""
     rows = [take_step(first) for _ in range(steps)]
     state = io.BytesIO()
     torch.save(first.state_dict(), state)
@@ -55,7 +55,7 @@ def interrupted_after(steps: int, first: vpt.Optimisation, second: vpt.Optimisat
 
 @pytest.mark.parametrize("options", [(), ("--m", "own"), ("--num-e-tokens", "2"), "given m"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, options):
+def test_a_restored_state_continues_bit_for_bit(tiny_models, make_args, batch, options):
     given_m = torch.full((1, 32), 0.2) if options == "given m" else None
     args = make_args("--num-steps", "12", *(() if options == "given m" else options))
     codes = torch.arange(16 * batch).view(batch, 16) % 12
@@ -74,8 +74,8 @@ def test_a_state_read_back_goes_on_bit_for_bit(tiny_models, make_args, batch, op
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
-def test_a_state_saved_after_some_targets_ended_goes_on_bit_for_bit(tiny_models, make_args, optimizer):
-    """Also after all have ended, the last two of them together."""
+def test_a_state_saved_after_some_targets_ended_continues_bit_for_bit(tiny_models, make_args, optimizer):
+    """Save the state also after all targets have ended; the last two end in the same step."""
     args = make_args(
         "--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40, "--learning-rate", 0.2
     )
@@ -107,7 +107,7 @@ def test_a_signal_in_the_last_step_loses_nothing(model_folders, call_script, tmp
     assert steps_in(tmp_path / "out" / "run") == [1, 7, 14, 20]
 
 
-def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_folders, call_script, tmp_path):
+def test_a_run_killed_three_times_and_resumed_ends_as_if_nothing_had_happened(model_folders, call_script, tmp_path):
     arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS)
     assert call_script(*arguments, "--save-dir", "whole").code == 0
     killed = (*arguments, "--save-dir", "killed", "--resume")
@@ -126,7 +126,7 @@ def test_killed_three_times_a_resumed_run_ends_as_if_nothing_had_happened(model_
 
 @pytest.mark.parametrize("options", [(), ("--prompt", "a", "--prompt", "b", "--m", "own")])
 def test_a_run_killed_while_its_results_are_made_takes_no_further_step(call_tiny, tmp_path, monkeypatch, options):
-    """Also where it reached the accuracy asked for before its last step."""
+    """Reach the target accuracy early: the resumed run must not use the steps that are left."""
     arguments = ("--num-steps", 40, "--target-accuracy", 20, *options, "--wandb-run-name", "run")
     assert call_tiny(*arguments, "--save-dir", "whole").code == 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -137,7 +137,7 @@ def test_a_run_killed_while_its_results_are_made_takes_no_further_step(call_tiny
     assert summary_in(tmp_path / "cut" / "run")["steps"] < 40
 
 
-def test_what_a_run_left_that_was_killed_as_it_ended_goes_with_the_next(call_tiny, tmp_path, monkeypatch):
+def test_resuming_a_run_killed_after_its_summary_removes_its_unfinished_files(call_tiny, tmp_path, monkeypatch):
     arguments = ("--save-dir", "out", "--wandb-run-name", "run")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(vpt, "remove_unfinished", lambda folder: (folder / "summary.json").exists() and 1 / 0)
@@ -147,7 +147,7 @@ def test_what_a_run_left_that_was_killed_as_it_ended_goes_with_the_next(call_tin
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("step;loss\r\n1;2\r\n")])
-def test_a_history_that_others_have_changed_is_written_again(interrupted, call_script, damage):
+def test_a_deleted_or_damaged_history_is_written_again(interrupted, call_script, damage):
     arguments, _, folder = interrupted
     damage(folder / "history.csv")
     result = call_script(*arguments, "--resume")
@@ -161,7 +161,7 @@ def test_sigterm_saves_the_state_and_ends_with_143_and_one_line(interrupted):
     assert (folder / STATE).exists() and not (folder / "summary.json").exists()
 
 
-def test_ctrl_c_before_the_first_step_ends_the_process_as_the_system_has_it(model_folders, tmp_path):
+def test_ctrl_c_before_the_first_step_ends_the_process_without_a_traceback(model_folders, tmp_path):
     process = start_script(
         tmp_path, *tiny_arguments(tmp_path), *TWENTY_STEPS, "--num-steps", 10**6, "--save-dir", "out"
     )
@@ -174,14 +174,13 @@ def test_ctrl_c_before_the_first_step_ends_the_process_as_the_system_has_it(mode
 def test_a_run_stopped_by_a_signal_goes_on_where_it_stood(interrupted, call_script):
     arguments, _, folder = interrupted
     result = call_script(*arguments, "--resume")
-    assert result.code == 0 and "resumed after step" in result.out
-    assert "resumed after step 7" in result.out
+    assert result.code == 0 and "resumed after step 7" in result.out
     assert steps_in(folder) == list(range(1, 21))
     assert not (folder / STATE).exists()
 
 
-def test_a_resumed_run_keeps_its_target_where_it_could_not_be_drawn_again(interrupted, call_script, monkeypatch):
-    """On another device, or by another torch, whose random numbers and cache are others."""
+def test_a_resumed_run_keeps_a_target_that_could_not_be_generated_again(interrupted, call_script, monkeypatch):
+    """Resume as if on another device or torch version, with other random numbers and another cache entry."""
     arguments, _, folder = interrupted
     monkeypatch.setattr(vpt.torch, "__version__", "2.13.0+another")
     monkeypatch.setattr(vpt, "generate_visual_codes", None)
@@ -199,7 +198,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(interrupted, cal
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit"])
-def test_a_damaged_state_is_one_line(interrupted, call_script, damage):
+def test_a_damaged_state_is_refused_in_one_line(interrupted, call_script, damage):
     arguments, _, folder = interrupted
     whole = (folder / STATE).read_bytes()
     numbers = vpt.read_state(folder)["learning"]["points"].numpy().tobytes()
@@ -212,14 +211,14 @@ def test_a_damaged_state_is_one_line(interrupted, call_script, damage):
     refused(call_script(*arguments, "--resume"), STATE, "leave out --resume")
 
 
-def test_replacing_an_interrupted_or_a_finished_run_is_said(interrupted, call_script):
+def test_replacing_an_interrupted_or_a_finished_run_prints_a_note(interrupted, call_script):
     arguments, _, _ = interrupted
     for kind in ("interrupted", "finished"):
         result = call_script(*arguments)
         assert result.code == 0 and f"note: this replaces the {kind} run in" in result.out
 
 
-def test_other_settings_are_named_in_a_line_that_can_be_read(interrupted, call_script):
+def test_the_error_about_other_settings_shortens_long_values(interrupted, call_script):
     arguments, _, _ = interrupted
     prompts = [word for number in range(300) for word in ("--prompt", f"thing number {number}")]
     result = call_script(*arguments, "--resume", *prompts)
@@ -227,7 +226,7 @@ def test_other_settings_are_named_in_a_line_that_can_be_read(interrupted, call_s
     assert len(result.err) < 1000
 
 
-def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(call_tiny, tmp_path):
+def test_resume_starts_a_new_run_and_leaves_a_finished_run_unchanged(call_tiny, tmp_path):
     arguments = ("--resume", "--save-dir", "out", "--wandb-run-name", "run")
     assert call_tiny(*arguments).code == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "out" / "run").iterdir()}
@@ -238,14 +237,12 @@ def test_with_nothing_to_resume_a_run_simply_starts_and_a_finished_one_says_so(c
     assert other.code == 2 and "seed (42, now 7)" in other.err
 
 
-def test_a_second_run_of_the_same_name_is_refused_until_a_second_signal_ends_the_first_at_once(
-    model_folders, call_script, tmp_path
-):
+def test_a_run_locks_its_folder_until_a_second_signal_ends_it_at_once(model_folders, call_script, tmp_path):
     arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out")
     first = start_pausing(tmp_path, 6, *arguments)
     second = call_script(*arguments)
     assert second.code == 2 and "another run is at work" in second.err
-    first.send_signal(signal.SIGSTOP)  # both signals are there before it can act on either
+    first.send_signal(signal.SIGSTOP)  # so that both signals are pending before it can handle one
     first.send_signal(signal.SIGTERM)
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGCONT)
@@ -274,7 +271,7 @@ def test_log_every_thins_the_history_and_changes_nothing_else(call_tiny, tmp_pat
 
 @contextlib.contextmanager
 def full_disk_at(write: int):
-    """The `write`-th file that is opened to write lies on a device that is always full; yields the names of all."""
+    """Put the `write`-th file that is opened for writing on a full device; yield the names of all such files."""
     count, really_open = itertools.count(1), builtins.open
     opened = []
 
@@ -292,7 +289,7 @@ def full_disk_at(write: int):
 
 
 def assert_every_file_is_whole(save_dir: Path) -> None:
-    """No temporary file is left, and every other one can be read."""
+    """Assert that no temporary file is left and that every file can be read."""
     for file in (file for file in save_dir.rglob("*") if file.is_file()):
         assert ".partial" not in file.name
         if file.suffix == ".png":
@@ -308,7 +305,7 @@ def assert_every_file_is_whole(save_dir: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
-def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_had_happened(call_tiny, tmp_path):
+def test_any_failed_write_is_reported_in_one_line_and_the_run_can_be_resumed(call_tiny, tmp_path):
     arguments = ("--num-steps", 5, "--save-every", 4, "--target-accuracy", 0, "--wandb-run-name", "run")
     with full_disk_at(0) as opened:
         assert call_tiny(*arguments, "--save-dir", "whole").code == 0
@@ -318,7 +315,7 @@ def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_
         with full_disk_at(write):
             result = call_tiny(*arguments, "--save-dir", folder)
         assert "cannot write" in result.err and "No space left" in result.err and "Traceback" not in result.err
-        if write == 1:  # the reference for later runs, which this one does without
+        if write == 1:  # the cached reference, which this run does not need
             assert result.code == 0 and "not kept for later runs" in result.err
             continue
         assert result.code == 2
@@ -328,7 +325,7 @@ def test_any_write_that_fails_costs_one_line_and_resuming_goes_on_as_if_nothing_
         assert results_of(folder / "run") == results_of(tmp_path / "whole" / "run")
 
 
-def test_temporary_files_of_a_killed_run_go_with_the_next_of_its_name(call_tiny, tmp_path):
+def test_the_next_run_of_the_same_name_removes_temporary_files_of_a_killed_run(call_tiny, tmp_path):
     (tmp_path / "out/run").mkdir(parents=True)
     (tmp_path / "out/run/history.csv.7.partial").write_text("half")
     (tmp_path / "out/run/my.partial").write_text("a user's own")
@@ -356,10 +353,10 @@ v.main(v.parse_args(sys.argv[1:]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no such limit here")
 @pytest.mark.parametrize("choice", ["auto", "off"])
-def test_a_step_that_memory_does_not_hold_is_recomputed_or_saves_the_state_and_says_what_helps(
+def test_out_of_memory_in_a_step_recomputes_layers_or_saves_the_state_and_names_remedies(
     model_folders, tmp_path, choice
 ):
-    """A step keeps about 240 MB of eight layers so wide, one layer about 30; 100 MiB are left."""
+    """Leave 100 MiB: a step keeps about 240 MB for eight such wide layers, or 30 MB if it recomputes them."""
     save_tiny_generator(model_folders[0], intermediate_size=30_000, num_hidden_layers=8)
     hungry = (*tiny_arguments(tmp_path), "--save-dir", "out", "--image-size", 32, "--num-steps", 2)
     end = ended(start_code(HUNGRY, tmp_path, *hungry, "--gradient-checkpointing", choice))
@@ -373,7 +370,7 @@ def test_a_step_that_memory_does_not_hold_is_recomputed_or_saves_the_state_and_s
     assert vpt.read_state(folder)["learning"]["points"].isfinite().all()
 
 
-def test_a_run_that_ended_in_its_first_step_goes_on_with_its_curves(call_tiny, tmp_path, monkeypatch):
+def test_a_run_that_failed_in_its_first_step_is_resumed_and_draws_its_curves(call_tiny, tmp_path, monkeypatch):
     arguments = ("--num-steps", 2, "--save-dir", "out", "--use-wandb", "--wandb-mode", "offline")
     with monkeypatch.context() as patch:
 
@@ -387,7 +384,7 @@ def test_a_run_that_ended_in_its_first_step_goes_on_with_its_curves(call_tiny, t
     assert list((tmp_path / "out").glob("*/training_curves.png"))
 
 
-def test_out_of_memory_while_drawing_costs_one_line_and_nothing_learned(call_tiny, tmp_path, monkeypatch):
+def test_out_of_memory_while_drawing_is_reported_in_one_line_and_loses_no_step(call_tiny, tmp_path, monkeypatch):
     arguments = ("--num-steps", 5, "--save-dir", "out", "--wandb-run-name", "run")
     with monkeypatch.context() as patch:
 
@@ -423,7 +420,7 @@ def test_proto_tokens_of_an_earlier_run_reconstruct_its_picture_without_optimisi
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_a_proto_tokens_file_that_does_not_load_is_one_line(stored, call_tiny, damage):
+def test_a_proto_tokens_file_that_does_not_load_is_refused_in_one_line(stored, call_tiny, damage):
     file = stored / "proto_tokens.safetensors"
     whole = file.read_bytes()
     file.unlink()

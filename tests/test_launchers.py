@@ -1,4 +1,4 @@
-"""Several processes that torchrun or srun started: each takes its own shard of the prompts and its own GPU."""
+"""Test processes that torchrun or srun starts: each takes its own shard of the prompts."""
 
 import contextlib
 import os
@@ -34,18 +34,18 @@ def test_each_rank_of_a_launcher_takes_its_shard(monkeypatch, names):
     assert vpt.parse_args(words).shard is None
 
 
-def test_a_rank_without_a_prompt_ends_with_0(call_tiny):
+def test_a_rank_without_a_prompt_ends_with_exit_code_0(call_tiny):
     result = call_tiny(*TWO, "--m", "own", env={"RANK": "2", "WORLD_SIZE": "3"})
     assert result.code == 0 and "no prompt left for rank 3 of 3" in result.out
 
 
 @pytest.mark.parametrize("options", [("--prompt", "a"), (*TWO, "--m", "own", "--shard", "1/2"), TWO])
-def test_what_cannot_be_shared_among_ranks_is_refused(call_tiny, options):
+def test_a_run_that_cannot_be_shared_among_ranks_is_refused(call_tiny, options):
     refused(call_tiny(*options, env={"RANK": "0", "WORLD_SIZE": "3"}), "share")
 
 
-def test_a_launch_of_which_a_rank_was_killed_is_resumed(call_tiny, model_folders, tmp_path):
-    """By torchrun itself, which then stops the others."""
+def test_a_launch_is_resumed_after_one_of_its_ranks_was_killed(call_tiny, model_folders, tmp_path):
+    """Launch with torchrun itself, which stops the other ranks when one is killed."""
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne")
     (tmp_path / "script.py").write_text(PAUSING.replace("sys.argv.pop(1)", "2"))
     arguments = ("--prompts-file", "prompts.txt", "--m", "own", "--save-every", 1)

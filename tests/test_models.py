@@ -1,4 +1,4 @@
-"""Checkpoints as they come: what loads, and what is refused in one line before anything slow."""
+"""Test checkpoints, local and from the hub: which load, and which are refused in one line before anything slow."""
 
 import json
 
@@ -16,7 +16,7 @@ def change(file, **fields) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "something_new"])
-def test_a_quantised_checkpoint_is_refused_and_told_why(call_tiny, model_folders, method):
+def test_a_quantised_checkpoint_is_refused_with_the_reason(call_tiny, model_folders, method):
     change(model_folders[0] / "config.json", quantization_config={"quant_method": method, "bits": 4})
     refused(call_tiny(), "quantised", "gradients")
 
@@ -27,12 +27,12 @@ def test_a_checkpoint_with_sliding_windows_is_refused(call_tiny, model_folders):
     refused(call_tiny(), "--model-path", "sliding windows")
 
 
-def test_a_checkpoint_with_rope_scaling_which_the_original_ignores_is_refused(call_tiny, model_folders):
+def test_a_checkpoint_with_rope_scaling_is_refused(call_tiny, model_folders):
     change(model_folders[0] / "config.json", rope_scaling={"type": "yarn", "factor": 4.0}, rope_parameters=None)
     refused(call_tiny(), "--model-path", "rope scaling")
 
 
-def test_a_tied_checkpoint_with_a_head_of_its_own_is_tied_as_in_the_original(tmp_path, make_args, capsys):
+def test_a_config_that_ties_the_head_overrides_a_head_in_the_file(tmp_path, make_args, capsys):
     save_tiny_generator(tmp_path / "generator")
     change(tmp_path / "generator" / "config.json", tie_word_embeddings=True)
     generator = vpt.load_models(make_args("--model-path", tmp_path / "generator")).generator
@@ -40,14 +40,14 @@ def test_a_tied_checkpoint_with_a_head_of_its_own_is_tied_as_in_the_original(tmp
     assert "note: config.json ties the head" in capsys.readouterr().out
 
 
-def test_a_repetition_penalty_of_config_json_holds_where_there_is_no_generation_config(tmp_path, make_args):
+def test_a_repetition_penalty_of_config_json_is_used_without_a_generation_config(tmp_path, make_args):
     save_tiny_generator(tmp_path / "generator")
     (tmp_path / "generator" / "generation_config.json").unlink()
     change(tmp_path / "generator" / "config.json", repetition_penalty=1.2)
     assert vpt.load_models(make_args("--model-path", tmp_path / "generator")).repetition_penalty == 1.2
 
 
-def test_what_generate_would_follow_and_this_decoding_does_not_is_named(call_tiny, model_folders):
+def test_options_of_generate_that_the_decoding_ignores_are_named(call_tiny, model_folders):
     asked = {"no_repeat_ngram_size": 3, "min_p": 0.1, "typical_p": 1.0, "suppress_tokens": None}
     change(model_folders[0] / "generation_config.json", **asked)
     assert "generation_config.json asks for no_repeat_ngram_size, min_p, which is not followed" in call_tiny().out
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_says_it_is_not_quantised_loads(call_tiny, model_folde
     assert call_tiny().code == 0
 
 
-def test_a_vocabulary_unlike_the_rows_in_the_file_names_both_numbers(call_tiny, model_folders):
+def test_the_error_for_a_wrong_vocabulary_size_names_both_shapes(call_tiny, model_folders):
     change(model_folders[0] / "config.json", vocab_size=1500)
     refused(call_tiny(), "lm_head.weight has [1413, 32], not [1500, 32]")
 
@@ -78,19 +78,19 @@ def test_a_tensor_that_is_missing_is_named(call_tiny, model_folders):
 
 
 def test_a_checkpoint_of_more_layers_than_its_config_says_is_refused(call_tiny, model_folders):
-    """Else the last ones would be dropped without a word."""
+    """Check that the library does not silently drop the last layers."""
     change(model_folders[0] / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
     refused(call_tiny(), "0 tensors are missing", "model.layers.1", "one too many")
 
 
-def test_a_prefix_of_every_tensor_is_named(call_tiny, model_folders):
+def test_a_prefix_that_all_tensor_names_have_is_named(call_tiny, model_folders):
     weights = load_file(model_folders[0] / "model.safetensors")
     prefixed = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
     save_file(prefixed, model_folders[0] / "model.safetensors", {"format": "pt"})
     refused(call_tiny(), f"{len(weights)} are not known", "_orig_mod.")
 
 
-def test_a_tensor_of_something_else_is_not_used_and_named(call_tiny, model_folders):
+def test_an_unknown_tensor_is_ignored_and_named(call_tiny, model_folders):
     weights = load_file(model_folders[0] / "model.safetensors") | {"vision_tower.weight": torch.zeros(2)}
     save_file(weights, model_folders[0] / "model.safetensors", {"format": "pt"})
     result = call_tiny()
@@ -98,19 +98,19 @@ def test_a_tensor_of_something_else_is_not_used_and_named(call_tiny, model_folde
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "special_tokens_map.json"])
-def test_a_broken_link_among_the_files_is_said_to_be_one(call_tiny, model_folders, name):
+def test_a_broken_link_among_a_models_files_is_named(call_tiny, model_folders, name):
     (model_folders[0] / name).unlink(missing_ok=True)
     (model_folders[0] / name).symlink_to("nowhere")
     refused(call_tiny(), "--model-path", name, "a link to a file that is not there")
 
 
-def test_a_config_with_a_byte_order_mark_is_said_to_have_one(call_tiny, model_folders):
+def test_the_error_for_a_config_with_a_byte_order_mark_names_the_mark(call_tiny, model_folders):
     config = model_folders[0] / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
     refused(call_tiny(), "config.json", "BOM")
 
 
-def test_a_generation_config_that_cannot_be_read_is_said_to_be_so(call_tiny, model_folders):
+def test_a_generation_config_that_cannot_be_read_is_named(call_tiny, model_folders):
     (model_folders[0] / "generation_config.json").unlink(missing_ok=True)
     (model_folders[0] / "generation_config.json").mkdir()
     refused(call_tiny(), "generation_config.json", "Is a directory")
@@ -138,7 +138,7 @@ def test_a_field_of_the_wrong_type_is_named(call_tiny, model_folders, field, val
         ("rope_parameters", 7),
     ],
 )
-def test_a_field_that_makes_no_model_is_one_line(call_tiny, model_folders, field, value):
+def test_a_field_that_describes_no_valid_model_is_refused_in_one_line(call_tiny, model_folders, field, value):
     change(model_folders[0] / "config.json", **{field: value})
     refused(call_tiny(), str(model_folders[0]))
 
@@ -152,12 +152,12 @@ def call_hub(call_script, hub):
     return lambda *arguments: call_script("--device", "cpu", *arguments)
 
 
-def test_a_gated_repository_is_said_to_be_one(call_hub, hub):
+def test_a_gated_repository_is_reported_as_gated(call_hub, hub):
     hub.code, hub.error = 403, "GatedRepo"
     refused(call_hub("--model-path", "someone/gated"), "gated", "licence")
 
 
-def test_a_repository_that_does_not_exist_is_said_to_be_none(call_hub, hub):
+def test_a_repository_that_does_not_exist_is_reported_as_not_found(call_hub, hub):
     hub.code, hub.error = 404, "RepoNotFound"
     refused(call_hub("--model-path", "someone/nothing"), "404", "Repository Not Found", "check the name", "--demo")
 
@@ -170,12 +170,12 @@ def test_a_repository_that_does_not_exist_is_said_to_be_none(call_hub, hub):
         (200, b"<html>Please log in to the network</html>"),
     ],
 )
-def test_a_hub_that_fails_points_at_the_other_ways(call_hub, hub, code, body):
+def test_the_error_for_a_failing_hub_names_the_alternatives(call_hub, hub, code, body):
     hub.code, hub.error, hub.body, hub.kind = code, None, body, "text/html"
     refused(call_hub("--model-path", "someone/model"), "--model-path someone/model", "cannot be fetched", "--demo")
 
 
-def test_offline_an_encoder_that_was_never_fetched_is_said_not_to_be_cached(call_tiny, tmp_path):
+def test_the_error_for_an_encoder_missing_offline_mentions_the_cache(call_tiny, tmp_path):
     snapshots = tmp_path / "hf" / "hub" / "models--nvidia--vq"
     (snapshots / "refs").mkdir(parents=True)
     (snapshots / "refs" / "main").write_text("b" * 40)
@@ -191,14 +191,14 @@ def test_offline_an_encoder_that_was_never_fetched_is_said_not_to_be_cached(call
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "decoder.jit"])
-def test_a_git_lfs_pointer_is_said_to_be_one(call_tiny, model_folders, name):
+def test_a_git_lfs_pointer_in_a_models_folder_is_named(call_tiny, model_folders, name):
     file = model_folders[name == "decoder.jit"] / name
     file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n")
     refused(call_tiny(), name, "git-LFS pointer", "git lfs pull")
 
 
 @pytest.mark.parametrize("option", ["--image", "--m-from", "--from-proto-tokens"])
-def test_a_git_lfs_pointer_is_said_to_be_one_wherever_a_file_is_named(call_tiny, tmp_path, option):
+def test_a_git_lfs_pointer_given_to_an_option_is_named(call_tiny, tmp_path, option):
     (tmp_path / "large").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n")
     refused(call_tiny(option, "large"), "large is a git-LFS pointer")
 

@@ -1,4 +1,4 @@
-"""What surrounds the script: the shell command, the sweep, the README, and the demo model's files."""
+"""Test what surrounds the script: the shell command, the sweep, the README, and the demo model's files."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def run_shell(tmp_path):
 
 
 def test_the_shell_command_takes_settings_from_the_environment_and_arguments_win(run_shell, tmp_path):
-    settings = {"NUM_STEPS": "900", "SEED": "7", "LEARNING_RATE": "0.05", "PROMPT": "$P$G"}  # the last is cmd.exe's
+    settings = {"NUM_STEPS": "900", "SEED": "7", "LEARNING_RATE": "0.05", "PROMPT": "$P$G"}  # cmd.exe sets PROMPT
     arguments = ("--num-steps", "2", "--wandb-run-name", "mine", "--prompt", "a penguin on green grass")
     result = run_shell(*arguments, **settings, USE_WANDB="True", WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
@@ -49,19 +49,19 @@ def test_the_shell_command_ends_with_the_scripts_own_exit_code(run_shell):
     assert refusal.returncode == 2 and "--num-steps" in refusal.stderr
 
 
-def test_the_shell_command_says_which_words_switch_wandb(run_shell):
+def test_the_shell_command_names_the_valid_values_of_use_wandb(run_shell):
     refusal = run_shell(USE_WANDB="yes")
     assert refusal.returncode == 2 and "true or false" in refusal.stderr
 
 
-def test_the_shell_command_is_found_behind_a_link_and_beside_other_folders(run_shell, tmp_path):
+def test_the_shell_command_works_through_a_link_and_with_cdpath(run_shell, tmp_path):
     (tmp_path / "link.sh").symlink_to(ROOT / "run_proto_verification.sh")
     (tmp_path / "wandb").mkdir()
     result = run_shell("--help", command=tmp_path / "link.sh", CDPATH=str(ROOT.parent))
     assert result.returncode == 0 and result.stdout.startswith("usage: verify_proto_tokens.py")
 
 
-def test_the_shell_command_leaves_a_python_with_old_packages_alone(run_shell, tmp_path):
+def test_the_shell_command_uses_its_own_venv_if_packages_are_too_old(run_shell, tmp_path):
     for name in ("run_proto_verification.sh", "requirements.txt", "verify_proto_tokens.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "old" / "transformers-4.57.0.dist-info").mkdir(parents=True)
@@ -88,14 +88,14 @@ def test_shellcheck_has_nothing_to_say_about_a_shell_script(name):
 
 
 @pytest.mark.parametrize("name", SHELL_SCRIPTS)
-def test_a_shell_script_keeps_to_what_the_old_bash_of_macos_knows(name):
+def test_a_shell_script_uses_no_syntax_newer_than_bash_3_2(name):
     later_than_bash_3_2 = (
         r"mapfile|readarray|declare -[aAgln]|local -n|\$\{\w+(,|\^|@)|\|&|&>>|coproc|\bwait -n|\$EPOCH"
     )
     assert not re.search(later_than_bash_3_2, (ROOT / name).read_text())
 
 
-def test_the_visible_top_level_is_what_it_should_be():
+def test_the_top_level_has_only_the_expected_visible_files():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
@@ -110,7 +110,7 @@ def test_the_visible_top_level_is_what_it_should_be():
     }
 
 
-def test_the_sweep_is_that_of_the_guide_and_its_parameters_are_options():
+def test_the_sweep_maximises_the_best_accuracy_and_its_parameters_are_options():
     sweep = yaml.safe_load((ROOT / "sweep_config.yaml").read_text())
     assert sweep["program"] == "verify_proto_tokens.py" and "command" not in sweep
     assert sweep["metric"] == {"name": "best_accuracy", "goal": "maximize"}
@@ -140,7 +140,7 @@ def test_a_page_names_no_option_that_does_not_exist():
         assert named - of_other_tools <= OPTIONS, page
 
 
-def test_the_readme_states_the_defaults_as_they_are():
+def test_the_readme_states_the_true_defaults():
     rows = re.findall(r"^\| `(--[a-z-]+)` \| `?([^|`]+?)`? \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     stated = {option: value for option, value in rows if re.fullmatch(r"[\d.]+", value)}
     assert stated.keys() >= {"--image-size", "--num-steps"}
@@ -155,7 +155,7 @@ def test_the_readme_stays_short_and_narrow():
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "tests" / "README.md", DEMO / "README.md"])
-def test_every_file_that_a_page_links_to_exists_and_nothing_is_left_to_fill_in(page):
+def test_every_file_that_a_page_links_to_exists_and_no_placeholder_is_left(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
@@ -210,7 +210,7 @@ def test_a_larger_demo_picture_is_a_larger_grid():
     assert vpt.decode_codes(decoder, torch.zeros(1, 256, dtype=torch.long)).shape == (1, 3, 512, 512)
 
 
-def test_the_demo_generator_is_told_512_px_and_at_256_px_prompted_as_simplear_is():
+def test_the_demos_prompts_have_a_size_token_only_at_512_px():
     text_tokenizer = vpt.load_text_tokenizer(DEMO / "generator")
     assert [vpt.size_token(text_tokenizer, size) for size in (256, 512)] == ["", "<|512px|>"]
     assert len(text_tokenizer("<|512px|>")["input_ids"]) == 1
@@ -220,7 +220,7 @@ def test_the_demo_generator_is_told_512_px_and_at_256_px_prompted_as_simplear_is
     ("prompt", "size"), [("a red apple on a wooden table", 256), ("a penguin on green grass", 512)]
 )
 def test_the_demo_model_draws_what_the_caption_says(prompt, size, tmp_path):
-    """Its tokens are likelier under their own caption than under another's: at most half the loss."""
+    """Check that the tokens' loss under their own caption is less than half of that under another caption."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     wanted = ["--prompt", prompt, "--image-size", str(size)]
     args = vpt.parse_args(["--demo", "--device", "cpu", *wanted, "--save-dir", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The optimisation: one pass and its loss against a plain loop, metrics by hand, the schedule, the frozen generator."""
+"""Test the optimisation: one pass, its loss and gradient, the optimisers, the results of targets, memory, devices."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def test_loss_and_gradient_equal_a_plain_loop(tiny_models, make_args, vocabulary
 
 
 class Head:
-    """Stands for models whose visual codes are all ids of a head [V, D]."""
+    """Stand in for models in which every row of the head [V, D] is a visual code."""
 
     first_code_row = visual_offset = 0
 
@@ -64,7 +64,7 @@ def test_losses_and_ranks_match_numbers_worked_by_hand():
     assert predictions.losses[0, 3].item() == pytest.approx(math.log(1 + 6 * math.exp(-8)), rel=1e-4)
 
 
-def test_of_equally_likely_ids_the_one_that_argmax_takes_is_right_and_no_other():
+def test_only_the_id_that_argmax_takes_is_right_among_equally_likely_ids():
     predictions = vpt.predict(Head(torch.eye(2)), torch.full((1, 2, 2), 5.0), torch.tensor([[0, 1]]))
     assert predictions.rank.tolist() == [[0, 1]] and predictions.ids.tolist() == [[0, 0]]
 
@@ -85,7 +85,7 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, logits_at_once, scale)
 
 
 @pytest.mark.parametrize(("logits_at_once", "targets_per_pass"), [(1, 1), (20_000, 2), (2**20, 3)])
-def test_the_gradient_is_that_of_the_formula_however_it_is_cut(
+def test_the_gradient_equals_the_formulas_for_any_size_of_chunk_and_pass(
     tiny_models, make_args, monkeypatch, logits_at_once, targets_per_pass
 ):
     proto_tokens, codes = vpt.initial_proto_tokens(tiny_models, 3, make_args()), random_codes(tiny_models, batch=3)
@@ -100,8 +100,8 @@ def test_the_gradient_is_that_of_the_formula_however_it_is_cut(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("options", [(), ("--m", "own")])
-def test_the_accuracy_that_ended_a_run_is_that_of_its_reconstruction(make_args, dtype, options):
-    """In half precision too, where a pass over other targets may round otherwise."""
+def test_the_best_accuracy_while_learning_equals_that_of_the_reconstruction(make_args, dtype, options):
+    """Check half precision, too, in which a pass over another set of targets may round differently."""
     args = make_args("--dtype", dtype, "--num-steps", 40, "--target-accuracy", 20, *options)
     models = vpt.load_models(args)
     codes = random_codes(models, batch=3)
@@ -128,8 +128,8 @@ def test_ties_in_bfloat16_are_counted_alike_in_the_rank_and_in_the_prediction(ma
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_gradients_in_half_precision_point_where_those_in_float32_do(make_args, dtype):
-    """The way back carries sums over positions, not means: a mean of 1,024 would take ten bits from small gradients."""
+def test_gradients_in_half_precision_have_the_direction_of_float32_gradients(make_args, dtype):
+    """Check that the backward pass carries sums over positions: means of 1,024 would cost small gradients ten bits."""
 
     def gradient(dtype: str) -> torch.Tensor:
         args = make_args("--dtype", dtype)
@@ -158,7 +158,7 @@ def test_a_short_run_has_positive_rates_too(num_steps):
 
 
 def minimise(start: list[list[float]], losses_of, num_steps: int, rate: float = 10, rounding: float = 0):
-    """Steps of L-BFGS for problems of two numbers each; gives the losses [steps, G] of each point that it tried."""
+    """Take L-BFGS steps for problems of two numbers each; return the losses [steps, G] of all points that it tried."""
     points = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     optimizer, tried = vpt.LBFGS(points, 2, rate, rounding), []
     for _ in range(num_steps):
@@ -170,7 +170,7 @@ def minimise(start: list[list[float]], losses_of, num_steps: int, rate: float = 
 
 
 def rosenbrock(x: torch.Tensor) -> torch.Tensor:
-    """Its valley is bent: a method of first order takes thousands of steps."""
+    """Return Rosenbrock's function: its valley is bent, so a first-order method takes thousands of steps."""
     return (1 - x[:, 0]) ** 2 + 100 * (x[:, 1] - x[:, 0] ** 2) ** 2
 
 
@@ -185,15 +185,15 @@ def test_lbfgs_treats_each_problem_as_if_it_were_alone():
     assert torch.allclose(together, alone, rtol=1e-3, atol=1e-6)
 
 
-def test_lbfgs_changes_no_number_by_more_than_the_rate_in_the_root_mean_square():
+def test_the_root_mean_square_of_an_lbfgs_step_is_limited_by_the_rate():
     points = []
     minimise([[-1.2, 1.0]], lambda x: (points.append(x.detach().clone()), rosenbrock(x))[1], 40, rate=0.05)
     moves = torch.stack(points).diff(dim=0).square().mean(-1).sqrt()
-    assert 0.04 < moves.max() <= 2 * 0.05 + 1e-6  # twice: back from a rejected point and on the other way
+    assert 0.04 < moves.max() <= 2 * 0.05 + 1e-6  # twice the rate: back from a rejected point, then the next trial
 
 
 def test_lbfgs_goes_on_where_rounding_hides_the_descent():
-    """A loss rounded to bfloat16 is flat in small and steep in large; a strict search would turn back for ever."""
+    """Round the loss to bfloat16: it is flat over short steps, where a strict search would turn back forever."""
     rounded = minimise(
         [[-1.2, 1.0]],
         lambda x: rosenbrock(x) + (rosenbrock(x).bfloat16().double() - rosenbrock(x)).detach(),
@@ -204,8 +204,8 @@ def test_lbfgs_goes_on_where_rounding_hides_the_descent():
 
 
 @pytest.mark.parametrize("spoilt", [3, 4, 12])
-def test_lbfgs_takes_a_trial_that_is_not_finite_for_a_step_too_far(spoilt):
-    """As one that did not descend: it goes back, tries less, and still finds the minimum."""
+def test_lbfgs_treats_a_trial_that_is_not_finite_as_a_step_too_far(spoilt):
+    """Check that it goes back, tries a shorter step, and still finds the minimum."""
     count = []
 
     def losses_of(x: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_lbfgs_keeps_to_where_the_loss_is_finite():
     assert tried[-1] < 1e-8
 
 
-def test_lbfgs_says_when_no_way_leads_back_to_what_is_finite():
+def test_lbfgs_reports_when_it_cannot_go_back_to_a_finite_loss():
     points = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     optimizer = vpt.LBFGS(points, 2, 0.1, 0.0)
     assert optimizer.can_go_back.tolist() == [False, False]  # nothing was evaluated yet
@@ -237,8 +237,8 @@ def test_lbfgs_says_when_no_way_leads_back_to_what_is_finite():
     assert points.isfinite().all()
 
 
-def test_lbfgs_forgets_a_direction_that_is_finite_only_where_it_begins():
-    """Cut ever shorter, the way is lost in rounding: the loss there is that of x, and no success."""
+def test_lbfgs_discards_a_direction_without_a_finite_loss_beyond_its_start():
+    """Shorten the step until rounding undoes it: the loss is then the one at x, which must not count as a success."""
     points, x = torch.tensor([[3.0, -2.0]], requires_grad=True), None
     optimizer = vpt.LBFGS(points, 2, 0.1, 1e-7)
     for _ in range(60):
@@ -256,7 +256,7 @@ def test_lbfgs_forgets_a_direction_that_is_finite_only_where_it_begins():
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "adamw"])
-def test_an_optimizer_without_a_problem_that_ended_goes_on_with_the_others_as_if_alone(tiny_models, name):
+def test_an_optimizer_that_drops_a_problem_continues_the_others_as_if_alone(tiny_models, name):
     args = vpt.parse_args(["--optimizer", name])
     start = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 
@@ -280,7 +280,7 @@ def test_an_optimizer_without_a_problem_that_ended_goes_on_with_the_others_as_if
 
 @pytest.mark.parametrize("recipe", ["--optimizer adamw", USUAL_RECIPE])
 def test_adamw_follows_the_rate_and_clips_each_problem_on_its_own(recipe):
-    """Against one plain torch.optim.AdamW a problem."""
+    """Compare with one plain torch.optim.AdamW per problem."""
     args = vpt.parse_args([*recipe.split(), "--num-steps", "40"])
     rng = torch.Generator().manual_seed(0)
     ours = torch.zeros(2, 6, requires_grad=True)
@@ -301,8 +301,8 @@ def test_adamw_follows_the_rate_and_clips_each_problem_on_its_own(recipe):
         assert torch.allclose(optimizer.change, (ours - before).square().mean(1).sqrt())
 
 
-def test_the_inverse_hessian_is_that_of_the_recursion():
-    """Against Nocedal and Wright's algorithm 7.4, pair by pair."""
+def test_the_product_with_the_inverse_hessian_equals_the_two_loop_recursion():
+    """Compare with algorithm 7.4 of Nocedal and Wright, which takes the pairs one by one."""
     rng = torch.Generator().manual_seed(0)
     gradient, steps = torch.randn(12, generator=rng).double(), torch.randn(5, 12, generator=rng).double()
     root = torch.randn(12, 12, generator=rng).double()
@@ -323,7 +323,7 @@ def test_each_embedding_has_the_scale_of_its_own_curvature():
     step, change = torch.ones(1, 6), torch.tensor([[4, 4, 0.5, 0.5, -1, -1]])
     of_all = (8 + 1 - 2) / (32 + 0.5 + 2)
     far, near = (vpt.scales_of_embeddings(step, change, 2, apart)[0].tolist() for apart in (30, 2))
-    assert far == pytest.approx([0.25, 0.25, 2, 2, of_all, of_all])  # against its curvature, there is none to have
+    assert far == pytest.approx([0.25, 0.25, 2, 2, of_all, of_all])  # the third curves downwards: the common scale
     assert near == pytest.approx([0.25, 0.25, 2 * of_all, 2 * of_all, of_all, of_all])
 
 
@@ -352,7 +352,7 @@ def test_proto_tokens_are_float32_whatever_the_generators_precision(make_args, d
 
 
 def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
-    args = make_args("--num-steps", 100, *USUAL_RECIPE.split(), "--learning-rate", 0.05)  # falls again
+    args = make_args("--num-steps", 100, *USUAL_RECIPE.split(), "--learning-rate", 0.05)  # the accuracy falls again
     result, rows = optimise(tiny_models, args)
     accuracies = [row["train/accuracy"] for row in rows]
     assert max(accuracies) == rows[-1]["train/best_accuracy"] == accuracies[result.targets["best_step"][0] - 1]
@@ -361,7 +361,7 @@ def test_the_best_embeddings_are_kept_not_the_last(tiny_models, make_args):
     assert result.summary()["final_accuracy"] == accuracies[-1]
 
 
-def test_it_stops_as_soon_as_the_target_accuracy_is_reached(tiny_models, make_args):
+def test_learning_stops_as_soon_as_the_target_accuracy_is_reached(tiny_models, make_args):
     same = torch.zeros(1, 16, dtype=torch.long)  # sixteen times one code: easy
     result, rows = optimise(tiny_models, make_args("--num-steps", "500", "--target-accuracy", "90"), same)
     assert result.step < 500
@@ -380,7 +380,7 @@ def test_the_same_seed_gives_the_same_history_bit_for_bit(tiny_models, make_args
     assert first != optimise(tiny_models, make_args("--num-steps", "20", "--seed", "7"))[1]
 
 
-def test_clipping_bounds_the_update_but_not_the_logged_norm(tiny_models, make_args):
+def test_clipping_changes_the_update_but_not_the_logged_norm(tiny_models, make_args):
     free = optimise(tiny_models, make_args("--num-steps", "3", "--optimizer", "adamw"))[1]
     clipped = optimise(tiny_models, make_args("--num-steps", "3", "--optimizer", "adamw", "--grad-clip", "1e-9"))[1]
     assert clipped[0]["gradients/grad_norm"] == free[0]["gradients/grad_norm"]
@@ -388,7 +388,7 @@ def test_clipping_bounds_the_update_but_not_the_logged_norm(tiny_models, make_ar
 
 
 def spoil_passes(models: vpt.Models, spoilt: range):
-    """Has some of the passes give nothing finite."""
+    """Make the passes with the numbers `spoilt` return NaN."""
     calls = []
 
     def spoil(module, inputs, output):
@@ -400,18 +400,18 @@ def spoil_passes(models: vpt.Models, spoilt: range):
     return models.generator.model.register_forward_hook(spoil)
 
 
-def test_a_loss_that_is_not_finite_for_once_costs_two_steps_and_nothing_else(tiny_models, make_args):
+def test_two_steps_without_a_finite_loss_do_not_stop_learning(tiny_models, make_args):
     hook = spoil_passes(tiny_models, range(10, 12))
     result, rows = optimise(tiny_models, make_args("--num-steps", 60))
     hook.remove()
     assert not result.targets.diverged.any() and len(rows) == 60
-    assert rows[9]["train/loss"] == rows[10]["train/loss"] == rows[8]["train/loss"]  # the last one that is a number
+    assert rows[9]["train/loss"] == rows[10]["train/loss"] == rows[8]["train/loss"]  # the last finite loss
     assert rows[-1]["train/loss"] < rows[8]["train/loss"]
 
 
 @pytest.mark.parametrize(("options", "most"), [(("--optimizer", "adamw"), 10), ((), 30)])
 def test_a_loss_that_stays_not_finite_ends_the_run_with_the_best_so_far(tiny_models, make_args, options, most):
-    """With L-BFGS after ten shorter steps along its direction, and ten straight downhill, at most."""
+    """Let L-BFGS try at most ten shorter steps along its direction, then ten along the steepest descent."""
     hook = spoil_passes(tiny_models, range(10, 1000))
     result, rows = optimise(tiny_models, make_args("--num-steps", 200, *options))
     hook.remove()
@@ -426,10 +426,10 @@ def test_several_targets_share_m_and_have_an_e_t_each(tiny_models, make_args):
     result, _ = optimise(tiny_models, make_args("--num-steps", "5"), random_codes(tiny_models, batch=3))
     assert result.best.e_t.shape == (3, 1, tiny_models.hidden_size)
     assert result.best.m.shape == (1, tiny_models.hidden_size)
-    assert len(set(result.targets["best_step"].tolist())) == 1  # one m: the best of all targets belong to one step
+    assert len(set(result.targets["best_step"].tolist())) == 1  # one m: the targets share their best step
 
 
-def test_means_over_the_targets_stand_beside_each_ones_own_figures(tiny_models, make_args):
+def test_each_row_has_means_over_the_targets_and_each_targets_own_numbers(tiny_models, make_args):
     _, rows = optimise(tiny_models, make_args("--num-steps", "5"), random_codes(tiny_models, batch=3))
     for row in rows:
         for name in ("loss", "accuracy", "best_accuracy"):
@@ -449,7 +449,7 @@ def test_targets_with_an_m_of_their_own_learn_together_as_each_would_alone(tiny_
         assert best[0] == pytest.approx(best[1], abs=100 / 16)
 
 
-def test_a_shared_m_is_the_same_problem_as_one_target_given_twice(tiny_models, make_args):
+def test_a_target_given_twice_with_a_shared_m_learns_as_if_given_once(tiny_models, make_args):
     args, codes = make_args("--num-steps", "10", "--optimizer", "adamw"), random_codes(tiny_models)
     _, once = optimise(tiny_models, args, codes)
     _, twice = optimise(tiny_models, args, codes.repeat(2, 1))
@@ -467,7 +467,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_its_layers_recompute
 
 
 @pytest.mark.parametrize(("at", "options"), [(1, ("--m", "own")), (2, ()), (100, ("--m", "own"))])
-def test_then_it_is_taken_again_with_half_as_many_targets_a_pass(tiny_models, make_args, capsys, at, options):
+def test_a_step_still_out_of_memory_is_taken_again_with_half_the_targets(tiny_models, make_args, capsys, at, options):
     args = make_args("--num-steps", at + 5, "--target-accuracy", 0, "--gradient-checkpointing", "on", *options)
     codes = random_codes(tiny_models, batch=5)
     with memory_for(tiny_models, targets=2, from_pass=at) as sizes:
@@ -483,14 +483,14 @@ def test_then_it_is_taken_again_with_half_as_many_targets_a_pass(tiny_models, ma
     ]
 
 
-def test_layers_are_not_recomputed_where_the_user_said_so(tiny_models, make_args):
+def test_layers_are_not_recomputed_if_the_user_switched_it_off(tiny_models, make_args):
     args = make_args("--num-steps", 3, "--gradient-checkpointing", "off")
     with memory_for(tiny_models, recomputed=True) as sizes, pytest.raises(torch.OutOfMemoryError):
         optimise(tiny_models, args, random_codes(tiny_models, batch=2))
     assert sizes == [2, 1]
 
 
-def test_a_given_m_stays_as_it_is_while_e_t_learns(tiny_models, make_args):
+def test_a_given_m_does_not_change_while_e_t_learns(tiny_models, make_args):
     args, m = make_args("--num-steps", "5"), torch.full((1, tiny_models.hidden_size), 0.3)
     start = vpt.initial_proto_tokens(tiny_models, 1, args, m)
     learning, rows = optimise(tiny_models, args, given_m=m)
@@ -514,7 +514,7 @@ def test_the_best_of_a_target_is_final_once_it_has_reached_the_target_accuracy(t
 
 
 def numbers_of(accuracies: list[float], finite: list[bool], can_go_back: bool = False) -> dict[str, torch.Tensor]:
-    """A step's numbers, the loss falling with the accuracy."""
+    """Return a step's numbers; the loss falls as the accuracy rises."""
     accuracy = torch.tensor(accuracies, dtype=torch.float64)
     ones = torch.ones_like(accuracy)
     return {
@@ -536,7 +536,7 @@ def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_th
     assert targets["best_accuracy"].tolist() == [99.2, 99.2] and targets["best_step"].tolist() == [2, 2]
 
 
-def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
+def test_means_cover_the_targets_that_began_and_the_best_accuracy_covers_all(make_args):
     targets = vpt.TargetResults(3, together=False, args=make_args())
     targets.take([0, 2], numbers_of([80.0, 50.0], [True, True]))
     targets.take([0, 2], numbers_of([70.0, 0.0], [True, False]))
@@ -547,7 +547,7 @@ def test_what_targets_have_come_to_has_means_over_those_that_began(make_args):
     assert targets.rows(["a", "b", "c"])[2] == row
 
 
-def test_a_step_that_is_not_finite_keeps_the_last_numbers_and_ends_a_target_only_where_no_way_leads_back(make_args):
+def test_a_step_that_is_not_finite_keeps_the_last_numbers_and_ends_only_a_target_that_cannot_go_back(make_args):
     targets = vpt.TargetResults(1, together=False, args=make_args())
     targets.take([0], numbers_of([80.0], [True]))
     better = targets.take([0], numbers_of([90.0], [False], can_go_back=True))
@@ -556,8 +556,8 @@ def test_a_step_that_is_not_finite_keeps_the_last_numbers_and_ends_a_target_only
     assert targets["ended"] and targets.diverged and targets["best_accuracy"] == 80 and targets["steps"] == 2
 
 
-def test_more_e_tokens_hold_more(tiny_models, make_args):
-    """Sixteen embeddings for sixteen tokens leave no m, and can say each token on its own."""
+def test_more_e_tokens_reach_a_higher_accuracy(tiny_models, make_args):
+    """Learn sixteen embeddings for sixteen tokens: there is no m, and each embedding has one token of its own."""
     one, sixteen = (
         optimise(tiny_models, make_args("--num-steps", "300", "--num-e-tokens", count))[0] for count in ("1", "16")
     )
@@ -573,7 +573,7 @@ def test_gradient_checkpointing_changes_no_number(tiny_models, make_args):
 
 
 @pytest.mark.parametrize(("choice", "passes"), [("off", 1), ("on", 2)])
-def test_gradient_checkpointing_computes_each_layer_again_on_the_way_back(tiny_models, make_args, choice, passes):
+def test_gradient_checkpointing_computes_each_layer_again_in_the_backward_pass(tiny_models, make_args, choice, passes):
     layers, calls = tiny_models.generator.model.layers, []
     for layer in layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -582,11 +582,11 @@ def test_gradient_checkpointing_computes_each_layer_again_on_the_way_back(tiny_m
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a device is asked for
+# What the host asks of a device
 
 
 def host_reads(work) -> int:
-    """How often the host asks a device for a number."""
+    """Count how often the host reads a number from a device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return sum(event.name in ("aten::_local_scalar_dense", "aten::is_nonzero") for event in profile.events())
@@ -602,7 +602,7 @@ def host_reads(work) -> int:
         ("--gradient-checkpointing", "on"),
     ],
 )
-def test_a_step_asks_the_device_for_its_numbers_alone(tiny_models, make_args, options):
+def test_a_step_reads_nothing_from_the_device_but_its_numbers(tiny_models, make_args, options):
     args = make_args("--target-accuracy", 50, *options)
     learning = vpt.Optimisation(tiny_models, random_codes(tiny_models, batch=2), args)
     take_step(learning)
@@ -613,22 +613,22 @@ def test_a_step_asks_the_device_for_its_numbers_alone(tiny_models, make_args, op
         learning.optimizer.step(predictions.losses.mean(1))
         learning.keep_best(torch.tensor([True, True]), predictions)
 
-    # The one copy of all numbers is none of these; torch's AdamW counts its steps on the host.
+    # The one copy of all numbers does not count as a read; torch's AdamW reads its number of steps, on the host.
     assert host_reads(work_on_the_device) == (args.optimizer == "adamw")
 
 
 @pytest.mark.parametrize("options", [(), ("--top-k", 3), ("--top-p", 0.9), ("--repetition-penalty", 1.2)])
-def test_a_token_asks_the_device_for_nothing(make_args, options):
+def test_decoding_a_token_reads_nothing_from_the_device(make_args, options):
     args = make_args(*options)
     models = vpt.load_models(args)
 
     def reads(num_tokens: int) -> int:
         return host_reads(lambda: vpt.generate_visual_codes(models, ["a cat", "a"], num_tokens, args))
 
-    assert reads(3) == reads(12) > 0  # the first and the last are asked whether all logits were finite
+    assert reads(3) == reads(12) > 0  # the first and the last token check that all logits were finite
 
 
-def test_many_prompts_are_decoded_by_as_many_as_memory_holds(tiny_models, make_args, monkeypatch):
+def test_prompts_are_decoded_in_smaller_batches_if_memory_runs_out(tiny_models, make_args, monkeypatch):
     prompts = [word for name in "abcde" for word in ("--prompt", name)]
     together = reference_of(tiny_models, make_args(*prompts))
     batches, really_generate = [], vpt.generate_visual_codes
@@ -652,7 +652,7 @@ def test_a_device_named_without_its_number_is_given_one(monkeypatch):
 
 @pytest.mark.parametrize("options", [(), ("--optimizer", "adamw", "--m", "own"), ("--gradient-checkpointing", "on")])
 def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(call_tiny, monkeypatch, options):
-    """While learning, torch refuses an operation that has no repeatable form: a step has none such."""
+    """Check that a step has a deterministic form of every operation: while learning, torch refuses any other."""
     modes = {}
 
     def note(name: str) -> None:
@@ -670,7 +670,7 @@ def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(
     assert modes == {
         "generate_visual_codes": (False, "high"),
         "loss_and_gradient": (True, "high"),
-        "numbers_of": (True, "highest"),  # and so what the optimiser does after them
+        "numbers_of": (True, "highest"),  # and therefore also in the optimiser
         "information": (False, "high"),
     }
     assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
@@ -681,8 +681,8 @@ def test_tf32_rounds_to_ten_bits_of_mantissa():
     assert ten_bits(numbers).tolist() == [1, 1 + 2**-10, 1, -1 - 2**-10, pytest.approx(3e-20, rel=2**-11)]
 
 
-def test_learning_256_tokens_with_products_in_tf32_loses_nothing(monkeypatch):
-    """The accuracy after some steps is within two points of float32's."""
+def test_learning_256_tokens_with_products_in_tf32_loses_at_most_two_points(monkeypatch):
+    """Check that the accuracy after 12 steps is within two percentage points of float32's."""
     words = ["--demo", "--device", "cpu", "--image-size", "512", "--num-steps", "12"]
     args = vpt.parse_args([*words, "--prompt", "a penguin on green grass"])
     models = vpt.load_models(args)
@@ -699,7 +699,7 @@ def test_learning_256_tokens_with_products_in_tf32_loses_nothing(monkeypatch):
 @pytest.mark.parametrize(
     "variables", [{"LOCAL_RANK": "3"}, {"SLURM_LOCALID": "1"}, {"SLURM_LOCALID": "1", "LOCAL_RANK": ""}]
 )
-def test_each_local_rank_takes_a_gpu_of_its_own(monkeypatch, variables):
+def test_the_local_rank_decides_which_gpu_is_used(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -709,7 +709,7 @@ def test_each_local_rank_takes_a_gpu_of_its_own(monkeypatch, variables):
 
 
 @pytest.mark.parametrize(("has_tf32", "precision"), [(True, "tf32"), (False, "float32")])
-def test_a_gpu_computes_in_tf32_where_it_can_unless_told_otherwise(monkeypatch, has_tf32, precision):
+def test_a_gpu_computes_in_tf32_if_it_can_unless_an_option_says_otherwise(monkeypatch, has_tf32, precision):
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: has_tf32)
     assert vpt.pick_precision("auto", torch.device("cuda")) == precision
     assert vpt.pick_precision("bfloat16", torch.device("cuda")) == "bfloat16"

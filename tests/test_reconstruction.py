@@ -1,4 +1,4 @@
-"""Reconstruction, its measures, the figures and the files."""
+"""Test the reconstruction, its measures, the figures and the files."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_the_reconstruction_is_the_argmax_of_one_pass(tiny_models, proto_tokens)
     assert reconstruction.one_pass_seconds > 0
 
 
-def test_the_picture_is_decoded_from_what_the_pass_emits_and_compared_with_the_targets_own(tiny_models, proto_tokens):
+def test_the_emitted_codes_are_decoded_and_compared_with_the_decoded_target(tiny_models, proto_tokens):
     codes = random_codes(tiny_models)
     reconstruction = vpt.reconstruct(tiny_models, proto_tokens, codes)
     emitted = tiny_models.generator(inputs_embeds=proto_tokens.inputs(16)).logits[..., 1401:].argmax(-1)
@@ -70,7 +70,7 @@ def test_more_targets_than_fit_at_once_are_reconstructed_in_parts(tiny_models, m
     assert torch.allclose(whole.losses, in_parts.losses, rtol=1e-5)
 
 
-def test_only_equal_pictures_are_said_to_be_identical():
+def test_only_equal_pictures_are_called_identical():
     assert vpt.psnr_text(vpt.psnr(0.0)) == "identical picture"
     assert vpt.psnr_text(vpt.psnr(0.01)) == "PSNR 20.0 dB"
     assert vpt.psnr_text(math.nan) == "PSNR nan dB"
@@ -98,7 +98,7 @@ def test_status_follows_the_best_accuracy(accuracy, status):
 
 @pytest.fixture
 def summary_of(tiny_models, make_args):
-    """The summary of proto-tokens that learned nothing yet, and what they reconstruct."""
+    """Return a function that gives the summary and the reconstruction of proto-tokens before any learning."""
     models = dataclasses.replace(tiny_models, vocabulary="visual")
 
     def summary_of(codes, prompts):
@@ -122,7 +122,7 @@ def test_the_summary_counts_the_errors_of_the_stored_embeddings(summary_of):
     assert not any(name.startswith("targets/") for name in summary)
 
 
-def test_the_summary_of_several_targets_holds_means_sums_and_each_ones_own(tiny_models, summary_of):
+def test_the_summary_of_several_targets_has_means_sums_and_each_targets_numbers(tiny_models, summary_of):
     summary, _ = summary_of(random_codes(tiny_models, batch=3), ["a", "b", "c"])
     for name in ("best_accuracy", "proto_bits", "target_bits_unprompted", "information_gain_bits"):
         assert summary[name] == pytest.approx(sum(summary[f"targets/{k}/{name}"] for k in range(3)) / 3)
@@ -130,8 +130,8 @@ def test_the_summary_of_several_targets_holds_means_sums_and_each_ones_own(tiny_
     assert summary["bits_per_parameter"] == pytest.approx(3 * summary["information_gain_bits"] / (4 * 32))
 
 
-def test_bits_equal_those_of_one_token_after_another(tiny_models):
-    """The generator is asked for one token after another; the script asks for all in one pass."""
+def test_bits_of_one_pass_equal_those_of_a_loop_over_the_tokens(tiny_models):
+    """Compare with a loop that asks the generator for one token after another; the script asks for all in one pass."""
     codes, prompt_ids = torch.tensor([3, 0, 7, 7]), tiny_models.text_tokenizer("hello")["input_ids"]
     bits = []
     for place in range(4):
@@ -143,7 +143,7 @@ def test_bits_equal_those_of_one_token_after_another(tiny_models):
 
 
 def test_text_ids_ahead_are_counted_with_guidance_among_all_ids(tiny_models, make_args):
-    """The plain loop: SimpleAR's own choice among all ids, one token after another."""
+    """Compare with a plain loop: SimpleAR's own choice among all ids, one token after another."""
     codes, texts = random_codes(tiny_models)[0], (vpt.conditional_prompt("a cat"), vpt.negative_prompt())
     prompts = [tiny_models.text_tokenizer(text)["input_ids"] for text in texts]
     strayed = 0
@@ -158,7 +158,7 @@ def test_text_ids_ahead_are_counted_with_guidance_among_all_ids(tiny_models, mak
     assert vpt.text_ids_ahead(tiny_models, ones, ones, cfg_scale=6.0) == 0
 
 
-def test_the_gain_is_what_the_embeddings_save_of_the_bits_behind_the_template_without_a_prompt(tiny_models, summary_of):
+def test_the_gain_is_the_bits_after_the_empty_template_minus_the_proto_bits(tiny_models, summary_of):
     codes, models = random_codes(tiny_models), dataclasses.replace(tiny_models, vocabulary="visual")
     summary, _ = summary_of(codes, ["a cat"])
     prompted, unprompted = (
@@ -178,7 +178,7 @@ def test_unigram_bits_are_those_of_the_targets_own_codes():
 
 
 def test_bits_match_numbers_worked_by_hand(tiny_models, summary_of):
-    """A head of zeros finds all 12 codes equally likely: log2 12 bits a token, whatever the prompt, and no gain."""
+    """Make all 12 codes equally likely by a head of zeros: log2 12 bits per token for any prompt, and no gain."""
     tiny_models.generator.lm_head.weight.zero_()
     summary, _ = summary_of(torch.zeros(1, 16, dtype=torch.long), ["a"])
     names = ("target_bits_uniform", "target_bits_autoregressive", "target_bits_unprompted", "proto_bits")
@@ -194,7 +194,7 @@ def test_a_contact_sheet_shows_the_targets_in_columns_of_up_to_eight(count, rows
     assert sheet.height // 240 == rows and sheet.width // 1166 == columns
 
 
-def test_of_very_many_targets_the_first_are_shown_and_the_worst_of_the_others():
+def test_figures_of_many_targets_show_the_first_and_the_worst_of_the_others():
     num_errors = torch.zeros(100, dtype=torch.long)
     num_errors[3], num_errors[40], num_errors[90] = 16, 5, 6  # the fourth is among the first anyway
     assert vpt.targets_to_show(num_errors) == [*range(24), 90, 40]
@@ -263,7 +263,7 @@ def test_rows_are_appended_to_a_table_under_one_header(tmp_path):
     assert len(lines) == 1 + len(history()) and lines[0] == ",".join(history()[0])
 
 
-def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
+def test_files_get_the_permissions_that_the_umask_allows(tmp_path):
     vpt.write_tensors(tmp_path / "p.safetensors", {"m": torch.zeros(4)})
     vpt.append_to_table(tmp_path / "history.csv", history()[0])
     (tmp_path / "plain").touch()
@@ -272,7 +272,7 @@ def test_files_can_be_read_by_others_as_the_umask_says(tmp_path):
 
 
 def columns_with_ink(image) -> list[int]:
-    """Of the heading's part of a figure: the columns that are not white."""
+    """Return the columns of a figure's heading that are not white."""
     heading = np.asarray(image.convert("L"))[: image.height // 8]
     return np.flatnonzero((heading < 200).any(0)).tolist()
 
@@ -286,8 +286,8 @@ def test_a_heading_stays_within_the_figure(prompt):
     assert ink[0] > image.width * 0.01 and ink[-1] < image.width * 0.99
 
 
-def test_letters_that_matplotlibs_font_lacks_come_from_one_that_this_system_has():
-    """A circled A is in STIXGeneral, which ships with Matplotlib; a letter that no font has is a box."""
+def test_letters_that_matplotlibs_default_font_lacks_come_from_another_font():
+    """Draw a circled A, which is in STIXGeneral (Matplotlib has it), and a letter that no font has, drawn as a box."""
     picture = Image.new("RGB", (32, 32), "white")
     summary = {"num_tokens": 16, "num_errors": 1, "num_e_tokens": 1, "psnr": 20.0}
     circled, box = (
@@ -307,7 +307,7 @@ def test_a_long_prompt_heads_a_figure_in_few_lines(prompt, lines):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_the_steps_of_a_short_run_are_whole_numbers(count, monkeypatch):
+def test_the_step_axis_of_a_short_run_has_only_whole_numbers(count, monkeypatch):
     monkeypatch.setattr(vpt, "render", lambda figure: figure)
     figure = vpt.draw_training_curves(history(count))
     for axis in figure.axes:

@@ -1,4 +1,4 @@
-"""Decoding the reference: guidance, sampling, agreement with transformers' own generate, and the cache."""
+"""Test the decoding of the reference: guidance, sampling, agreement with transformers' `generate`, and the cache."""
 
 import dataclasses
 import hashlib
@@ -23,8 +23,8 @@ def test_prompts_follow_the_template_word_for_word():
     )
 
 
-def test_a_generator_whose_tokenizer_names_sizes_is_told_its_size(tiny_models, make_args):
-    """Told nothing, a generator trained on several sizes could but guess the first token."""
+def test_prompts_name_the_size_if_the_tokenizer_has_a_token_for_it(tiny_models, make_args):
+    """Add the size: without it, a generator trained on several sizes could only guess the first token."""
     assert vpt.describe_run(make_args(), tiny_models)["prompt_templates"][0] == vpt.conditional_prompt("")
     tiny_models.text_tokenizer.add_special_tokens({"additional_special_tokens": ["<|16px|>"]})
     conditional, negative = vpt.describe_run(make_args(), tiny_models)["prompt_templates"]
@@ -45,13 +45,13 @@ def test_guidance_of_one_is_the_conditional_distribution():
 
 
 def drawn(scores, temperature=1.0, top_k=None, top_p=1.0, count=4000) -> torch.Tensor:
-    """The share of draws that each index gets."""
+    """Return the share of draws that each index gets."""
     rng = torch.Generator().manual_seed(0)
     draws = vpt.sample(scores.expand(count, -1), temperature, top_k, top_p, [rng] * count)
     return torch.bincount(draws, minlength=scores.shape[-1]) / count
 
 
-def test_an_extreme_temperature_is_greedy_not_an_error():
+def test_an_extremely_low_temperature_is_greedy():
     assert drawn(SCORES, temperature=1e-40).tolist() == [0, 1, 0, 0]
 
 
@@ -121,7 +121,7 @@ def test_greedy_decoding_equals_transformers_guided_generate_token_for_token(tin
 def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_generate(
     tiny_models, make_args, penalty
 ):
-    """SimpleAR hands its guidance to `generate` as a processor, which comes after the library's own."""
+    """Give guidance to `generate` as a processor, as SimpleAR does: it comes after the library's own processors."""
     models = dataclasses.replace(tiny_models, repetition_penalty=penalty)
     codes, plain = (
         vpt.generate_visual_codes(each, ["a cat"], 40, make_args("--top-k", "1"))[0] for each in (models, tiny_models)
@@ -151,7 +151,7 @@ def test_a_repetition_penalty_comes_before_guidance_as_in_simplears_own_call_of_
 
 
 def plain_codes(generator: Qwen2ForCausalLM, tokenizer, penalty: float) -> list[int]:
-    """The greedy codes of a plain loop over stock Qwen2, without a cache, as SimpleAR's own class decodes."""
+    """Return the greedy codes of a plain loop over stock Qwen2, without a cache, as SimpleAR's own class decodes."""
     prompts = [tokenizer(text)["input_ids"] for text in (vpt.conditional_prompt("a cat"), vpt.negative_prompt())]
     codes = []
     while len(codes) < 24:
@@ -181,7 +181,7 @@ def test_any_checkpoint_decodes_to_the_tokens_of_a_plain_loop(
     tmp_path, make_args, monkeypatch, changes, saved, penalty
 ):
     save_tiny_generator(tmp_path, saved, **changes)
-    monkeypatch.setattr(vpt, "fsq_codebook_size", lambda decoder: 12)  # as Cosmos' decoder says, whatever is padded
+    monkeypatch.setattr(vpt, "fsq_codebook_size", lambda decoder: 12)  # as with Cosmos' decoder, also for padded rows
     args = make_args("--model-path", tmp_path, "--top-k", 1, "--repetition-penalty", penalty)
     models = vpt.load_models(args)
     codes, _ = vpt.generate_visual_codes(models, ["a cat"], 24, args)
@@ -195,11 +195,11 @@ def test_only_visual_codes_are_ever_sampled(tiny_models, make_args):
     codes, seconds = vpt.generate_visual_codes(tiny_models, ["a"], 200, make_args("--temperature", "50"))
     assert codes.shape == (1, 200) and seconds > 0
     assert codes.min() >= 0 and codes.max() < tiny_models.codebook_size
-    assert codes.unique().numel() > 6  # hot enough to stray, had text ids been open to it
+    assert codes.unique().numel() > 6  # so hot that text ids would be sampled, too, if they could be
 
 
 @pytest.mark.parametrize("top_k", ["1", "12"])
-def test_prompts_decoded_together_give_what_each_gives_alone(tiny_models, make_args, top_k):
+def test_prompts_decoded_together_give_the_codes_that_each_gives_alone(tiny_models, make_args, top_k):
     prompts, args = ["a cat", "a much longer description of a red apple"], make_args("--top-k", top_k)
     together = vpt.generate_visual_codes(tiny_models, prompts, 24, args)[0]
     alone = [vpt.generate_visual_codes(tiny_models, [prompt], 24, args)[0] for prompt in prompts]
@@ -217,7 +217,7 @@ def cache_files(args):
     return sorted((args.save_dir / "reference_cache").glob("*"))
 
 
-def test_the_same_settings_reuse_the_reference(tiny_models, make_args, capsys):
+def test_runs_with_the_same_decoding_settings_reuse_the_reference(tiny_models, make_args, capsys):
     first = reference_of(tiny_models, make_args())
     second = reference_of(tiny_models, make_args("--num-steps", "7", "--learning-rate", "0.3"))
     assert "reused" in capsys.readouterr().out
@@ -225,7 +225,7 @@ def test_the_same_settings_reuse_the_reference(tiny_models, make_args, capsys):
     assert first.autoregressive_seconds == second.autoregressive_seconds
 
 
-def test_of_several_prompts_only_those_not_yet_cached_are_decoded(tiny_models, make_args, capsys):
+def test_only_prompts_that_are_not_cached_are_decoded(tiny_models, make_args, capsys):
     first = reference_of(tiny_models, make_args("--prompt", "a cat"))
     both = reference_of(tiny_models, make_args("--prompt", "a dog", "--prompt", "a cat", "--prompt", "a dog"))
     assert "reused" in capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_only_a_prompt_that_was_decoded_alone_has_a_time(tiny_models, make_args)
     assert reference_of(tiny_models, make_args("--prompt", "a cat")).autoregressive_seconds > 0
 
 
-def test_a_control_of_random_codes_uses_the_whole_codebook_and_decodes_no_picture_first(tiny_models, make_args):
+def test_a_control_of_random_codes_uses_the_whole_codebook_and_generates_no_reference(tiny_models, make_args):
     args = make_args("--control", "random", "--image-size", 40)
     reference = reference_of(tiny_models, args)
     assert reference.codes.shape == (1, 100) and reference.codes.unique().numel() == 12
@@ -250,14 +250,14 @@ def test_a_control_of_random_codes_uses_the_whole_codebook_and_decodes_no_pictur
     assert not cache_files(args)
 
 
-def test_a_control_of_shuffled_codes_has_the_references_own_in_other_places(tiny_models, make_args):
+def test_a_control_of_shuffled_codes_permutes_the_references_codes(tiny_models, make_args):
     plain, shuffled = (reference_of(tiny_models, make_args(*option)).codes for option in ([], ["--control=shuffled"]))
     assert torch.equal(shuffled.sort().values, plain.sort().values) and not torch.equal(shuffled, plain)
 
 
-def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_again_for_the_seed(tiny_models):
+def test_an_untrained_generator_has_fresh_weights_that_depend_only_on_the_seed(tiny_models):
     generator = tiny_models.generator.bfloat16()
-    generator.config.tie_word_embeddings = True  # as a config.json may say of two matrices that are not
+    generator.config.tie_word_embeddings = True  # as config.json may claim of two separate matrices
     weight = generator.model.layers[0].mlp.down_proj.weight
     weights = [weight.clone()]
     for seed in (1, 1, 2):
@@ -273,14 +273,14 @@ def test_an_untrained_generator_has_the_same_shape_fresh_weights_and_gives_them_
     "change",
     ["--prompt=a cat", "--seed=1", "--image-size=20", "--cfg-scale=2", "--temperature=2", "--top-k=3", "--top-p=0.5"],
 )
-def test_any_other_setting_makes_a_reference_of_its_own(tiny_models, make_args, change):
+def test_any_other_decoding_setting_makes_a_reference_of_its_own(tiny_models, make_args, change):
     reference_of(tiny_models, make_args())
     reference_of(tiny_models, make_args(change))
     assert len(cache_files(make_args())) == 2
 
 
-def test_a_cache_that_another_run_removed_is_made_again(tmp_path):
-    """As a run does that made it, left it empty, and ended."""
+def test_a_cache_folder_that_another_run_removed_is_made_again(tmp_path):
+    """Start without the folder: a run that made it removes it at its end if it is still empty."""
     cache = vpt.ReferenceCache(tmp_path / "gone", {"num_tokens": 4, "codebook_size": 4})
     cache.write("a", torch.arange(4), 1.0)
     assert cache.read(["a"])["a"][0].tolist() == [0, 1, 2, 3]
@@ -329,7 +329,7 @@ def test_a_hubs_snapshot_and_a_copy_of_it_are_one_model(tmp_path):
     assert vpt.fingerprint_of(snapshot, vpt.GENERATOR_FILES) == vpt.fingerprint_of(copy, vpt.GENERATOR_FILES)
 
 
-def test_the_picture_and_the_initial_embeddings_draw_from_streams_of_their_own(tiny_models, make_args):
+def test_the_reference_and_the_initial_embeddings_use_separate_random_generators(tiny_models, make_args):
     few, many = make_args("--num-steps", "3"), make_args("--num-steps", "9", "--force-generate")
     before = vpt.initial_proto_tokens(tiny_models, 1, few)
     codes = reference_of(tiny_models, few).codes
@@ -338,13 +338,13 @@ def test_the_picture_and_the_initial_embeddings_draw_from_streams_of_their_own(t
     assert torch.equal(reference_of(tiny_models, many).codes, codes)
 
 
-def test_force_generate_makes_it_anew(tiny_models, make_args, capsys):
+def test_force_generate_ignores_the_cached_reference(tiny_models, make_args, capsys):
     reference_of(tiny_models, make_args())
     reference_of(tiny_models, make_args("--force-generate"))
     assert "reused" not in capsys.readouterr().out
 
 
-def test_a_reference_that_cannot_be_kept_ends_no_run(tiny_models, make_args, capsys):
+def test_a_reference_that_cannot_be_cached_does_not_end_the_run(tiny_models, make_args, capsys):
     reference = reference_of(tiny_models, make_args())
     (file,) = cache_files(make_args())
     file.unlink()

@@ -1,4 +1,4 @@
-"""Several targets, a given m, controls, and the moving picture, as whole runs: what they write and what they refuse."""
+"""Test whole runs with several targets, a given m, controls and the moving picture: what they write and refuse."""
 
 import json
 import math
@@ -22,7 +22,7 @@ TWO = ("--prompt", "a cat", "--prompt", "a dog")
 
 @pytest.fixture
 def run_into(call_tiny, tmp_path):
-    """Runs the script on the tiny model into a folder of this name; gives the folder."""
+    """Return a function that runs the script on the tiny models into the folder `name`, and returns the folder."""
 
     def run(name, *arguments):
         result = call_tiny("--save-dir", "out", "--wandb-run-name", name, *arguments)
@@ -32,7 +32,7 @@ def run_into(call_tiny, tmp_path):
     return run
 
 
-def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
+def test_several_targets_leave_the_usual_files_and_have_an_e_t_each(run_into):
     folder = run_into("two", *TWO)
     assert {file.name for file in folder.iterdir()} == FILES | {"targets.csv"}
     tensors = stored(folder)
@@ -45,7 +45,7 @@ def test_several_targets_leave_the_files_of_one_with_an_e_t_each(run_into):
     assert Image.open(folder / "reference_image.png").size == (32, 16)  # side by side
 
 
-def test_targets_of_their_own_m_have_one_each(run_into):
+def test_targets_that_do_not_share_m_have_one_m_each(run_into):
     folder = run_into("own", *TWO, "--m", "own", "--num-e-tokens", 3)
     assert stored(folder)["m"].shape == (2, 32) and stored(folder)["e_t"].shape == (2, 3, 32)
     assert summary_in(folder)["total_params"] == 2 * (3 + 1) * 32
@@ -163,7 +163,7 @@ def test_the_table_has_bits_and_psnr_of_each_target_at_the_end(run_into):
             assert float(row[name]) == pytest.approx(summary_in(folder)[f"targets/{k}/{name}"])
 
 
-def test_controls_learn_the_same_codes_in_another_order_or_others(run_into):
+def test_controls_learn_shuffled_or_random_codes(run_into):
     plain, random, shuffled = (
         run_into("plain"),
         run_into("r", "--control", "random"),
@@ -189,7 +189,7 @@ def test_the_untrained_control_keeps_the_target_and_can_be_reconstructed(run_int
     assert torch.equal(stored(again)["predicted_ids"], stored(control)["predicted_ids"])
 
 
-def test_the_moving_picture_has_a_frame_every_so_many_steps_also_after_an_interruption(run_into, call_tiny, tmp_path):
+def test_the_moving_picture_has_a_frame_every_few_steps_even_after_an_interruption(run_into, call_tiny, tmp_path):
     arguments = ("--num-steps", 12, "--target-accuracy", 0, "--image-every", 3)
     whole = run_into("whole", *arguments)
     assert Image.open(whole / "progress.gif").n_frames == 4
@@ -241,13 +241,13 @@ ALONE = ("--m", "own", "--control", "random", "--num-steps", 30, "--target-accur
 
 @pytest.fixture
 def four_at_once(monkeypatch):
-    """Batches of four targets, where the tiny model would take all in one."""
+    """Limit batches to four targets; the tiny model would take all in one batch."""
     monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 4)
 
 
 @pytest.fixture
 def prompts_file(tmp_path):
-    """Names more targets than figures show."""
+    """Write prompts for more targets than figures show."""
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"a cat number {k}" for k in range(27)))
     return file
@@ -255,13 +255,13 @@ def prompts_file(tmp_path):
 
 @pytest.fixture
 def ten_prompts(tmp_path):
-    """Names three batches of targets."""
+    """Write prompts for three batches of targets."""
     file = tmp_path / "ten_prompts.txt"
     file.write_text("\n".join(f"a cat number {k}" for k in range(10)))
     return file
 
 
-def test_prompts_come_from_several_files_a_line_each_whatever_letters_are_in_it(tmp_path):
+def test_prompts_come_from_several_files_and_only_newlines_separate_them(tmp_path):
     (tmp_path / "a.txt").write_bytes("a red\u2028apple\r\n\r\nb\x85c\r\n".encode())
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthe last")
     args = vpt.parse_args(["--prompts-file", str(tmp_path / "a.txt"), "--prompts-file", str(tmp_path / "b.txt")])
@@ -287,7 +287,7 @@ def test_many_targets_learn_a_batch_at_a_time_and_each_gets_a_row_of_the_table(r
     steps, best = [int(row["step"]) for row in history], [float(row["train/best_accuracy"]) for row in history]
     assert best == sorted(best) and best[-1] == pytest.approx(summary_in(folder)["best_accuracy"])
     assert min(float(row["train/loss"]) for row in history) > 0
-    assert len(steps) <= steps[-1] / 7 + 2  # seven turns: a row every seven steps
+    assert len(steps) <= steps[-1] / 7 + 2  # seven batches: a row every seven steps
     assert (folder / "worst_targets.png").exists()
     assert summary_in(folder)["lowest_accuracy"] == min(float(row["best_accuracy"]) for row in rows)
 
@@ -315,7 +315,7 @@ def test_a_target_that_has_not_begun_has_no_numbers(tiny_models, make_args, monk
     assert rows[5]["train/loss"] == (rows[5]["targets/0/loss"] + rows[5]["targets/1/loss"]) / 2
 
 
-def test_only_what_still_learns_is_computed(tiny_models, make_args, monkeypatch):
+def test_only_targets_that_still_learn_are_computed(tiny_models, make_args, monkeypatch):
     monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 3)
     args = make_args("--m", "own", "--num-steps", 30, "--target-accuracy", 40)
     with memory_for(tiny_models) as passes:
@@ -325,7 +325,7 @@ def test_only_what_still_learns_is_computed(tiny_models, make_args, monkeypatch)
     assert sum(passes) == learning.targets["steps"].sum() and max(passes) == 3 and min(passes) < 3
 
 
-def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
+def test_only_the_target_with_a_loss_that_is_not_finite_ends(tiny_models, make_args):
     def spoil_the_second(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state.clone()
         if len(output.last_hidden_state) > 2:
@@ -341,7 +341,7 @@ def test_a_target_whose_loss_is_not_finite_ends_alone(tiny_models, make_args):
     assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
-def test_the_last_step_is_kept_also_where_a_target_diverged_in_it(call_tiny, tmp_path, monkeypatch):
+def test_the_last_step_is_logged_even_if_a_target_diverged_in_it(call_tiny, tmp_path, monkeypatch):
     passes, really_learn = [], vpt.loss_and_gradient
 
     def diverge_at_last(*arguments):
@@ -362,7 +362,7 @@ def test_the_last_step_is_kept_also_where_a_target_diverged_in_it(call_tiny, tmp
 
 @pytest.mark.usefixtures("four_at_once")
 @pytest.mark.parametrize("at_step", [7, 37, 70])
-def test_an_interrupted_run_of_many_goes_on_with_the_batch_it_was_in(
+def test_an_interrupted_run_of_many_targets_goes_on_with_its_batch(
     run_into, call_tiny, ten_prompts, tmp_path, monkeypatch, at_step
 ):
     arguments = ("--prompts-file", ten_prompts, *ALONE, "--save-every", 5)
@@ -372,7 +372,7 @@ def test_an_interrupted_run_of_many_goes_on_with_the_batch_it_was_in(
         def kill(recorder, row, learning):
             really_step(recorder, row, learning)
             if learning.step == at_step:
-                raise KeyboardInterrupt  # no state is saved for it
+                raise KeyboardInterrupt  # no state is saved after this error
 
         really_step = vpt.Recorder.step
         patch.setattr(vpt.Recorder, "step", kill)
@@ -382,7 +382,7 @@ def test_an_interrupted_run_of_many_goes_on_with_the_batch_it_was_in(
     saved = vpt.read_state(folder)["learning"]
     done = rows_of(folder / "targets.csv") if saved["first"] else []
     assert len(done) == saved["first"] and at_step - 5 < saved["step"] <= at_step
-    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 7)  # as another machine has it
+    monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 7)  # as on another machine
     result = call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments, "--resume")
     assert result.code == 0 and f"resumed after step {saved['step']}" in result.out
     assert results_of(folder) == results_of(whole)
@@ -409,12 +409,12 @@ def test_a_run_killed_as_a_batch_begins_goes_on_as_if_nothing_had_happened(
     assert results_of(run_into("cut", *arguments, "--resume")) == results_of(whole)
 
 
-def test_many_targets_of_which_none_ever_has_a_number_end_in_one_line(call_tiny, model_folders, prompts_file):
+def test_many_targets_that_all_diverge_in_step_1_are_refused_in_one_line(call_tiny, model_folders, prompts_file):
     spoil_text_head(model_folders[0])
     refused(call_tiny("--prompts-file", prompts_file, "--m", "own", "--control", "random"), "finite at step 1")
 
 
-def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path, monkeypatch):
+def test_the_shards_of_a_run_together_give_the_results_of_the_whole(run_into, tmp_path, monkeypatch):
     monkeypatch.setattr(vpt, "targets_at_once", lambda models, num_tokens: 1)
     (tmp_path / "five.txt").write_text("a\nb\nc\nd\ne")
     arguments = ("--prompts-file", tmp_path / "five.txt", *ALONE)
@@ -424,7 +424,7 @@ def test_the_shards_of_a_run_are_together_the_whole(run_into, tmp_path, monkeypa
         assert all(torch.equal(shard[name], whole[name][k - 1 :: 2]) for name in whole)
 
 
-def test_targets_that_learn_one_m_together_are_refused_to_be_shared_out(call_tiny):
+def test_targets_that_share_a_learned_m_cannot_be_split_into_shards(call_tiny):
     refused(call_tiny(*TWO, "--shard", "1/2"), "--shard", "add --m own")
 
 

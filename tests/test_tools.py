@@ -1,4 +1,4 @@
-"""The tools, each in the form that this machine has time for."""
+"""Test the tools, each in a short form."""
 
 import argparse
 import json
@@ -12,12 +12,12 @@ from support.processes import ROOT, ended, start
 from tools import bench, small_models, study
 
 
-def test_the_study_fits_a_power_law_and_says_how_sure_it_is():
+def test_the_study_fits_a_power_law_and_estimates_its_errors():
     exact = study.power_law([3 * width**0.5 for width in (128, 256, 512)], [128, 256, 512])
     assert exact["power"] == pytest.approx(0.5) and exact["error"] == pytest.approx(0, abs=1e-6)
     assert study.predicted(exact, 1024) == pytest.approx((96, 96, 96))
     rough = study.power_law([100, 300, 400], [128, 256, 512])
-    # By hand: rises by log 2 a doubling; misses by -1/3, 2/3 and -1/3 of log(9 / 4) / 2, on one degree of freedom.
+    # By hand: the slope is log 2 per doubling; residuals -1/3, 2/3, -1/3 times log(9 / 4) / 2; one degree of freedom.
     spread = math.sqrt(6 / 9) * math.log(9 / 4) / 2
     assert rough["power"] == pytest.approx(1) and rough["spread"] == pytest.approx(spread)
     assert rough["error"] == pytest.approx(spread / (math.sqrt(2) * math.log(2)))
@@ -25,7 +25,7 @@ def test_the_study_fits_a_power_law_and_says_how_sure_it_is():
     assert math.log(high / middle) == pytest.approx(12.71 * spread * math.sqrt(1 + 1 / 3)) == math.log(middle / low)
 
 
-def test_the_lines_are_of_models_that_differ_in_width_alone_or_in_training_alone():
+def test_a_line_is_fitted_to_models_that_differ_only_in_width_or_only_in_training():
     names = (
         "hidden128_layers6_steps9",
         "hidden256_layers6_steps9",
@@ -44,7 +44,7 @@ def test_small_models_learn_the_captions_of_the_law_but_not_its_unlearned_things
     assert set(study.UNLEARNED_CAPTIONS) <= set(captions) - learned
 
 
-def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own():
+def test_the_runs_of_the_study_all_have_different_names_and_problems():
     models = [Path(f"hidden{width}_layers6_512px_steps9") for width in (128, 256, 384)]
     args = argparse.Namespace(folder=Path("study"), num_steps=9, capacity_steps=9, seeds=(42, 43), models=models)
     first, then = study.runs_of_tables(args)
@@ -54,7 +54,7 @@ def test_the_runs_of_the_study_are_all_named_apart_and_of_problems_of_their_own(
     assert len({run.options for run in random}) == len(random) == 16
 
 
-def test_models_that_no_line_can_be_laid_through_are_refused_before_any_run(capsys, monkeypatch, tmp_path):
+def test_models_that_no_line_can_be_fitted_to_are_refused_before_any_run(capsys, monkeypatch, tmp_path):
     a, b, c = "hidden128_layers6_steps9", "hidden256_layers6_steps9", "hidden384_layers3_steps9"
     for names in (["demo", a, b], [a, a, b], [a, b, "others"], [a, b, c]):
         monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--models", *names])
@@ -63,7 +63,7 @@ def test_models_that_no_line_can_be_laid_through_are_refused_before_any_run(caps
         assert "--models" in capsys.readouterr().err
 
 
-def test_what_is_checked_on_a_gpu_holds_on_a_cpu(tmp_path):
+def test_the_gpu_check_passes_on_a_cpu(tmp_path):
     command = [sys.executable, ROOT / "tests" / "tools" / "gpu_check.py", "--device", "cpu"]
     end = ended(start(command, tmp_path))
     found = json.loads((tmp_path / "gpu_check.json").read_text())

@@ -1,4 +1,4 @@
-"""How the demo model is trained: the same weights from the same seed, interrupted or not; all of it takes hours."""
+"""Test short trainings of the demo model: the same seed gives the same weights, interrupted or not."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ import train
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Builds the training's arguments for a few small steps, with a work folder of its own each time."""
+    """Return a function that builds a training's arguments: a few small steps, and a work folder with this name."""
     monkeypatch.setattr(train, "PICTURES_AT_ONCE", {256: 2, 512: 1})
 
     def build(name: str) -> argparse.Namespace:
@@ -37,13 +37,13 @@ def weights_of(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-def test_a_caption_is_the_same_picture_at_both_sizes():
+def test_a_background_is_the_same_picture_at_both_sizes():
     small, large = (pictures.draw_backgrounds(size)["on green grass"] for size in train.SIZES)
     shrunk = np.asarray(large.reduce(2), dtype=float)
     assert np.abs(shrunk - np.asarray(small, dtype=float)).mean() < 4
 
 
-def test_the_pairs_left_out_of_training_are_fifty_whose_parts_are_seen_elsewhere():
+def test_training_leaves_out_fifty_pairs_but_sees_every_thing_in_another_pair():
     captions = pictures.all_captions()
     held_out = pictures.held_out()
     seen = set(captions) - held_out
@@ -52,7 +52,7 @@ def test_the_pairs_left_out_of_training_are_fifty_whose_parts_are_seen_elsewhere
         assert any(pictures.caption(thing, background) in seen for background in pictures.BACKGROUNDS)
 
 
-def test_an_interrupted_training_ends_as_one_that_was_not(settings):
+def test_an_interrupted_training_ends_with_the_same_weights(settings):
     def train_small(name: str, stop_at: int | None = None) -> torch.nn.Module:
         torch.manual_seed(0)
         layer, calls = torch.nn.Linear(4, 1), []
@@ -78,7 +78,7 @@ def test_the_tokenizers_training_is_reproducible(settings, images):
     assert torch.equal(weights_of(first), weights_of(second))
 
 
-def test_the_decoders_training_learns_from_both_sizes_and_is_reproducible(settings, images):
+def test_the_decoders_training_is_reproducible(settings, images):
     codes = {size: torch.zeros(4, size // 32, size // 32, dtype=torch.long) for size in train.SIZES}
 
     def trained(name: str) -> torch.nn.Module:
@@ -105,7 +105,7 @@ def test_the_generators_training_is_reproducible(settings):
     assert vpt.size_token(text_tokenizer, 512) and not vpt.size_token(text_tokenizer, 256)
 
 
-def test_the_training_can_go_on_from_the_demo_model_as_it_is():
+def test_a_training_can_start_from_the_bundled_demo_model():
     generator, text_tokenizer = train.load_generator(vpt.DEMO_FOLDER / "generator")
     assert generator.config.vocab_size == len(text_tokenizer) + train.vq.CODEBOOK_SIZE
     assert generator.dtype == torch.float32 and vpt.size_token(text_tokenizer, 512)

@@ -1,4 +1,4 @@
-"""Weights & Biases: a real offline run, read back from its `.wandb` file."""
+"""Test Weights & Biases with a real offline run, read back from its `.wandb` file."""
 
 import fnmatch
 import json
@@ -73,14 +73,14 @@ def test_a_run_under_a_sweep_agent_logs_without_the_flag(call_tiny, tmp_path):
     assert len(list((tmp_path / "out").glob("*_run1"))) == 1
 
 
-def test_a_run_id_that_is_no_artifacts_name_gives_a_name_like_it(call_tiny, tmp_path):
+def test_a_run_id_that_is_no_valid_artifact_name_is_adapted(call_tiny, tmp_path):
     assert call_tiny("--use-wandb", env={"WANDB_MODE": "offline", "WANDB_RUN_ID": "exp\u00e9 1" + "x" * 120}).code == 0
     (artifact,) = [a for a in wandb_file.read(tmp_path).artifacts if a.type == "proto-tokens"]
     assert artifact.name.startswith("proto_tokens_exp__1xxx") and len(artifact.name) == 128
 
 
-@pytest.mark.parametrize("mode", [("--wandb-mode", "offline"), ()])  # or online without a key, and so offline
-def test_a_folder_that_wandb_cannot_write_is_one_line(call_tiny, tmp_path, mode):
+@pytest.mark.parametrize("mode", [("--wandb-mode", "offline"), ()])  # the second: offline for lack of a key
+def test_a_folder_that_wandb_cannot_write_is_reported_in_one_line(call_tiny, tmp_path, mode):
     (tmp_path / "wandb").write_text("a file")
     result = call_tiny("--use-wandb", *mode)
     (line,) = [line for line in result.err.splitlines() if "error:" in line]
@@ -88,24 +88,24 @@ def test_a_folder_that_wandb_cannot_write_is_one_line(call_tiny, tmp_path, mode)
 
 
 @pytest.mark.parametrize("resume", ["allow", None])
-def test_settings_of_wandb_that_contradict_one_another_are_one_line(call_tiny, resume):
+def test_settings_of_wandb_that_contradict_one_another_are_refused_in_one_line(call_tiny, resume):
     environment = {"WANDB_FORK_FROM": "abc?_step=1", "WANDB_RESUME": resume, "WANDB_MODE": "offline"}
     refused(call_tiny("--use-wandb", env=environment), "W&B", "fork_from")
 
 
-def test_a_missing_wandb_is_one_line_that_says_how_to_get_it(call_tiny, monkeypatch):
+def test_a_missing_wandb_is_refused_in_one_line_that_says_how_to_install_it(call_tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(call_tiny("--use-wandb"), "--use-wandb", "pip install")
 
 
-def test_a_run_whose_wandb_service_does_not_start_goes_on_without_it(model_folders, tmp_path):
+def test_a_run_goes_on_if_the_wandb_service_does_not_start(model_folders, tmp_path):
     code = "import sys, verify_proto_tokens as vpt; vpt.main(vpt.parse_args(sys.argv[1:]))"
     env = {"WANDB_X_SERVICE_WAIT": "0.001", "WANDB_MODE": "offline"}
     result = ended(start_code(code, tmp_path, *tiny_arguments(tmp_path), "--use-wandb", env=env))
     assert result.code == 0 and "W&B cannot start" in result.err and "goes on without it" in result.err
 
 
-def test_a_run_whose_wandb_client_dies_goes_on_without_it(model_folders, tmp_path):
+def test_a_run_goes_on_if_the_wandb_client_dies(model_folders, tmp_path):
     arguments = (*tiny_arguments(tmp_path), "--num-steps", 9, "--target-accuracy", 0, "--save-dir", "out")
     process = start_pausing(tmp_path, 4, *arguments, "--use-wandb", env={"WANDB_MODE": "offline"})
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "wandb-core"], check=True)

@@ -1,4 +1,4 @@
-"""Weights & Biases with the real client and its command-line tools, against a server of its protocol on 127.0.0.1."""
+"""Test Weights & Biases: the real client and command-line tools against a server of its protocol on 127.0.0.1."""
 
 import json
 import pwd
@@ -38,7 +38,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def tracked_run(call_tiny, server):
-    """Runs the script on the tiny model, tracked on the server."""
+    """Return a function that runs the script on the tiny models, tracked on the server."""
 
     def run(*arguments, **env):
         return call_tiny("--use-wandb", "--save-dir", "out", *arguments, env=server.environment | env)
@@ -56,7 +56,7 @@ def logged_keys(run) -> set[str]:
 
 @pytest.fixture(scope="module")
 def online(tiny_folder, tmp_path_factory):
-    """One run with everything switched on, shared by the tests that only look at what arrived."""
+    """Make one run with everything switched on, for all tests that only look at what arrived."""
     folder = tmp_path_factory.mktemp("online")
     with WandbServer(folder / "server") as server:
         arguments = (
@@ -111,14 +111,14 @@ def test_the_proto_tokens_arrive_as_an_artifact(online):
     assert artifact["files"]["proto_tokens.safetensors"].read_bytes() == local.read_bytes()
 
 
-def test_curves_run_over_the_optimisation_step_without_hand_work(online):
+def test_curves_have_the_optimisation_step_as_their_x_axis(online):
     run, *_ = online
     metrics = json.loads(run.sent_config)["_wandb"]["value"]["m"]
     text = json.dumps(metrics)
     assert all(name in text for name in ("train/*", "embeddings/*", "gradients/*", "optimisation_step"))
 
 
-def test_the_run_ends_as_finished_and_nothing_asked_is_unknown_to_the_server(online):
+def test_the_run_succeeds_and_the_server_knows_every_request(online):
     run, server, _ = online
     assert run.exit_code == 0 and not server.unknown
 
@@ -148,7 +148,7 @@ def offline_runs(folder: Path) -> list[Path]:
 
 
 def assert_whole(result, folder: Path) -> None:
-    """The run ended well, with all its files, and said in one line that W&B did not get everything."""
+    """Assert that the run succeeded, left its main files, and printed one line about W&B's trouble."""
     assert result.code == 0 and "Traceback" not in result.err, result.err
     (run,) = (each for each in (folder / "out").iterdir() if each.name != "reference_cache")
     assert {"summary.json", "history.csv", "proto_tokens.safetensors", "comparison.png"} <= {
@@ -157,9 +157,7 @@ def assert_whole(result, folder: Path) -> None:
     assert len([line for line in result.err.splitlines() if line.startswith("W&B: ")]) == 1, result.err
 
 
-def test_an_offline_run_names_the_command_that_syncs_it_and_then_holds_the_same_keys(
-    online, tracked_run, server, tmp_path
-):
+def test_the_sync_command_that_an_offline_run_prints_uploads_the_same_keys(online, tracked_run, server, tmp_path):
     arguments = ("--num-steps", 12, "--target-accuracy", 0, "--image-every", 5, "--wandb-mode", "offline")
     result = tracked_run(*arguments, WANDB_MODE="online")
     assert result.code == 0 and not server.runs
@@ -173,7 +171,7 @@ def test_an_offline_run_names_the_command_that_syncs_it_and_then_holds_the_same_
     assert [a["type"] for a in synced.artifacts] == [a["type"] for a in run.artifacts]
 
 
-def test_disabled_by_the_flag_nothing_is_sent_or_kept(tracked_run, server, tmp_path):
+def test_wandb_mode_disabled_sends_and_keeps_nothing(tracked_run, server, tmp_path):
     assert tracked_run("--wandb-mode", "disabled").code == 0
     assert not server.runs and not offline_runs(tmp_path)
 
@@ -184,7 +182,7 @@ def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(call_tiny, tm
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("offline", 1), ("disabled", 0)])
-def test_what_was_set_for_a_folder_holds_where_nothing_else_is_said(tracked_run, server, tmp_path, mode, kept):
+def test_a_folders_wandb_settings_apply_unless_an_option_overrides_them(tracked_run, server, tmp_path, mode, kept):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text(f"[default]\nmode = {mode}\n")  # what `wandb offline` writes
     assert tracked_run().code == 0
@@ -193,16 +191,14 @@ def test_what_was_set_for_a_folder_holds_where_nothing_else_is_said(tracked_run,
     assert len(server.runs) == 1
 
 
-def test_wandb_disabled_in_the_environment_switches_it_off_unless_an_option_says_otherwise(
-    tracked_run, server, tmp_path
-):
+def test_the_variable_wandb_disabled_switches_wandb_off_unless_an_option_overrides_it(tracked_run, server, tmp_path):
     assert tracked_run(WANDB_DISABLED="true").code == 0
     assert not server.runs and not offline_runs(tmp_path)
     assert tracked_run("--wandb-mode", "online", WANDB_DISABLED="true").code == 0
     assert len(server.runs) == 1
 
 
-def test_names_of_the_environment_hold_where_no_option_gives_others(tracked_run, server):
+def test_names_come_from_the_environment_unless_options_give_others(tracked_run, server):
     names = {"PROJECT": "p1", "NAME": "n1", "TAGS": "t1,t2", "RUN_GROUP": "g1", "JOB_TYPE": "j1", "NOTES": "words"}
     environment = {f"WANDB_{name}": value for name, value in names.items()}
     assert tracked_run(**environment).code == 0
@@ -215,7 +211,7 @@ def test_names_of_the_environment_hold_where_no_option_gives_others(tracked_run,
     assert (run.project, run.display_name, run.tags, run.group) == ("p2", "n2", ["t3"], "g2")
 
 
-def test_a_second_run_under_the_id_of_a_first_is_refused_and_the_first_stays_as_it_is(tracked_run, server):
+def test_a_second_run_with_the_id_of_a_first_is_refused_and_leaves_the_first_unchanged(tracked_run, server):
     environment = {"WANDB_RUN_ID": "twice", "WANDB_RESUME": "allow"}
     assert tracked_run("--num-steps", 5, "--target-accuracy", 0, **environment).code == 0
     (run,) = server.runs.values()
@@ -272,7 +268,7 @@ vpt.main(vpt.parse_args(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def troubled_at_the_start(tiny_folder, tmp_path_factory):
-    """Two runs at once, whose servers fail from the start: one is unreachable, one answers 500. Their ends, folders."""
+    """Start two runs, with an unreachable server and with one that answers 500; yield the folder and end of each."""
     runs = {}
     for trouble in ("unreachable", "answers 500"):
         folder = tmp_path_factory.mktemp("troubled_at_the_start")
@@ -295,7 +291,7 @@ def test_a_server_that_fails_at_the_start_costs_nothing_but_a_wait(troubled_at_t
 
 @pytest.fixture(scope="module")
 def troubled(tiny_folder, tmp_path_factory):
-    """Two runs at once, whose servers fail in the middle: one dies, one answers 500. Their ends and folders."""
+    """Start two runs; in the middle, one server dies and the other answers 500. Yield the folder and end of each."""
     runs = {}
     for trouble in ("dies", "answers 500"):
         folder = tmp_path_factory.mktemp("troubled")
@@ -322,7 +318,7 @@ def test_a_server_that_fails_in_the_middle_loses_nothing(troubled, trouble):
         (run,) = later.runs.values()
         assert [row["_step"] for row in run.history if "train/loss" in row] == list(range(1, 21))
         assert run.summary.keys() >= SUMMARY and run.exit_code == 0
-        # A file instead of an artifact, which wandb does not write down without asking the server.
+        # As a file: wandb cannot record an artifact without asking the server.
         assert "proto_tokens.safetensors" in run.files
 
 
@@ -330,7 +326,7 @@ def test_a_server_that_fails_in_the_middle_loses_nothing(troubled, trouble):
 # Resuming
 
 
-def test_a_killed_run_resumed_is_one_run_without_repeated_or_missing_steps(
+def test_a_killed_and_resumed_run_is_one_run_without_repeated_or_missing_steps(
     model_folders, server, call_script, tmp_path
 ):
     arguments = (*tiny_arguments(tmp_path), *TWENTY_STEPS, "--save-dir", "out", "--resume")
@@ -357,9 +353,9 @@ def test_a_run_stopped_after_its_last_step_sends_its_pictures_when_resumed(
 ):
     arguments = (*tiny_arguments(tmp_path), "--num-steps", 4, "--target-accuracy", 0, "--use-wandb")
     process = start_code(STOPPED_WHILE_PUBLISHING, tmp_path, *arguments, env=server.environment)
-    assert ended(process).code == -signal.SIGTERM  # outside of the loop, as the system has it
+    assert ended(process).code == -signal.SIGTERM  # outside of the loop, the signal itself ends the process
     (run,) = server.runs.values()
-    assert run.exit_code == 143  # and yet closed
+    assert run.exit_code == 143  # the W&B run was closed before
     result = call_script(*arguments, "--resume", env=server.environment)
     assert result.code == 0, result.err
     assert [row["_step"] for row in run.history if "train/loss" in row] == [1, 2, 3, 4]
@@ -372,7 +368,7 @@ def test_a_run_stopped_after_its_last_step_sends_its_pictures_when_resumed(
 
 @pytest.fixture
 def workplace(tmp_path):
-    """A folder as the guide has it, with the script, its sweep, and models under the hub's names in a hub cache."""
+    """Make a folder with the script, its sweep, and a hub cache with tiny models under the default models' names."""
     for name in ("verify_proto_tokens.py", "sweep_config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
     hub = tmp_path / "hf" / "hub"
@@ -389,13 +385,13 @@ def workplace(tmp_path):
 
 
 def make_sweep(folder: Path, server: WandbServer, file: Path) -> str:
-    """Returns what `wandb agent` is to be given, as the command says it."""
+    """Create a sweep; return its id for `wandb agent`, as `wandb sweep` prints it."""
     end = ended(wandb_tool(folder, "sweep", file, **server.environment), 60)
     assert end.code == 0, end.out
     return re.search(r"wandb agent (\S+)", end.out)[1]
 
 
-def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, server):
+def test_sweep_config_yaml_runs_unchanged_with_two_agents_at_once(workplace, server):
     sweep = make_sweep(workplace, server, Path("sweep_config.yaml"))
     sweep_on_server = server.sweeps[sweep.split("/")[-1]]
     sweep_on_server.max_runs = 2
@@ -417,7 +413,7 @@ def test_the_guides_sweep_runs_as_it_stands_with_two_agents_at_once(workplace, s
     assert len(references) == len(sizes)  # one picture for each size, shared by its runs
 
 
-def test_a_run_that_its_agent_stops_saves_its_state_and_ends_within_ten_seconds(workplace, server):
+def test_a_run_that_its_agent_stops_saves_its_state_and_ends(workplace, server):
     config = {"program": "verify_proto_tokens.py", "method": "grid", "run_cap": 1}
     endless = {"num_steps": 10**6, "target_accuracy": 0, "save_every": 10**6}
     config["parameters"] = {name: {"value": value} for name, value in endless.items()}

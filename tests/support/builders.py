@@ -1,4 +1,4 @@
-"""The script's parts put together as a run does, for tests and tools that look at one of them."""
+"""Combine the script's parts as a run does, for tests and tools that examine a single part."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import verify_proto_tokens as vpt
 
 
 def reference_of(models: vpt.Models, args: argparse.Namespace) -> vpt.Reference:
-    """The targets of generated pictures or of a control, from the cache in the save directory where they are there."""
+    """Return the targets, generated or of a control; use and fill the reference cache in the save directory."""
     folder = args.save_dir / vpt.CACHE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     return vpt.make_reference(models, args, vpt.ReferenceCache(folder, vpt.describe_run(args, models)))
@@ -23,7 +23,7 @@ def random_codes(models: vpt.Models, batch: int = 1, num_tokens: int = 16) -> Te
 
 
 class Rows(list):
-    """Stands for a recorder: keeps the row of every step."""
+    """Stand in for a `Recorder`: keep the row of every step."""
 
     stop_signals = ()
 
@@ -38,7 +38,7 @@ def optimise(
     given_m: Tensor | None = None,
     record: Rows | None = None,
 ) -> tuple[vpt.Optimisation, list[dict]]:
-    """Runs the whole optimisation; gives it as it ended, and the row of every step."""
+    """Run a whole optimisation; return it, and the row of every step."""
     learning = vpt.Optimisation(models, random_codes(models) if codes is None else codes, args, given_m)
     rows = Rows() if record is None else record
     learn_all(learning, rows)
@@ -46,7 +46,7 @@ def optimise(
 
 
 def learn_all(learning: vpt.Optimisation, rows: Rows) -> None:
-    """Goes on with an optimisation to its end."""
+    """Continue an optimisation to its end."""
     vpt.learn_batch(learning, rows)
     while not learning.finished:
         learning.begin_batch(learning.batch.stop)
@@ -54,7 +54,7 @@ def learn_all(learning: vpt.Optimisation, rows: Rows) -> None:
 
 
 class OneStep:
-    """Stands for a recorder that interrupts the learning after each step."""
+    """Stand in for a `Recorder` that stops the learning after each step."""
 
     stop_signals = (2,)
 
@@ -63,7 +63,7 @@ class OneStep:
 
 
 def take_step(learning: vpt.Optimisation) -> dict:
-    """Takes one step of an optimisation; gives its row."""
+    """Take one step of an optimisation; return its row."""
     record = OneStep()
     with contextlib.suppress(vpt.Stopped):
         vpt.learn_batch(learning, record)
@@ -72,9 +72,9 @@ def take_step(learning: vpt.Optimisation) -> dict:
 
 @contextlib.contextmanager
 def memory_for(models: vpt.Models, targets: int = 1000, from_pass: int = 1, recomputed: bool = False) -> Iterator[list]:
-    """Have passes of more targets, or unless their layers are `recomputed`, run out of memory, from one pass on.
+    """Make passes with more than `targets` targets run out of memory, from pass number `from_pass` on.
 
-    Yields the numbers of targets of all passes.
+    If `recomputed`, also passes that do not recompute their layers. Yield the numbers of targets of all passes.
     """
     sizes = []
 
@@ -92,7 +92,7 @@ def memory_for(models: vpt.Models, targets: int = 1000, from_pass: int = 1, reco
 
 
 class ProductInTF32(torch.autograd.Function):
-    """F.linear as a GPU's TF32 has it: both inputs of each product with ten bits of mantissa, forwards and back."""
+    """Compute F.linear in TF32: round both inputs of each product to ten bits of mantissa, forwards and backwards."""
 
     @staticmethod
     def forward(context, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class ProductInTF32(torch.autograd.Function):
 
 
 def ten_bits(numbers: Tensor) -> Tensor:
-    """Rounds float32's 23 bits of mantissa to ten."""
+    """Round float32's 23 bits of mantissa to ten."""
     return ((numbers.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What every run owes its reader, each list written once: names in W&B and in history.csv, files, the captions."""
+"""List what tests and tools share: names in W&B and history.csv, a run's files, captions, seeds, the usual recipe."""
 
 HISTORY = [
     "train/loss",
@@ -29,7 +29,7 @@ SUMMARY = {
 FILES = {f"{name}.png" for name in MEDIA} | {"config.json", "history.csv", "summary.json", "proto_tokens.safetensors"}
 STATE = "interrupted_run.pt"
 
-# What benches and the study are about: each background of the demo model once.
+# The captions of the benches and the study: each background of the demo model once.
 CAPTIONS = (
     "a red apple on a wooden table",
     "a penguin on green grass",

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine that answers every request alike."""
+"""Imitate the Hugging Face hub on this machine, with one answer to every request."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,7 +8,7 @@ import pytest
 
 
 class Hub:
-    """What it answers can be set: a code, the hub's own name of an error, and a body."""
+    """Serve an answer that the test sets: status code, the hub's name of the error, body and content type."""
 
     def __init__(self, patch: pytest.MonkeyPatch, cache: object):
         self.code, self.error, self.body, self.kind = 404, "RepoNotFound", b"", "application/json"

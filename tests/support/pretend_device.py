@@ -1,10 +1,10 @@
-"""Runs the script on a device that is not the CPU, though its arithmetic is: `python pretend_device.py < RUNS`.
+"""Run the script on a pretend device that computes on the CPU: `python pretend_device.py < RUNS`.
 
-Where there is no GPU, this finds what only one would: an operation on tensors of two devices, a tensor given to numpy,
-float64 (which MPS has not), and how often the host waits for the device. RUNS is JSON, a list of command lines; one
-that has the word "stopping" is stopped after its second step, one that has "on the CPU" runs there. What each did is
-printed as JSON, a line each. Left out: TorchScript, which runs on the CPU behind the same check, and recomputed layers
-(torch's Python backends crash there).
+Without a GPU, this finds errors that only a GPU would show: operations on tensors of two devices, tensors given to
+numpy, and float64 (which MPS lacks). It also counts how often the host waits for the device. RUNS is JSON, a list of
+command lines; a run with the word "stopping" is stopped after its second step, a run with "on the CPU" runs there. For
+each run, a line of JSON is printed. Not tested: TorchScript, which runs on the CPU behind the same check, and
+recomputed layers (torch's Python backends crash there).
 """
 
 import collections
@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-torch.inference_mode = torch.no_grad  # tensors of a class of one's own cannot be inference tensors
+torch.inference_mode = torch.no_grad  # tensors of a subclass cannot be inference tensors
 import verify_proto_tokens as vpt  # noqa: E402
 
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend:0")
-# These take tensors of both devices: the first two are copies, an index may be on the CPU.
+# Operations that may take tensors of both devices: copies, and indexing, since an index may be on the CPU.
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXED = ("aten::index.Tensor", "aten::index_put_")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
@@ -56,7 +56,7 @@ class Pretend(torch.Tensor):
 
 
 def computed(operation, args: tuple, kwargs: dict) -> object:
-    """An operation by the CPU. Raises RuntimeError where its tensors are on two devices, TypeError for float64."""
+    """Compute an operation on the CPU. Raises RuntimeError if its tensors are on two devices, TypeError for float64."""
     name = operation.name()
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
@@ -68,7 +68,7 @@ def computed(operation, args: tuple, kwargs: dict) -> object:
     if kwargs.get("device") is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     values = operation(*tree_map(values_of, args), **tree_map(values_of, kwargs))
-    by_values = {id(tensor.values_on_cpu): tensor for tensor in here}  # what works in place gives its own argument
+    by_values = {id(tensor.values_on_cpu): tensor for tensor in here}  # an in-place operation returns its own argument
 
     def placed(leaf: object) -> object:
         if not (to_device and isinstance(leaf, torch.Tensor)):
@@ -81,12 +81,12 @@ def computed(operation, args: tuple, kwargs: dict) -> object:
 
 
 def the_host_waits(name: str, args: tuple, to_device: bool) -> bool:
-    """Whether an operation on the device's tensors has to be through before the host goes on."""
+    """Return whether the host must wait until this operation on the device's tensors is finished."""
     if name == "aten::_to_copy":
         return not to_device
     if name == "aten::copy_":
         return not isinstance(args[0], Pretend)
-    if name in INDEXED:  # how many a mask picks
+    if name in INDEXED:  # the host must know how many elements a mask picks
         return any(index is not None and index.dtype == torch.bool for index in args[1])
     return name in READS
 
@@ -100,14 +100,14 @@ def is_pretend(device: object) -> bool:
 
 
 class Operations(TorchDispatchMode):
-    """What makes tensors from nothing has no argument that would be a Pretend."""
+    """Compute also operations that create tensors: they have no Pretend argument that would dispatch them."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return computed(operation, args, kwargs or {})
 
 
 class Lists(TorchFunctionMode):
-    """Tensors made of Python's numbers and lists, which torch would make without asking."""
+    """Make Pretend tensors from Python's numbers and lists, which torch converts without dispatching."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -125,7 +125,7 @@ class Lists(TorchFunctionMode):
 
 
 class Script:
-    """A TorchScript module that takes and gives tensors on the device."""
+    """A TorchScript module that takes and returns tensors on the device."""
 
     def __init__(self, module: torch.jit.ScriptModule):
         self.module = module
@@ -155,7 +155,7 @@ def main() -> None:
             signal.raise_signal(signal.SIGTERM)
 
     def save(state, file):
-        """As it will be loaded: on the CPU."""
+        """Save CPU tensors, since the state is loaded on the CPU."""
         with _disable_current_modes():
             really_save(tree_map(values_of, state), file)
 
@@ -170,7 +170,7 @@ def main() -> None:
         return Script(module) if is_pretend(device) else module
 
     vpt.load_torchscript = load_torchscript
-    vpt.render = lambda figure: Image.new("RGB", (8, 8), "white")  # Matplotlib knows no device, and takes its time
+    vpt.render = lambda figure: Image.new("RGB", (8, 8), "white")  # Matplotlib knows no device, and is slow
     vpt.Recorder.step, vpt.generate_visual_codes = step, generate
     torch.Generator, torch.save = lambda device="cpu": really_make(), save
     vpt.targets_at_once = lambda models, num_tokens: 2  # so that there are several batches

@@ -1,4 +1,4 @@
-"""The script and wandb's own command line as real processes, away from any account and from the network."""
+"""Start the script and wandb's command line as real processes, without any account or network."""
 
 import atexit
 import multiprocessing
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo_model"
 SCRIPT = ROOT / "verify_proto_tokens.py"
 
-# Runs the script, but waits after one step, so that a test can act when it is surely in the middle. Goes on when the
-# file `go_on` is there, gives up on a dead W&B server sooner, and draws blank figures, which takes less time.
+# Runs the script, but pauses after a given step, so that a test can act at a known moment. The script continues once
+# the file `go_on` exists. To save time, it gives up on a dead W&B server sooner, and draws blank figures.
 PAUSING = """
 import sys, time
 from pathlib import Path
@@ -40,7 +40,7 @@ vpt.main(vpt.parse_args(sys.argv[1:]))
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
-    """Away from any W&B or hub account, and from the network; one thread, since the tests' models are tiny."""
+    """Return variables without any W&B or hub account, and offline; one thread, since the tests' models are tiny."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_"))}
     return kept | {
         "HF_HUB_OFFLINE": "1",
@@ -58,11 +58,11 @@ def start(command: list[object], folder: Path, env: dict[str, str] | None = None
 
 
 def start_script(folder: Path, *arguments, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """Starts the script as a process in `folder`."""
+    """Start the script as a process in `folder`."""
     return start([sys.executable, SCRIPT, *arguments], folder, env, **options)
 
 
-# A process that has imported the script once, and of which others are forked: each is spared five seconds of imports.
+# A process that has imported the script, and from which others are forked: this saves each five seconds of imports.
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["verify_proto_tokens"])
 
@@ -94,7 +94,7 @@ class Forked:
 
 
 def run_code(code: str, arguments: list[str], folder: Path, env: dict[str, str], outputs: list[Path]) -> None:
-    """Runs in the forked process what `python -c code arguments` would."""
+    """Run `code` in the forked process as `python -c code arguments` would."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
@@ -104,21 +104,21 @@ def run_code(code: str, arguments: list[str], folder: Path, env: dict[str, str],
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does not
+        atexit._run_exitfuncs()  # multiprocessing does not run them
 
 
 def start_code(code: str, folder: Path, *arguments, env: dict[str, str] | None = None) -> Forked:
-    """Starts code that imports the script as a process in `folder`."""
+    """Start a process in `folder` that runs code which imports the script."""
     outputs = [folder / "stdout", folder / "stderr"]
     words, environment = [str(word) for word in arguments], clean_environment(folder) | (env or {})
     process = FORK_SERVER.Process(target=run_code, args=(code, words, folder, environment, outputs))
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for the server, which the first of these starts
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # for the fork server, which the first call starts
         process.start()
     return Forked(process, outputs)
 
 
 def start_pausing(folder: Path, pause_after: int, *arguments, env: dict | None = None, seconds: float = 60) -> Forked:
-    """Starts the script, and returns when it has done so many steps and waits; kills it after so many seconds."""
+    """Start the script; return when it pauses after step `pause_after`; kill it if that takes more than `seconds`."""
     for name in ("paused", "go_on"):
         (folder / name).unlink(missing_ok=True)
     process = start_code(PAUSING, folder, pause_after, *arguments, env=env)
@@ -140,7 +140,7 @@ def kill(process: subprocess.Popen | Forked) -> None:
 
 
 def ended(process: subprocess.Popen | Forked, timeout: float = 240) -> SimpleNamespace:
-    """Waits for a process; its exit code and output."""
+    """Wait for a process to end; return its exit code and output."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -149,7 +149,7 @@ def ended(process: subprocess.Popen | Forked, timeout: float = 240) -> SimpleNam
 
 
 def run_script_in(folder: Path, *arguments, env: dict[str, str] | None = None) -> SimpleNamespace:
-    """Runs the script as a process in `folder` to its end."""
+    """Run the script as a process in `folder` to its end; return its exit code and output."""
     return ended(start_script(folder, *arguments, env=env))
 
 
@@ -159,13 +159,13 @@ def wait_for(condition: Callable, process: subprocess.Popen | Forked | None = No
         if time.monotonic() > limit:
             if process is not None:
                 process.kill()
-            raise AssertionError("waited in vain")
+            raise AssertionError(f"the awaited condition did not hold within {seconds} s")
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
 def wandb_tool(folder: Path, *arguments, stdout: int = subprocess.PIPE, **env) -> subprocess.Popen:
-    """Starts wandb's own command line; `python` is this one."""
+    """Start wandb's command line, with this interpreter as the `python` that its agents run."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [sys.executable, "-m", "wandb", *arguments]
     return start(command, folder, {"PATH": path} | env, stdout=stdout, stderr=subprocess.STDOUT)

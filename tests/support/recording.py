@@ -1,4 +1,4 @@
-"""Records operations and replays them in the same memory, as a CUDA graph does, on any device."""
+"""Record operations and replay them in the same memory, as a CUDA graph does, on any device."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten
 
 
 class Recording(TorchDispatchMode):
-    """The operations inside the block, with the tensors that they read and wrote. A host's read of one is refused."""
+    """Record the operations inside the block and their tensors. Raises RuntimeError if the host reads a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Recording(TorchDispatchMode):
 
 
 def recorded(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
-    """Stands for the script's function of this name where there is no CUDA."""
+    """Stand in for the script's `as_cuda_graph` where there is no CUDA."""
     buffers = [tensor.clone() for tensor in inputs]
     work(*buffers)
     recording = Recording()

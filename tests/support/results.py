@@ -1,4 +1,4 @@
-"""What runs leave, read back to be compared."""
+"""Read the results that runs leave, so that tests can compare them."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 
 def results_of(folder: Path) -> tuple[dict, str, dict]:
-    """Tensors, history and summary, but for what a clock measured."""
+    """Return a run's tensors, history and summary, without measured times."""
     summary = {
         name: value
         for name, value in summary_in(folder).items()
@@ -41,7 +41,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def refused(result: SimpleNamespace, *words: str) -> None:
-    """One line on stderr, exit code 2, no traceback."""
+    """Assert exit code 2 and a single line of error on stderr, which contains all `words`."""
     assert result.code == 2, (result.out, result.err)
     lines = [
         line

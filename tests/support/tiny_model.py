@@ -1,4 +1,4 @@
-"""A random two-layer generator and a VQ tokenizer of flat squares, in the formats of the real ones."""
+"""Save a random two-layer generator and a VQ tokenizer of flat squares, in the formats of the real ones."""
 
 import shutil
 import warnings
@@ -14,7 +14,7 @@ TEXT_IDS, CODES = 1401, 12
 
 
 class TinyDecoder(nn.Module):
-    """A VQ decoder without any state about its codebook: each code is a flat square of its own grey."""
+    """A VQ decoder that does not store its codebook size: each code is a flat square of its own grey."""
 
     def __init__(self, factor: int):
         super().__init__()
@@ -27,7 +27,7 @@ class TinyDecoder(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Undoes TinyDecoder: the code of each cell is that of the nearest grey to its mean."""
+    """Invert TinyDecoder: a cell's code is the one with the grey nearest to the cell's mean."""
 
     def __init__(self, factor: int):
         super().__init__()
@@ -41,7 +41,7 @@ class TinyEncoder(nn.Module):
 
 
 def save_tiny_generator(folder: Path, saved: dict | None = None, **changes) -> None:
-    """A random two-layer Qwen2 over the demo's text vocabulary and 12 visual codes; `saved` is of save_pretrained."""
+    """Save a random two-layer Qwen2 with the demo's text ids and 12 visual codes; `saved` goes to save_pretrained."""
     settings = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -59,7 +59,7 @@ def save_tiny_generator(folder: Path, saved: dict | None = None, **changes) -> N
 
 
 def spoil_text_head(folder: Path) -> None:
-    """Makes one text id's logit not a number: the reference, of visual ids, still decodes; the full loss does not."""
+    """Make one text id's logit NaN: decoding, over visual codes only, still works; the loss over all ids is NaN."""
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][7] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -82,6 +82,6 @@ def save_tiny_models(folder: Path) -> None:
 
 
 def tiny_arguments(folder: Path) -> tuple[str, ...]:
-    """The command line's part that names the tiny models in `folder`: 16 tokens, 3 steps unless more are asked for."""
+    """Return arguments for the tiny models in `folder`: 16 tokens, and 3 steps unless a later --num-steps says more."""
     models = ("--model-path", str(folder / "generator"), "--vq-model-ckpt", str(folder / "vq"))
     return (*models, "--device", "cpu", "--image-size", "16", "--num-steps", "3")

@@ -1,4 +1,4 @@
-"""Reads back what an offline W&B run wrote: a 7-byte header, then LevelDB log records of protobuf messages."""
+"""Read what an offline W&B run wrote: a 7-byte header, then LevelDB log records of protobuf messages."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ HEADER = 7
 
 
 def records(file: Path):
-    """Yields every Record of a `.wandb` file."""
+    """Yield every Record of a `.wandb` file."""
     data, position, parts = file.read_bytes(), HEADER, []
     while position + HEADER <= len(data):
         if BLOCK - position % BLOCK < HEADER:  # a block's tail too short for a header is padding
@@ -27,10 +27,10 @@ def records(file: Path):
 
 
 def read(folder: Path) -> SimpleNamespace:
-    """The only run below `folder`: its settings, history rows, summary, media, artifacts and the axes of its curves."""
+    """Return the only run below `folder`: settings, history rows, summary, artifacts, exit code, axes of its curves."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     run = SimpleNamespace(folder=file.parent, history=[], summary={}, config={}, artifacts=[], run=None, exit_code=None)
-    run.axes = {}  # of a metric's name, or of all that a pattern matches
+    run.axes = {}  # from a metric's name, or a pattern of names, to its x axis
 
     def key(item) -> str:
         return item.key or "/".join(item.nested_key)

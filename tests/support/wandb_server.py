@@ -1,7 +1,7 @@
-"""A small W&B server for the tests: the real client and its command-line tools talk to it, on this machine alone.
+"""Serve W&B's protocol to the real client and its command-line tools, on this machine alone, for the tests.
 
-It speaks only as much of W&B's protocol as they need: GraphQL for runs, files, artifacts and sweeps, the file stream
-for metrics, PUT for files. What arrived lies in plain attributes, and it can fail, stop a run, or die on order.
+The server implements only what they need: GraphQL for runs, files, artifacts and sweeps, the file stream for metrics,
+PUT for files. It keeps what arrived in plain attributes. A test can make it fail, stop a run, or die.
 
 By hand: `python tests/support/wandb_server.py` prints the environment that points W&B at it, and serves until Ctrl-C.
 """
@@ -31,7 +31,7 @@ API_KEY = "0123456789" * 4  # no secret: it only has a key's form, which the cli
 
 @dataclass
 class Run:
-    """One run, as far as the client has told of it."""
+    """One run, as the client has described it so far."""
 
     id: str
     entity: str
@@ -49,14 +49,14 @@ class Run:
     exit_code: int | None = None
     state: str = "pending"
     sweep: str | None = None
-    starts: int = 0  # a resumption, and a `wandb sync` of the run, is a start too
+    starts: int = 0  # resuming the run, or a `wandb sync` of it, also counts as a start
     sent_config: str = field(default="{}", repr=False)
     lines: Counter = field(default_factory=Counter, repr=False)
 
 
 @dataclass
 class Sweep:
-    """One sweep. `max_runs` ends those that draw at random, which have no end of their own."""
+    """One sweep. `max_runs` limits the methods that draw at random, which have no end of their own."""
 
     id: str
     entity: str
@@ -69,7 +69,7 @@ class Sweep:
     source: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
 
     def next_arguments(self) -> dict | None:
-        """The arguments of the run after those already handed out; None when the sweep has no more."""
+        """Return the arguments of the sweep's next run, or None if it has no more runs."""
         count, parameters = len(self.run_ids), self.config["parameters"]
         if count >= self.config.get("run_cap", math.inf):
             return None
@@ -80,7 +80,7 @@ class Sweep:
 
 
 def choices(spec: dict) -> Sequence:
-    """A parameter's values one by one, where they can be counted."""
+    """Return all values of a parameter. Raises ValueError if they cannot be listed."""
     if "value" in spec:
         return [spec["value"]]
     if "values" in spec:
@@ -91,7 +91,7 @@ def choices(spec: dict) -> Sequence:
 
 
 def draw(spec: dict, source: random.Random) -> object:
-    """A value of a parameter by chance; the client has filled in the distribution of a bare min and max."""
+    """Draw a random value of a parameter; for a bare min and max, the client has filled in the distribution."""
     distribution = spec.get("distribution")
     if distribution == "uniform":
         return source.uniform(spec["min"], spec["max"])
@@ -109,7 +109,7 @@ class RequestError(Exception):
 
 
 class WandbServer:
-    """The server; a context manager that serves from its first line to its last, or until `stop`."""
+    """The server: a context manager that serves inside its block, or until `stop`."""
 
     def __init__(self, folder: Path, port: int = 0):
         self.folder = folder
@@ -137,22 +137,22 @@ class WandbServer:
         self.stop()
 
     def stop(self) -> None:
-        """Dies: from now on the port refuses connections."""
+        """Stop serving: from now on the port refuses connections."""
         self._http.shutdown()
         self._http.server_close()
 
     def stop_run(self, run_id: str, tell_client: bool = False) -> None:
-        """Has the run's agent end it: each heartbeat orders so until the run is gone (SIGTERM; after 30 s, SIGKILL).
+        """Make the run's agent end it: each heartbeat asks for it until the run is gone (SIGTERM; after 30 s, SIGKILL).
 
-        W&B's Stop button also tells the run's client, which interrupts the script as Ctrl-C does, in some 30 s at
-        most: `tell_client` does so as well. Apart, the two let a test know which one ended the script.
+        With `tell_client`, also tell the run's client, as W&B's Stop button does: within some 30 s, it interrupts the
+        script like Ctrl-C. As the two are separate, a test knows which one ended the script.
         """
         self._stopping[run_id] = tell_client
 
     # ---- Requests
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict]:
-        """The status and the JSON answer to any request."""
+        """Return the status and the JSON answer to a request."""
         kinds = {"/graphql": "graphql", "/file_stream": "history", "/storage": "files"}
         with self._lock:
             self.received.update({kind: len(body) for part, kind in kinds.items() if part in path})
@@ -196,13 +196,13 @@ class WandbServer:
         return {}
 
     def _place(self, folder: str, name: str, known: dict[str, Path]) -> str:
-        """An address to put a file to; `known` has it once it has arrived."""
+        """Return an address to upload a file to; `known` contains the file once it has arrived."""
         path = f"/storage/{folder}/{name}"
         self._places[path] = (self.folder / folder / name, known, name)
         return self.url + quote(path)
 
     def _file_stream(self, run_id: str, body: dict) -> dict:
-        """A batch of metrics, console lines or the end of a run; an empty one is a sign of life."""
+        """Store a batch of metrics, console lines or a run's end; an empty batch only shows that the run is alive."""
         if run_id not in self.runs:
             raise RequestError(f"no run {run_id}", 404)
         run = self.runs[run_id]
@@ -221,7 +221,7 @@ class WandbServer:
         return {"stopped": True} if self._stopping.get(run_id) else {}
 
     def _add_history(self, run: Run, rows: list[dict]) -> None:
-        """Rows are known by their step, so that one that is sent again (`wandb sync`, a retry) is there once."""
+        """Add rows by their step, so that a row that is sent again (by `wandb sync` or a retry) is stored once."""
         places = {row["_step"]: place for place, row in enumerate(run.history)}
         for row in rows:
             place = places.setdefault(row["_step"], len(run.history))
@@ -230,7 +230,7 @@ class WandbServer:
     # ---- GraphQL: runs
 
     def resume_status(self, variables: dict) -> dict:
-        """What the client needs in order to go on with a run. One that only an agent was told of has not begun."""
+        """Return what the client needs to resume a run. A run that was only handed to an agent has not begun."""
         run = self.runs.get(variables["name"])
         if run is None or not run.starts:
             return {"model": None}
@@ -242,14 +242,14 @@ class WandbServer:
         return {"model": project_of(run) | {"bucket": bucket}}
 
     def upsert_bucket(self, variables: dict) -> dict:
-        """A run begins, is resumed, or changes; what a request leaves null stays as it is."""
+        """Begin, resume or change a run; values that a request leaves null do not change."""
         name = variables.get("name") or secrets.token_hex(4)
         entity, project = variables.get("entity") or ENTITY, variables.get("project") or "uncategorized"
         run = self.runs.setdefault(name, Run(name, entity, project, name))
         inserted = not run.starts
         sent = json.loads(variables.get("config") or "{}")
-        # Only a client's first request has all of the run, its host too, but not yet "e", the client's environment; a
-        # client that is set to tell nothing of its machine has neither, ever.
+        # Only a client's first request describes the whole run and its host, but not yet "e", the environment.
+        # A client that is set to send nothing about its machine never sends either of them.
         first = "e" not in sent.get("_wandb", {}).get("value", "e")
         if first and (variables.get("host") or run.state != "running"):
             run.starts, run.state, run.exit_code = run.starts + 1, "running", None
@@ -272,7 +272,7 @@ class WandbServer:
     # ---- GraphQL: artifacts
 
     def create_artifact(self, variables: dict) -> dict:
-        """A new artifact; one that arrived before with the same content (as with `wandb sync`) is not sent again."""
+        """Create an artifact; content that arrived before (`wandb sync` sends the same) is not uploaded again."""
         given = variables["input"]
         artifact = {"name": given["artifactCollectionName"], "type": given["artifactTypeName"], "files": {}}
         artifact["metadata"] = json.loads(given.get("metadata") or "{}")
@@ -298,7 +298,7 @@ class WandbServer:
         return {"createArtifactFiles": {"files": edges(nodes)}}
 
     def commit_artifact(self, variables: dict) -> dict:
-        """Only now is the artifact complete, and one of its run's."""
+        """Mark the artifact as complete, and only now add it to its run."""
         run, artifact = self._artifacts[variables["artifactID"]]
         self._committed.add(variables["artifactID"])
         if run:
@@ -308,7 +308,7 @@ class WandbServer:
     # ---- GraphQL: sweeps
 
     def upsert_sweep(self, variables: dict) -> dict:
-        """A new sweep, or another state or configuration of one that is there."""
+        """Create a sweep, or change the state or configuration of an existing one."""
         sweep = self.sweeps.get(variables.get("id"))
         if variables.get("config"):
             config = parsed_sweep(variables["config"])
@@ -346,7 +346,7 @@ class WandbServer:
         return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
 
     def _commands(self, sweep: Sweep, running: list[str]) -> list[dict]:
-        """The orders for an agent, which has one run at a time; an exit would kill a run that it still has."""
+        """Return the commands for an agent, which has one run at a time; `exit` would kill a run that it still has."""
         if running or sweep.state == "PAUSED":
             stopping = running if sweep.state == "CANCELED" else [name for name in running if name in self._stopping]
             return [{"type": "stop", "run_id": run_id} for run_id in stopping]
@@ -390,8 +390,8 @@ def project_of(thing: Run | Sweep) -> dict:
 
 
 def parsed_sweep(text: str) -> dict:
-    """A sweep's configuration, refused where this server could not schedule it: W&B refuses a bad one here as well."""
-    import yaml  # the command-line tool sends YAML whatever file it was given, and brings this package
+    """Parse a sweep's configuration. Raises RequestError if it cannot be scheduled, at the point where W&B does."""
+    import yaml  # the command-line tool sends YAML for any kind of file, and depends on this package
 
     config = yaml.safe_load(text)
     if config.get("method") not in ("grid", "random", "bayes") or not config.get("parameters"):
@@ -405,7 +405,7 @@ def parsed_sweep(text: str) -> dict:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Without keep-alive (HTTP 1.0), so that no connection outlives the server's `stop`."""
+    """Answer one request, without keep-alive (HTTP 1.0), so that no connection outlives the server's `stop`."""
 
     def respond(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -424,7 +424,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class QuietServer(ThreadingHTTPServer):
-    """A client that is killed while it sends is an ordinary event here, and none to print."""
+    """Print no error when a client is killed while it sends, which tests do on purpose."""
 
     wandb: WandbServer
 

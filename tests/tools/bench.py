@@ -1,18 +1,19 @@
-"""Measures the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
+"""Measure the script against its peers, side by side in one process: `python tests/tools/bench.py step`.
 
     step      one optimisation step, and what it does beside the evaluation, against the usual recipe, against the best
               that torch ships (linear_cross_entropy with its options), and against its bare matrix products
     decode    the reference's tokens a second, against transformers' guided `generate` and against reading the weights
-    prompts   the same for 1, 2, 4, 8 and 16 prompts decoded together
+    prompts   tokens a second of 1, 2, 4, 8 and 16 prompts decoded together
     memory    peak memory that a step adds, each variant in a process of its own
-    accuracy  steps to 90/95/99 % and the best accuracy after so many steps, our optimiser against AdamW and the usual
-              recipe, or the first of --candidates against the others; seconds a step; the steps in which the first
-              reaches what the last does in all of its own
-    many      --count captions of the demo, each with an m of its own: evaluations and time of one run, against as many
-              optimisations in one process and as many runs of the script, of which --singles are timed
+    accuracy  steps to 90/95/99 % and best accuracy after some numbers of steps: our optimiser against AdamW and the
+              usual recipe, or --candidates against one another; seconds a step; the steps that the first candidate
+              needs to reach the final accuracy of the last
+    many      --count captions of the demo, each with its own m: evaluations and time when they learn together, against
+              one after another in one process, and against --count runs of the script, of which --singles are timed
     limit     this machine's matrix products and memory reads alone
     targets   seconds a step and a target for 1 to 32 targets at a time, each with an m of its own
-    start     --help, imports, loading the demo model
+    start     seconds of --help, imports, loading the demo model
+    launches  operations of a step and of a decoded token: each is a kernel launch on a GPU
 
 On any device and in any precision: --device cuda --dtype bfloat16. Repeats are interleaved (ours, usual, floor, ours,
 ...), and a figure is the median with minimum and maximum: machines are noisy, so only the ratios of one run mean
@@ -63,7 +64,7 @@ SHAPES = {
 
 
 def build_models(args: argparse.Namespace) -> vpt.Models:
-    """A generator of the real shape and vocabulary with random weights; the demo shape is the demo model's."""
+    """Build a generator with random weights, in a real model's shape and vocabulary or in the demo model's."""
     if args.shape == "demo":
         config = Qwen2Config.from_pretrained(vpt.DEMO_FOLDER / "generator")
         text_ids, codes = 1401, config.vocab_size - 1401
@@ -101,7 +102,7 @@ def build_models(args: argparse.Namespace) -> vpt.Models:
 
 
 class NumberTokenizer:
-    """Stands in for a text tokenizer where weights are random: a prompt's words become arbitrary text ids."""
+    """Stand in for a text tokenizer where weights are random: turn a prompt's words into arbitrary text ids."""
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [hash_of(word) % 1000 for word in text.split()]}
@@ -125,7 +126,7 @@ def script_arguments(args: argparse.Namespace, *extra: object) -> argparse.Names
 def interleaved(
     candidates: dict[str, Callable], repeats: int, device: torch.device = CPU, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate on the device, `repeats` times in turn, after so many untimed calls each."""
+    """Return the seconds of each candidate, called `repeats` times in turn after `warm_up` untimed calls of each."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
@@ -156,14 +157,14 @@ def machine(device: torch.device = CPU) -> str:
 
 
 def product_rate(args: argparse.Namespace) -> float:
-    """Multiplications and additions a second of a large product: this device's peak in this precision, as measured."""
+    """Measure multiplications and additions a second of a large product: the device's peak in this precision."""
     size = 8192 if args.device.type == "cuda" else 2048
     x = torch.randn(size, size, device=args.device, dtype=args.dtype)
     return 2 * size**3 / min(interleaved({"product": lambda: x @ x}, 5, args.device)["product"])
 
 
 def read_rate(args: argparse.Namespace) -> float:
-    """Bytes a second of reading memory, as measured."""
+    """Measure the bytes a second of reading memory."""
     large = torch.ones(2**28, device=args.device, dtype=args.dtype)
     seconds = min(interleaved({"read": lambda: large.sum()}, 5, args.device)["read"])
     return large.numel() * large.itemsize / seconds
@@ -186,7 +187,7 @@ def report(
     unit: str = "s",
     scale: Callable = lambda x: x,
 ) -> dict:
-    """Prints one table and gives what --json stores; `scale` turns seconds into the figure shown.
+    """Print one table; return what --json stores. `scale` turns seconds into the figure shown.
 
     `least`: the seconds that the arithmetic, or the reading, would take at the device's measured `peak`.
     """
@@ -207,7 +208,7 @@ def report(
 
 
 def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward of the usual recipe: float32 logits [B, N, V] of every position and id, cross-entropy."""
+    """Run the usual recipe forward and backward: float32 logits [B, N, V] of all positions and ids, cross-entropy."""
     e_t, m = parameters
     filler = m.expand(target_ids.shape[1] - 1, -1)[None]
     inputs_embeds = torch.cat((e_t[:, None], filler), dim=1).to(generator.dtype)
@@ -218,7 +219,7 @@ def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target
 
 
 def reference_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
-    """One step as usually written: clipping, separate top-1 and top-5 passes, an `.item()` for every number."""
+    """Take one step as usually written: clipping, separate top-1 and top-5 passes, an `.item()` for every number."""
     optimizer.zero_grad()
     loss, logits = reference_loss(generator, parameters, target_ids)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -231,7 +232,7 @@ def reference_step(generator, parameters: list[Tensor], optimizer: torch.optim.A
 
 
 def stock_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
-    """The best that torch ships for so large a head: no logits of all positions, but no accuracy or rank either."""
+    """Take one step with the best that torch ships for a large head: never all logits at once, but no accuracy."""
     optimizer.zero_grad()
     e_t, m = parameters
     filler = m.expand(target_ids.shape[1] - 1, -1)[None]
@@ -244,9 +245,9 @@ def stock_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW
 
 
 def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
-    """The products of one step and nothing else: linear layers forwards and back to their input, attention likewise.
+    """Return a function that computes one step's products alone: of linear layers and attention, in both directions.
 
-    On CUDA as one graph, so that launching them costs nothing.
+    On CUDA it is one graph, so that launching them costs nothing.
     """
     config, head = models.generator.config, models.head
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -273,7 +274,7 @@ def matrix_products(models: vpt.Models, num_tokens: int) -> Callable:
 
 
 def step_operations(models: vpt.Models, num_tokens: int) -> int:
-    """Multiplications and additions of one step's products."""
+    """Count the multiplications and additions of one step's products."""
     config = models.generator.config
     linear = [m.weight.numel() for m in models.generator.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     of_products = 4 * num_tokens * (sum(linear) + models.head.numel())  # forwards, and back to the input
@@ -310,14 +311,14 @@ def random_codes(models: vpt.Models, num_tokens: int, batch: int = 1) -> Tensor:
 
 
 def endless_steps(args: argparse.Namespace, models: vpt.Models, codes: Tensor, *options: object) -> Callable:
-    """The script's own optimisation, a step at each call."""
+    """Return a function that takes one step of the script's own optimisation at each call."""
     endless = script_arguments(args, "--num-steps", 10**6, "--target-accuracy", 0, *options)
     learning = vpt.Optimisation(models, codes, endless)
     return lambda: take_step(learning)
 
 
 def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> Callable:
-    """A step of the script's own optimisation that is given its evaluation, always the same."""
+    """Return a function that takes a step of the script's own optimisation, but always reuses the first evaluation."""
     own_step, evaluate, evaluations = endless_steps(args, models, codes), vpt.loss_and_gradient, []
 
     def evaluate_once(*arguments) -> vpt.Predictions:
@@ -333,7 +334,7 @@ def rest_of_step(args: argparse.Namespace, models: vpt.Models, codes: Tensor) ->
 
 
 def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tensor) -> dict[str, float]:
-    """Relative differences of our loss and gradient from the plain ones, full vocabulary, same embeddings."""
+    """Return relative differences of our loss and gradient from the plain ones: full vocabulary, same embeddings."""
     ours = vpt.initial_proto_tokens(models, 1, script_arguments(args, "--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
     predictions = vpt.loss_and_gradient(models, ours, codes, targets_per_pass=1)
@@ -350,7 +351,7 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that are a kernel's launch on a GPU: all but views, tensors without values, and float64.
+    """Count operations that launch a kernel on a GPU: all except views, uninitialised tensors, and float64.
 
     Only numbers on the host are float64.
     """
@@ -367,14 +368,14 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of(work: Callable) -> int:
-    work()  # what only the first call does
+    work()  # the first call does extra work
     with Operations() as operations:
         work()
     return operations.count
 
 
 def bench_launches(args: argparse.Namespace) -> dict:
-    """Operations of a step and of a decoded token: what a GPU would be asked to launch. A CPU can count them."""
+    """Count the operations of a step and of a decoded token, each a launch on a GPU; this can be done on a CPU."""
     models, num_tokens = build_models(args), args.num_tokens or 256
     codes = random_codes(models, num_tokens)
     parameters = [torch.randn(1, models.hidden_size, device=args.device).requires_grad_() for _ in range(2)]
@@ -409,7 +410,7 @@ def bench_launches(args: argparse.Namespace) -> dict:
 
 
 def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
-    """transformers' own guided decoding, greedy: two prompts, two passes a token, all logits."""
+    """Decode greedily by transformers' own guided decoding: two prompts, two passes a token, all logits."""
     prompt, negative = (
         torch.tensor([models.text_tokenizer(text)["input_ids"]], device=models.device)
         for text in (vpt.conditional_prompt("a red apple"), vpt.negative_prompt())
@@ -430,7 +431,7 @@ def guided_generate(models: vpt.Models, num_tokens: int) -> Tensor:
 
 
 def read_weights(models: vpt.Models) -> Callable:
-    """Every byte once that a token needs, which is the least that it can cost."""
+    """Return a function that reads once every byte that decoding a token needs: the least that a token can cost."""
     tensors = [p for p in models.generator.model.layers.parameters() if p.ndim > 1] + [models.visual_head]
 
     @torch.no_grad()
@@ -471,7 +472,7 @@ def bench_decode(args: argparse.Namespace) -> dict:
 
 
 def bench_prompts(args: argparse.Namespace) -> dict:
-    """Tokens a second of 1, 2, 4, 8 and 16 prompts decoded together; their warm-up is in none of the clocks."""
+    """Measure tokens a second of 1, 2, 4, 8 and 16 prompts decoded together; their warm-up is not timed."""
     models, num_tokens = build_models(args), args.num_tokens or 64
     options, rates = script_arguments(args), {}
     for _ in range(args.repeats):
@@ -497,7 +498,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure_memory(args: argparse.Namespace) -> dict:
-    """Runs in a process of its own: the peak that one step adds to the memory held before it."""
+    """Return the peak that one step adds to the memory held before it; run this in a process of its own."""
     models, num_tokens = build_models(args), args.num_tokens or 2048
     codes = random_codes(models, num_tokens)
     target_ids = codes + models.visual_offset
@@ -547,14 +548,14 @@ def bench_memory(args: argparse.Namespace) -> dict:
 
 
 def steps_to(goal: float, curve: list[float]) -> int | None:
-    """The first step with this best accuracy."""
+    """Return the first step with at least this best accuracy, or None."""
     return next((step for step, best in enumerate(curve, 1) if best >= goal), None)
 
 
 def bench_accuracy(args: argparse.Namespace) -> dict:
-    """8 captions x 2 seeds for each recipe, a step being one evaluation whatever the optimiser.
+    """Learn 8 captions x 2 seeds with each recipe; a step is one evaluation with every optimiser.
 
-    The captions learn at once, with an m of their own, each as it would alone.
+    The captions learn together, each with its own m, and therefore as each would alone.
     """
     recipes = {"ours": "", "AdamW": "--optimizer adamw", "usual": USUAL_RECIPE}
     if args.candidates:
@@ -584,13 +585,13 @@ def bench_accuracy(args: argparse.Namespace) -> dict:
                 seconds += learning.seconds
                 evaluations += sum(learning.targets["steps"].tolist())
                 for k in range(len(CAPTIONS)):
-                    # Of the steps that its batch took: before them it has none.
+                    # A target has no numbers before its batch begins.
                     own = [row[f"targets/{k}/best_accuracy"] for row in rows_of_steps]
                     curves.append([best for best in own if best is not None])
                 for row in learning.targets.rows(CAPTIONS):
                     found = f"{row['best_accuracy']:.1f} % after {row['steps']}"
                     print(f"{name}; {row['prompt']}, seed {seed}: {found}", flush=True)
-            # A target that never got there, also one that diverged, counts as if it had at the very end.
+            # A target that never reached the goal, or diverged, counts as if it had reached it in the last step.
             reached = [[steps_to(goal, curve) or args.num_steps for curve in curves] for goal in goals]
             medians = [statistics.median(steps) for steps in reached]
             at_marks = [spread([curve[min(step, len(curve)) - 1] for curve in curves]) for step in marks]
@@ -635,14 +636,14 @@ def bench_targets(args: argparse.Namespace) -> dict:
 
 
 def many_captions(count: int) -> list[str]:
-    """Of the things of all captions, each on every background."""
+    """Return captions that put each thing of all captions on every background."""
     parts = [re.fullmatch("(.+?) ((?:on|in|under) .+)", caption).groups() for caption in CAPTIONS + OTHER_CAPTIONS]
     backgrounds = dict.fromkeys(background for _, background in parts)
     return [f"{thing} {background}" for background in backgrounds for thing, _ in parts][:count]
 
 
 def bench_many(args: argparse.Namespace) -> dict:
-    """Everything is computed on the CPU; the references, which all share, are decoded before any clock runs."""
+    """Compare learning together and alone, on the CPU; all share references, which are decoded before any timing."""
     captions = many_captions(args.count)
     with tempfile.TemporaryDirectory() as folder:
         prompts_file = Path(folder) / "prompts.txt"
@@ -685,7 +686,7 @@ def bench_many(args: argparse.Namespace) -> dict:
 
 
 def bench_start(args: argparse.Namespace) -> dict:
-    """Whole processes; `import torch, transformers` is what any such script pays."""
+    """Time whole processes; any such script has to pay for `import torch, transformers`."""
     load = f"import verify_proto_tokens as v; v.load_models(v.parse_args(['--demo', '--device', '{args.device}']))"
     commands = {
         "--help": [str(ROOT / "verify_proto_tokens.py"), "--help"],
@@ -704,12 +705,12 @@ def bench_start(args: argparse.Namespace) -> dict:
 
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """x [P, I] @ weight.T [I, O] as a 1x1 convolution, which reaches oneDNN where torch.matmul reaches MKL."""
+    """Compute x [P, I] @ weight.T [I, O] as a 1x1 convolution, which uses oneDNN where torch.matmul uses MKL."""
     return F.conv2d(x[None].mT[:, :, None], weight[:, :, None, None])[0, :, 0].T
 
 
 def bench_limit(args: argparse.Namespace) -> dict:
-    """What the device gives: GFLOP/s of a layer's product (on a CPU by either library), GB/s of reading weights."""
+    """Measure the device: GFLOP/s of a layer's product (on a CPU, with either library), GB/s of reading weights."""
     like = {"device": args.device, "dtype": args.dtype}
     x, weight, large = (torch.randn(*shape, **like) for shape in ((256, 896), (4864, 896), (2**28,)))
     flops = 2 * 256 * 896 * 4864
@@ -734,19 +735,19 @@ def main() -> None:
         nargs="*",
         choices=("stock",),
         default=["stock"],
-        help="of step, beside the usual recipe (default: stock)",
+        help="for step: peers beside the usual recipe (default: stock)",
     )
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="0.5B")
-    parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; for memory 2048)")
+    parser.add_argument("--num-tokens", type=int, metavar="N", help="(default: 256; memory 2048; prompts, targets 64)")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="for accuracy (default: 256)")
     parser.add_argument(
-        "--model-path", metavar="FOLDER", help="for accuracy, as small_models.py makes it (default: demo)"
+        "--model-path", metavar="FOLDER", help="for accuracy: a model of small_models.py (default: demo)"
     )
     parser.add_argument("--num-steps", type=int, default=1000, help="for accuracy (default: %(default)s)")
-    parser.add_argument("--options", default="", help="for accuracy, of all: as '--control random'")
-    parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: '' is the default")
+    parser.add_argument("--options", default="", help="for accuracy, many: such as '--control random'")
+    parser.add_argument("--candidates", nargs="+", metavar="OPTIONS", help="for accuracy: options of each; '': none")
     parser.add_argument("--count", type=int, default=64, help="for many: captions (default: %(default)s)")
-    parser.add_argument("--singles", type=int, default=8, help="for many: runs of one (default: %(default)s)")
+    parser.add_argument("--singles", type=int, default=8, help="for many: single runs to time (default: %(default)s)")
     parser.add_argument("--vocabulary", choices=("full", "visual"), default="full")
     parser.add_argument("--repeats", type=int, default=5, metavar="R")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -756,7 +757,7 @@ def main() -> None:
     args.dtype = torch.float32 if args.precision == "tf32" else getattr(torch, args.precision)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device.index or 0)  # graphs and streams are the current one's
+        torch.cuda.set_device(args.device.index or 0)  # graphs and streams use the current device
     if args.variant:
         print(json.dumps(measure_memory(args)))
         return

@@ -1,4 +1,4 @@
-"""Proves the script on a device, and measures it there: `python tests/tools/gpu_check.py`. No network is needed.
+"""Check the script on a device, and measure it there: `python tests/tools/gpu_check.py`. No network is needed.
 
 First whether it is right: greedy tokens against the CPU's; loss and gradient against the plain formula in each
 precision; a whole run at 256 and 512 px, twice, with CUDA graphs, then killed and resumed, bit for bit; what each
@@ -32,7 +32,7 @@ from tools import bench  # noqa: E402
 
 import verify_proto_tokens as vpt  # noqa: E402
 
-# After three steps the memory that the process may have is what it has, and a little.
+# After three steps, limits the memory of the process to what it has, and a little more.
 STARVING = """
 import contextlib, resource, sys
 from pathlib import Path
@@ -64,7 +64,7 @@ vpt.main(vpt.parse_args(sys.argv[1:]))
 
 
 class Check:
-    """What holds and what does not, as it is found out."""
+    """Collect and print what holds and what does not."""
 
     def __init__(self):
         self.findings: list[dict] = []
@@ -74,7 +74,7 @@ class Check:
         print(f"{'ok  ' if condition else 'FAIL'} {what}{f': {detail}' if detail else ''}", flush=True)
 
     def tried(self, what: str, work: Callable) -> None:
-        """A check that ends with an error does not hold; the next one goes on."""
+        """Run a check; if it raises an error, note that it does not hold, and go on."""
         try:
             work()
         except (Exception, SystemExit) as error:
@@ -82,7 +82,7 @@ class Check:
 
 
 def on(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
-    """The bench's own arguments."""
+    """Return arguments for the functions of the bench."""
     plain = {"device": args.device, "dtype": torch.float32, "precision": "float32"}
     plain |= {"shape": "demo", "vocabulary": "full", "num_tokens": None}
     return argparse.Namespace(**plain | changes)
@@ -93,7 +93,7 @@ def on(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
 
 
 def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens: int) -> None:
-    """Greedy tokens in float32 are those of the CPU."""
+    """Check that greedy tokens in float32 are the CPU's."""
     options = vpt.parse_args(["--demo", "--top-k", "1"])
     codes = []
     models = bench.build_models(on(args, shape=shape, device=bench.CPU))
@@ -105,7 +105,7 @@ def check_tokens(check: Check, args: argparse.Namespace, shape: str, num_tokens:
 
 
 def plain_loss_and_gradient(models: vpt.Models, proto_tokens: vpt.ProtoTokens, codes: torch.Tensor) -> tuple:
-    """The formula as one writes it, in float32."""
+    """Compute loss and gradient by the plain formula, in float32."""
     generator = models.generator
     inputs = proto_tokens.inputs(codes.shape[1]).detach().requires_grad_()
     logits = generator(inputs_embeds=inputs, use_cache=False).logits
@@ -115,13 +115,13 @@ def plain_loss_and_gradient(models: vpt.Models, proto_tokens: vpt.ProtoTokens, c
 
 
 def precisions(args: argparse.Namespace) -> list[str]:
-    """Those of this device."""
+    """Return the precisions that this device has."""
     tf32 = ["tf32"] if vpt.pick_precision("auto", args.device) == "tf32" else []
     return ["float32", *tf32, "float16", "bfloat16"]
 
 
 def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
-    """Loss and gradient in each precision against the plain formula in float32."""
+    """Check loss and gradient in each precision against the plain formula in float32."""
     models = bench.build_models(on(args, shape=shape))
     codes = bench.random_codes(models, 64)
     proto_tokens = vpt.initial_proto_tokens(models, 1, vpt.parse_args(["--demo"]))
@@ -144,7 +144,7 @@ def check_gradients(check: Check, args: argparse.Namespace, shape: str) -> None:
 
 
 def check_runs(check: Check, args: argparse.Namespace, folder: Path, size: int) -> None:
-    """A run to the end, twice the same, and the same with CUDA graphs or killed and resumed; all decode anew."""
+    """Check that whole runs agree: made twice, with CUDA graphs, killed and resumed; each decodes its own reference."""
     options = ["--demo", "--device", str(args.device), "--save-dir", str(folder), "--save-every", "5"]
     options += ["--num-steps", str(args.num_steps), "--image-size", str(size), "--force-generate"]
     first, second, killed = (folder / f"{name}{size}" for name in ("first", "second", "killed"))
@@ -161,15 +161,15 @@ def check_runs(check: Check, args: argparse.Namespace, folder: Path, size: int) 
     if not args.small:
         vpt.main(vpt.parse_args([*options, "--cuda-graphs", "on", "--wandb-run-name", f"graphs{size}"]))
         graphs = results_of(folder / f"graphs{size}")
-        check.holds(f"one of {size} px with CUDA graphs has them too", graphs == results_of(first))
+        check.holds(f"a run of {size} px with CUDA graphs has {same}", graphs == results_of(first))
     resumed = [*options, "--wandb-run-name", killed.name, "--resume"]
     kill(start_pausing(folder, 7, *resumed, seconds=300))
     vpt.main(vpt.parse_args(resumed))
-    check.holds(f"one of {size} px killed and resumed has them too", results_of(killed) == results_of(first))
+    check.holds(f"a run of {size} px killed and resumed has {same}", results_of(killed) == results_of(first))
 
 
 def check_learning(check: Check, args: argparse.Namespace, folder: Path) -> None:
-    """TF32 learns at 512 px what float32 does; how much half precision loses is told."""
+    """Check that TF32 learns at 512 px as well as float32; print what half precision reaches."""
     options = ["--demo", "--device", str(args.device), "--save-dir", str(folder), "--image-size", "512"]
     options += ["--num-steps", "400"]
     accuracy = {}
@@ -182,16 +182,16 @@ def check_learning(check: Check, args: argparse.Namespace, folder: Path) -> None
 
 
 def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
-    """Running out of memory in the middle costs one line and leaves a state to go on from."""
+    """Check that running out of memory in the middle prints one line and leaves a state to resume from."""
     options = ("--demo", "--device", str(args.device), "--num-steps", "8", "--target-accuracy", "0")
     options += ("--wandb-run-name", "starved", "--save-dir", str(folder))
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is given back can be refused
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks return to the system, so that the limit refuses new ones
     end = ended(start([sys.executable, "-c", STARVING, *options], folder, env), timeout=300)
     lines = [line for line in end.err.splitlines() if "error" in line.lower()]
     told = end.code == 2 and len(lines) == 1 and "out of memory for a step" in lines[0]
-    check.holds("running out of memory is one line", told, lines[-1][:160] if lines else f"exit code {end.code}")
+    check.holds("running out of memory prints one line", told, lines[-1][:160] if lines else f"exit code {end.code}")
     state = folder / "starved" / STATE
-    check.holds("and leaves the state", state.exists() and vpt.read_state(state.parent)["learning"]["step"] >= 3)
+    check.holds("out of memory saves a state", state.exists() and vpt.read_state(state.parent)["learning"]["step"] >= 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def check_memory(check: Check, args: argparse.Namespace, folder: Path) -> None:
 
 
 def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> dict:
-    """Steps a second, tokens a second and peak memory, and their shares of the floor."""
+    """Measure steps a second, tokens a second and peak memory; return them with their shares of the floors."""
     codes, figures = bench.random_codes(models, num_tokens), {}
     take_step = bench.endless_steps(on(args), models, codes)
     candidates = {"step": take_step, "floor": bench.matrix_products(models, num_tokens)}
@@ -213,7 +213,7 @@ def measured(args: argparse.Namespace, models: vpt.Models, num_tokens: int) -> d
     figures |= {"steps/s": 1 / best["step"], "of the products": best["floor"] / best["step"]}
     if "graphs" in best:
         figures["steps/s, graphs"] = 1 / best["graphs"]
-    if num_tokens != args.sizes[0]:  # longer pictures are decoded as quickly, but for their caches
+    if num_tokens != args.sizes[0]:  # larger pictures are decoded as quickly, except for their caches
         return figures
     options = vpt.parse_args(["--demo", "--device", str(args.device)])
     if args.device.type == "cuda":
@@ -248,13 +248,13 @@ def measure(check: Check, args: argparse.Namespace) -> list[dict]:
 
 
 def write(check: Check, args: argparse.Namespace, rows: list[dict]) -> None:
-    """All that is known so far."""
+    """Write all that is known so far."""
     found = {"machine": bench.machine(args.device), "findings": check.findings, "figures": rows}
     args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def print_table(rows: list[dict], machine: str) -> None:
-    """As Markdown, for the README."""
+    """Print the figures as a Markdown table for the README."""
     head = list(dict.fromkeys(name for row in rows for name in row))
     print(f"\n{machine}, {time.strftime('%Y-%m-%d')}: `python tests/tools/gpu_check.py`\n")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
@@ -268,8 +268,8 @@ def main() -> None:
     default = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", type=torch.device, default=default, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
-    parser.add_argument("--shapes", nargs="+", choices=("demo", "0.5B", "1.5B"), help="to measure (default: both real)")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="tokens (default: 256 1024 2304 4096)")
+    parser.add_argument("--shapes", nargs="+", choices=("demo", "0.5B", "1.5B"), help="(default: 0.5B 1.5B; CPU: demo)")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="TOKENS", help="(default: 256 1024 2304 4096; CPU: 16)")
     args = parser.parse_args()
     args.small = args.device.type == "cpu"
     args.num_steps = 10 if args.small else 1000

@@ -1,11 +1,11 @@
-"""Makes small generators of other widths, depths and lengths of training than the demo model's, for its tokenizers.
+"""Train small generators of other widths, depths and numbers of steps than the demo model's, with its tokenizers.
 
     python tests/tools/small_models.py FOLDER --hidden-size 256 --layers 10    # goes on where it was interrupted
 
-They learn a part of what the demo model learned, by its own training (which see for the packages that it needs), from
-the start and at one size. Look at what a model draws before using it: of 64 things all that were tried draw most after
-1,500 steps, of all 692 one of hidden size 256 drew none. FOLDER keeps the pictures and their tokens for the next model.
-The last line says where the model is, for --model-path; --vq-model-ckpt is the demo's, tests/demo_model/vq.
+They learn a part of the demo model's pictures from scratch, at one size, by its training script (see there for the
+packages that it needs). Look at what a model draws before using it: after 1,500 steps on 64 things, all models that
+were tried draw most of them; on all 692, a model of hidden size 256 drew none. FOLDER keeps the pictures and their
+tokens for the next model. The last line printed is --model-path; --vq-model-ckpt is the demo's, tests/demo_model/vq.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import pictures  # noqa: E402
 import train  # noqa: E402
 from support.contract import CAPTIONS  # noqa: E402
 
-# Four heads of 32 numbers to a key-value head, but six of 192 and five of 320.
+# Each key-value head has four query heads of 32 numbers, but six in width 192 and five in width 320.
 WIDTHS = (128, 192, 256, 320, 384, 512, 640, 768)
 
 
 def rows_of_things(captions: list[str], count: int) -> list[int]:
-    """Where among all captions those of `count` things are, of the benches' captions first: on all backgrounds."""
+    """Return the rows, in all captions, of `count` things on all backgrounds; the benches' things are chosen first."""
     backgrounds = len(pictures.BACKGROUNDS)
     needed = [captions.index(text) // backgrounds for text in CAPTIONS]
     others = np.random.default_rng(0).permutation(len(captions) // backgrounds).tolist()
@@ -35,7 +35,7 @@ def rows_of_things(captions: list[str], count: int) -> list[int]:
 
 
 def make(args: argparse.Namespace) -> Path:
-    """Trains a model, and saves it with the demo's text tokenizer in a folder of its own, which it returns."""
+    """Train a model, save it with the demo's text tokenizer in a folder of its own, and return the folder."""
     name, folder = f"hidden{args.hidden_size}_layers{args.layers}_{args.size}px_steps{args.num_steps}", args.folder
     name += f"_sequences{args.sequences}_things{args.things}"
     if (folder / name / "config.json").exists():
@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, choices=train.SIZES, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=1500, help="of training (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=8, help="a step (default: %(default)s)")
-    parser.add_argument("--things", type=int, default=64, help="that the pictures show (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per step (default: %(default)s)")
+    parser.add_argument("--things", type=int, default=64, help="number of things shown (default: %(default)s)")
     args = parser.parse_args()
     print(make(args))
 

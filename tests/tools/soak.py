@@ -1,9 +1,9 @@
-"""Many short runs from one sweep, two agents at once, one of them killed with SIGKILL now and then: what is lost?
+"""Give many short runs of one sweep to two agents, kill an agent with SIGKILL now and then, and check what is lost.
 
     python tests/tools/soak.py                        # 50 runs on a tiny model, about five minutes on two cores
     python tests/tools/soak.py --runs 6 --kills 1     # a short one, as in the tests
 
-Every other kill takes the agent alone, whose run then goes on without it; the others take its run along. Afterwards
+Every other kill hits only the agent, and its run goes on without it; the other kills hit its run, too. Afterwards,
 every run is looked up on the local W&B server and on disk. Linux only: memory is read from /proc.
 """
 
@@ -71,9 +71,9 @@ class Agents:
         self.processes.append(self.tool("agent", self.sweep))
 
     def kill_one(self, with_its_run: bool) -> list[str]:
-        """Ends the agent that was started last, as a machine would that is taken away, and starts another.
+        """Kill the agent that was started last, as if its machine were taken away, and start another.
 
-        Returns the ids of the runs that died with it.
+        Return the ids of the runs that died with it.
         """
         victim = self.processes.pop()
         runs = [pid for pid in script_processes() if status_of(pid).get("PPid") == str(victim.pid)]
@@ -97,7 +97,7 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def script_processes() -> list[int]:
-    """The processes that run the script, by the process file system."""
+    """Return the ids of the processes that run the script, from /proc."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -108,7 +108,7 @@ def script_processes() -> list[int]:
 
 
 def watch_memory(outcome: Outcome, agents: Agents, ended: threading.Event) -> None:
-    """Samples the peaks of all runs and the present size of all agents until `ended`."""
+    """Sample the peak memory of all runs and the present memory of all agents until `ended`."""
     peaks: dict[int, int] = {}
     while not ended.wait(0.2):
         for pid in script_processes():
@@ -121,7 +121,7 @@ def watch_memory(outcome: Outcome, agents: Agents, ended: threading.Event) -> No
 
 
 def problems_of(run: Run, folder: Path) -> list[str]:
-    """What a run that ended well lacks, on the server or in its folder."""
+    """Return what a successful run lacks on the server or in its folder."""
     found = []
     if [row["_step"] for row in run.history if "train/loss" in row] != list(range(1, NUM_STEPS + 1)):
         found.append("steps are missing on the server")
@@ -154,11 +154,11 @@ def look_up(outcome: Outcome, server: WandbServer, save_dir: Path) -> None:
         elif run.id not in outcome.killed:
             outcome.problems.append(f"{run.id}: exit code {run.exit_code}, summary on disk: {on_disk}")
     outcome.problems += [f"left behind: {file}" for file in save_dir.rglob("*.partial")]
-    outcome.problems += [f"asked in vain: {request}" for request in server.unknown]
+    outcome.problems += [f"not known to the server: {request}" for request in server.unknown]
 
 
 def soak(folder: Path, runs: int, kills: int, seed: int = 0) -> Outcome:
-    """Hands out `runs` runs to two agents and kills one of them `kills` times, at random moments."""
+    """Hand out `runs` runs to two agents, and kill one of the agents `kills` times, at random moments."""
     save_tiny_models(folder)
     write_sweep(folder, runs)
     outcome, moments, ended = Outcome(), random.Random(seed), threading.Event()
@@ -180,7 +180,7 @@ def soak(folder: Path, runs: int, kills: int, seed: int = 0) -> Outcome:
                 due.pop(0)
                 print(f"killed an agent after {len(server.runs)} runs were handed out", flush=True)
             time.sleep(0.1)
-        while script_processes():  # runs whose agent was killed
+        while script_processes():  # runs that outlived their agents
             time.sleep(0.2)
         time.sleep(1)
         ended.set()

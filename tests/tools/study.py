@@ -1,12 +1,12 @@
-"""What one pass over two embeddings can hold: against the kind of target, the model's width, depth and training.
+"""Measure what one pass over two embeddings can hold, by kind of target and by the model's width, depth and training.
 
     python tests/tools/study.py FOLDER                     # the tables, the capacities, where the errors are
-    python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these, as small_models.py makes them
+    python tests/tools/study.py FOLDER --models A B ...    # instead, a law over these models of small_models.py
 
-Every number comes from runs of the script as a user would start them, a run a core: over 8 captions and the --seeds,
-for the law over drawings of things that the models learned, of others, collages of both, and random tokens, 8 each and
-the same for every model (which takes the packages of the training). Their folders stay in FOLDER: it goes on where it
-was interrupted, and ends with study.json and study.png there, or law.json and law.png.
+Every number comes from runs of the script as a user would start them, one per core. The tables use 8 captions and the
+--seeds. The law uses 8 targets of each kind, the same for every model: drawings of things that the models learned, of
+other things, collages of both, and random tokens (drawing needs the training's packages). The runs' folders stay in
+FOLDER: an interrupted study goes on, and ends with study.json and study.png there, or law.json and law.png.
 """
 
 import argparse
@@ -57,11 +57,11 @@ ROWS = {
     "control: untrained generator": (*OWN, "--control", "untrained"),
 }
 CAPACITIES = {"plain": (), "shuffled": ("--control", "shuffled"), "random": ("--control", "random")}
-# How often a code occurs in its picture, from this number on.
+# Groups of tokens by how often their code occurs in the picture: at least this number of times.
 OCCURRENCES = {"1": 1, "2": 2, "3-5": 3, "6-11": 6, "12-23": 12, "≥ 24": 24}
-# 97.5 % of the distribution, by degrees of freedom.
+# Student's t at 97.5 %, by degrees of freedom.
 STUDENTS_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
-# Of things that the small models do not learn, unless they learn more than 64; on each background one.
+# Captions of things that small models do not learn (unless they learn more than 64), one per background.
 UNLEARNED_CAPTIONS = (
     "a drum on a wooden table",
     "a turtle on green grass",
@@ -77,7 +77,7 @@ COLLAGES = tuple(
     (CAPTIONS[k], UNLEARNED_CAPTIONS[(k + 3) % 8], CAPTIONS[(k + 2) % 8], UNLEARNED_CAPTIONS[(k + 5) % 8])
     for k in range(8)
 )
-# The targets of the law, the same for every model: captions, options that make them, and how they are shown.
+# The targets of the law, the same for every model: captions, label and colour.
 KINDS = {
     "drawings": (CAPTIONS, "drawings", vpt.BLUE),
     "unlearned": (UNLEARNED_CAPTIONS, "drawings of unlearned things", vpt.GREEN),
@@ -93,7 +93,7 @@ LAWS = {
     "random_bits_held": "bits held of random tokens",
 }
 SIMPLEAR = {"SimpleAR-0.5B": 896, "SimpleAR-1.5B": 1536}  # hidden sizes
-# What may load an embedding, of a target: by how much a token surprises under the prompt, and how many there are.
+# What may make a target hard to hold: how surprising its tokens are under the prompt, or how varied they are.
 LOADS = {"surprise": "bits of a token under the prompt", "perplexity": "perplexity of the picture's tokens"}
 PERPLEXITIES = (16, 32, 64, 128, 192, 256)
 
@@ -120,12 +120,12 @@ def name_of(*parts: object) -> str:
 
 
 def unseen_captions() -> tuple[str, ...]:
-    """Eight of the pairs that the demo model was not trained on: nobody's favourites."""
+    """Return eight of the pairs that the demo model was not trained on, chosen without looking at them."""
     return tuple(sorted(pictures.held_out())[::6][: len(CAPTIONS)])
 
 
 def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
-    """A run a seed."""
+    """Return the runs for a row of a table, one per seed."""
     captions = unseen_captions() if label == UNSEEN else CAPTIONS
     runs = []
     for seed in args.seeds:
@@ -138,18 +138,18 @@ def runs_of_row(args: argparse.Namespace, label: str, size: int) -> list[Run]:
 
 
 def run_of_others(args: argparse.Namespace, size: int, seed: int) -> Run:
-    """Whose m the other captions are given."""
+    """Return the run on the other captions, which learns the m of the row `FROZEN`."""
     options = ("--image-size", size, "--seed", seed, "--num-steps", args.num_steps)
     return Run(name_of("others", size, seed, args.num_steps), OTHER_CAPTIONS, options)
 
 
 def runs_of_capacity(args: argparse.Namespace, kind: str) -> list[Run]:
-    """A run a caption and seed."""
+    """Return the runs for the capacities of a kind, one per caption and seed."""
     common = ("--capacity", "--image-size", LARGE, "--num-steps", args.capacity_steps, *CAPACITIES[kind])
     runs = []
     for seed in args.seeds:
         for k, caption in enumerate(CAPTIONS):
-            # Random codes come from the seed alone: without one for each caption all would be one target.
+            # Random codes depend only on the seed: without a seed per caption, all captions would be the same target.
             own_seed = 100 * seed + k if kind == "random" else seed
             options = (*common, "--seed", own_seed)
             runs.append(Run(name_of("capacity", kind, k, seed, args.capacity_steps), (caption,), options))
@@ -157,7 +157,7 @@ def runs_of_capacity(args: argparse.Namespace, kind: str) -> list[Run]:
 
 
 def runs_of_model(args: argparse.Namespace, model: Path) -> dict[str, list[Run]]:
-    """What the law takes of a model: each kind of targets, and capacities."""
+    """Return the runs of a model for the law: one for each kind of target, and the capacities."""
     common = ("--image-size", LARGE, "--seed", SEEDS[0])
 
     runs = {}
@@ -181,7 +181,7 @@ def drawing_of(args: argparse.Namespace, caption: str) -> Path:
 
 
 def draw_captions(args: argparse.Namespace) -> None:
-    """Writes the drawings that the captions mean: what a model makes of a caption differs from model to model."""
+    """Draw and save the captions' pictures: those that models generate for a caption differ from model to model."""
     drawing_of(args, CAPTIONS[0]).parent.mkdir(parents=True, exist_ok=True)
     things = pictures.load_things(pictures.fetch_emoji(args.folder))
     backgrounds = pictures.draw_backgrounds(LARGE)
@@ -197,7 +197,7 @@ def draw_captions(args: argparse.Namespace) -> None:
 
 
 def runs_of_tables(args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
-    """What comes first, and what is given the m of these; the many short runs last, so that no core waits."""
+    """Return the first runs, and those that need their m; the many short runs come last, so that no core waits."""
     others = [run_of_others(args, size, seed) for size in SIZES for seed in args.seeds]
     rows = [run for size in SIZES for label in ROWS if label != FROZEN for run in runs_of_row(args, label, size)]
     frozen = [run for size in SIZES for run in runs_of_row(args, FROZEN, size)]
@@ -210,9 +210,9 @@ def runs_of_law(args: argparse.Namespace) -> list[Run]:
 
 
 def do(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Does the runs, a core each; one that is done is not repeated, and refused where its settings were others."""
+    """Do the runs, one per core; a finished run is not repeated, and is refused if its settings were different."""
     started, done = time.monotonic(), []
-    # A thread a run: two runs of one thread are quicker than one after the other of two.
+    # One thread per run: two runs at once, with a thread each, are quicker than two in turn with two threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def do_one(run: Run) -> None:
@@ -227,7 +227,7 @@ def do(args: argparse.Namespace, runs: list[Run]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the runs say
+# Results of the runs
 
 
 def summary_of(args: argparse.Namespace, run: Run) -> dict:
@@ -235,7 +235,7 @@ def summary_of(args: argparse.Namespace, run: Run) -> dict:
 
 
 def targets_of(args: argparse.Namespace, runs: list[Run]) -> list[dict[str, float]]:
-    """The numbers of all targets of several runs."""
+    """Return the numbers of all targets of several runs."""
     rows = []
     for run in runs:
         with (args.folder / run.name / vpt.TARGETS_FILE).open(encoding="utf-8", newline="") as table:
@@ -272,13 +272,13 @@ def found_of_model(args: argparse.Namespace, model: Path) -> dict:
         found[f"{kind}_surprise"] = [target["target_bits_autoregressive"] / num_tokens for target in targets]
         found[f"{kind}_perplexity"] = [2 ** (vpt.unigram_bits(row) / num_tokens) for row in ids]
         found[f"{kind}_accuracy"] = [target["best_accuracy"] for target in targets]
-        # Not against the unprompted generator, which expects other tokens: unlearning that holds nothing.
+        # Not relative to the unprompted bits: there the generator expects other tokens, and to undo that holds nothing.
         found[f"{kind}_bits_held"] = [target["target_bits_uniform"] - target["proto_bits"] for target in targets]
     return found | {"capacity": found_of_capacity(args, runs["capacity"])}
 
 
 def found_of_errors(args: argparse.Namespace) -> dict:
-    """Where the wrong tokens of the plain row are: by place, by surprise, by how often a code occurs, by caption."""
+    """Return the accuracy of the plain row's tokens by place, surprise, occurrences of their code, and caption."""
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu"]))
     correct, bits, occurrences = [], [], []
     for run in runs_of_row(args, PLAIN, LARGE):
@@ -306,7 +306,7 @@ def found_of_errors(args: argparse.Namespace) -> dict:
 
 
 def power_law(y: list[float], x: list[float]) -> dict:
-    """log y = power * log x + constant by least squares, with the standard error of the power.
+    """Fit log y = power * log x + constant by least squares; return also the standard error of the power.
 
     Draper and Smith, "Applied Regression Analysis", 3rd ed., sections 1.2 to 1.4.
     """
@@ -325,7 +325,7 @@ def power_law(y: list[float], x: list[float]) -> dict:
 
 
 def predicted(law: dict, x: float) -> tuple[float, float, float]:
-    """What a power law says there, and between what a new observation lies in 95 of 100 cases."""
+    """Return what a power law predicts at x, and the interval that contains 95 of 100 new observations."""
     at = np.array([math.log(x), 1])
     middle = at @ [law["power"], law["constant"]]
     reach = students_t(law["freedom"]) * math.sqrt(law["spread"] ** 2 + at @ law["covariance"] @ at)
@@ -333,12 +333,12 @@ def predicted(law: dict, x: float) -> tuple[float, float, float]:
 
 
 def students_t(freedom: int) -> float:
-    """Beyond the table by Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5."""
+    """Return Student's t at 97.5 %; beyond the table by Abramowitz and Stegun, "Handbook of Mathematical Functions"."""
     return STUDENTS_T.get(freedom) or 1.960 + 2.372 / freedom + 2.823 / freedom**2
 
 
 def found_of_law(args: argparse.Namespace) -> dict:
-    """What each model holds; the lines through those that differ in width alone, or in training, where three do."""
+    """Return what each model holds, and lines through those that differ only in width or training, if three or more."""
     models = [found_of_model(args, model) for model in args.models]
     lines = {}
     for name in ("hidden", "steps"):
@@ -366,12 +366,12 @@ def is_accuracy(key: str) -> bool:
 
 
 def widths_per(load: str, model: dict, kind: str) -> list[float]:
-    """The hidden size over each target's load."""
+    """Return the hidden size divided by each target's load."""
     return [model["hidden"] / of_target for of_target in model[f"{kind}_{load}"]]
 
 
 def odds_of(accuracy: float) -> float:
-    """Of percent; half a token keeps them finite."""
+    """Return the odds of an accuracy in percent; half a token keeps them finite."""
     half_a_token = 50 / (LARGE // 32) ** 2
     return (accuracy + half_a_token) / (100 - accuracy + half_a_token)
 
@@ -381,12 +381,12 @@ def accuracy_of(odds: float) -> float:
 
 
 def made_with(model: dict) -> dict[str, int]:
-    """What small_models.py writes into a model's name: its `hidden` size, `layers`, `steps` of training and so on."""
+    """Read what small_models.py puts in a model's name: its `hidden` size, `layers`, `steps` of training and so on."""
     return {name: int(number) for name, number in re.findall(r"([a-z]+)(\d+)", model["name"])}
 
 
 def differ_only_in(name: str, models: list[dict]) -> list[dict]:
-    """The most models that are alike in all but this."""
+    """Return the largest group of models that are alike in all except `name`."""
     others = [json.dumps(made_with(model) | {name: None}) for model in models]
     usual = statistics.mode(others)
     return [model for model, other in zip(models, others, strict=True) if other == usual]
@@ -470,7 +470,7 @@ def power_of(law: dict) -> str:
 
 @matplotlib.style.context(vpt.STYLES)
 def draw_study(study: dict) -> vpt.Image.Image:
-    """Accuracy by kind of target, the capacities, and where the errors are."""
+    """Draw the accuracy by kind of target, the capacities, and where the errors are."""
     figure = Figure(figsize=(13, 9.4), dpi=130, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     panels = above.subplot_mosaic("AAB") | below.subplot_mosaic("CDEF", width_ratios=(1, 1, 1.1, 1))
@@ -480,7 +480,7 @@ def draw_study(study: dict) -> vpt.Image.Image:
     panels["B"].set(title="tokens held at 99 %", ylim=(0, None))
     below.suptitle(f"{PLAIN}, {LARGE} px: tokens right (%)", fontsize=11, x=0.006, ha="left")
     errors, side = study["errors"], math.isqrt(len(study["errors"]["by_place"]))
-    # Four neighbours together: of a single one few pictures say little.
+    # Four neighbours together: for a single place, few pictures say little.
     of_four = np.reshape(errors["by_place"], (side // 2, 2, side // 2, 2)).mean((1, 3))
     places = panels["C"].imshow(of_four, cmap="viridis", vmax=100)
     panels["C"].set(title="by place in the picture", xticks=[], yticks=[])
@@ -499,7 +499,7 @@ def draw_study(study: dict) -> vpt.Image.Image:
 
 
 def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
-    """Each target a dot, the means as bars, both sizes."""
+    """Draw each target as a dot and the means as bars, for both sizes."""
     labels = list(ROWS)
     for offset, (size, colour) in zip((-0.18, 0.18), ((SMALL, vpt.FAINT), (LARGE, vpt.BLUE)), strict=True):
         for place, label in enumerate(labels):
@@ -516,7 +516,7 @@ def draw_rows(axis: Axes, rows: dict[str, dict[str, dict]]) -> None:
 
 @matplotlib.style.context(vpt.STYLES)
 def draw_law(law: dict) -> vpt.Image.Image:
-    """What models hold against their width, with the lines and what these say of SimpleAR, and against loads."""
+    """Plot what models hold against their width, with lines that extend to SimpleAR's width, and against the loads."""
     figure = Figure(figsize=(11, 9), dpi=130, layout="constrained")
     panels = figure.subplot_mosaic("AB;CD")
     draw_power(panels["A"], law, "capacity", "drawings", vpt.BLUE)
@@ -545,7 +545,7 @@ def draw_law(law: dict) -> vpt.Image.Image:
 
 
 def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None:
-    """A fitted line with its band, each model's captions and their mean; hollow where it took no part in the fit."""
+    """Plot a fitted line with its band, each model's captions and their mean (hollow if the model was not fitted)."""
     models, fitted = law["models"], differ_only_in("hidden", law["models"])
     widths = np.geomspace(min(model["hidden"] for model in models), max(SIMPLEAR.values()), 60)
     draw_line(axis, law["lines"]["hidden"][key], widths, float, f"{label}: D", colour)
@@ -556,7 +556,7 @@ def draw_power(axis: Axes, law: dict, key: str, label: str, colour: str) -> None
 
 
 def draw_load(axis: Axes, law: dict, load: str) -> None:
-    """Every target of every model, and the line through those of the models that differ in width alone."""
+    """Plot every target of every model, and the line through the models that differ only in width."""
     models, fitted = law["models"], differ_only_in("hidden", law["models"])
     for kind, (_, label, colour) in KINDS.items():
         widths = [widths_per(load, model, kind) for model in models]
@@ -604,7 +604,7 @@ def make_law(args: argparse.Namespace) -> None:
 
 
 def refuse_unfit_models(parser: argparse.ArgumentParser, models: list[Path]) -> None:
-    """Before the hours that their runs take."""
+    """Refuse models that no line can be fitted to, before the hours that their runs take."""
     named = [{"name": model.name} for model in models]
     for model in named:
         if not made_with(model).keys() >= {"hidden", "layers", "steps"}:
@@ -622,7 +622,7 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, nargs="+", default=[], metavar="FOLDER", help="for the law: three or more"
     )
-    parser.add_argument("--num-steps", type=int, default=400, help="of every run (default: %(default)s)")
+    parser.add_argument("--num-steps", type=int, default=400, help="of a run except capacities (default: %(default)s)")
     parser.add_argument("--capacity-steps", type=int, default=200, help="of a capacity's trials (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the tables (default: 42 43)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: a core each)")
