@@ -9,10 +9,12 @@ image and reports how close this reconstruction is to the reference.
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which shows all steps in
-order. `generate_visual_codes` makes the reference, `learn_batch` is the training loop, `loss_and_gradient` its loss.
+order. `load_generator` freezes the generator, `generate_visual_codes` makes the reference, `learn_batch` is the
+training loop, `ProtoTokens.inputs` builds [e_t, m, ..., m], `loss_and_gradient` is the loss, `TargetResults.record`
+says what is best and what ends, `make_optimizer` chooses the update, and `reconstruct` decodes the predictions.
 
 Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
-D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, F = targets
+D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, A = targets
 that are still learning, G = problems (1 if targets learn one m together, else one per target), L = learned numbers per
 problem, M = pairs that L-BFGS keeps, T = tokens of a prompt. A target is the N visual codes, 0 .. C - 1, of one image.
 Token ids, code + visual_offset, occur only in the generator's input, `Predictions.ids`, and proto_tokens.safetensors.
@@ -66,6 +68,7 @@ DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 CACHE_FOLDER = "reference_cache"
+SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets, W&B lists the first; means cover all
 
 
 class UserError(Exception):
@@ -175,9 +178,9 @@ SWITCH = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its `decides` maps each setting to what the setting affects (the second argument of `add`).
 
-    "model": which models are used; "reference": the reference, and so everything after it; "result": what is learned
-    from the reference; "nothing": only how the run works and reports. These words determine a run's default name,
-    config.json, the key of the reference cache, and the settings that --resume compares.
+    "model": which models are used; "reference": the codes that the generator decodes for a prompt, and so the key of
+    the reference cache; "result": what else changes what is learned, or the rows of the history; "nothing": how the run
+    works and reports. A run's default name has all but "nothing"; --resume compares "reference" and "result".
     """
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -246,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--betas", "result", "AdamW: decay of the first and second moments",
         type=BETAS, default="0.9,0.9", metavar="B1,B2")
     add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping",
-        type=AT_LEAST_0, default="0", metavar="NORM")
+        type=AT_LEAST_0, default="0", metavar="NORM")  # a text, so that `add` shows it, too
     add("--initial-scale", "result", "standard deviation of the initial proto-tokens",
         type=UP_TO_1000, default=0.25, metavar="STD")
     add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
@@ -318,7 +321,7 @@ def fill_in(args: argparse.Namespace) -> None:
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.use_wandb = args.use_wandb or in_sweep()
-    choose_targets(args)
+    fill_in_prompts(args)
 
 
 def without_sweep_syntax(words: list[str], options: set[str]) -> list[str]:
@@ -350,8 +353,8 @@ def refuse_contradictions(args: argparse.Namespace, defaults: argparse.Namespace
             raise UserError(f"--{name.replace('_', '-')} is an option of AdamW: add --optimizer adamw, or leave it out")
 
 
-def choose_targets(args: argparse.Namespace) -> None:
-    """Fill in all prompts, from the options, the prompts files or the pictures' names. Raises UserError."""
+def fill_in_prompts(args: argparse.Namespace) -> None:
+    """Set the prompts from the options, the prompts files (read here) or the pictures' names. Raises UserError."""
     for file in args.prompts_files:
         args.prompts = [*args.prompts, *read_prompts(file)]  # a new list, so that the parser's default stays empty
     if not args.prompts:
@@ -407,7 +410,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
     """Raise UserError if a file that the run needs is only a git-LFS pointer."""
-    files = [*args.prompts_files, *(args.images or [])]
+    files = [*args.prompts_files, *args.images]
     files += [file for file in (args.m_from, args.from_proto_tokens) if file]
     for folder in (args.model_path, args.vq_model_ckpt):
         for pattern in ("*.json", "*.txt", "*.safetensors", "*.jit"):
@@ -422,7 +425,7 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
 
 def fill_in_name_and_wandb(args: argparse.Namespace, default_name: str) -> None:
     """Fill in the run's name and the W&B settings from the options, the environment and the defaults."""
-    args.wandb_name = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
+    args.name_in_wandb = args.wandb_run_name or os.environ.get("WANDB_NAME") or default_name
     args.wandb_run_name = args.wandb_run_name or default_name
     for setting in ("wandb_project", "wandb_entity", "wandb_tags", "wandb_group", "wandb_mode"):
         if getattr(args, setting) not in (None, "disabled") and not args.use_wandb:
@@ -682,6 +685,31 @@ def synchronised_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def as_cuda_graph(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
+    """Record the CUDA kernels of `work(*inputs)` as a graph; return a function that replays them for other inputs.
+
+    The inputs must keep their shapes. `work` must use the same memory in each call and never wait for the device. A
+    replay launches all kernels at once, and writes its results into the tensors that the recording returned.
+    """
+    buffers, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work(*buffers)  # the first call loads kernels, and loading cannot be recorded
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as W&B's, may use CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        results = work(*buffers)
+
+    def replay(*inputs: Tensor) -> object:
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return results
+
+    replay.work = work  # keeps the tensors that the kernels use
+    return replay
+
+
 def progress_bar(iterable: Iterable | None, label: str, unit: str, **options) -> tqdm:
     """Return a progress bar that updates often on a terminal and every 30 seconds in a log file."""
     on_terminal = sys.stderr.isatty()
@@ -876,7 +904,8 @@ def read_config(folder: Path) -> Qwen2Config:
     failure = f"{file} is damaged or does not describe a Qwen2 model"
     with one_line_for(failure, "give a SimpleAR model's folder, or download it again"):
         fields = dict(json.loads(file.read_text(encoding="utf-8")))
-        kind, _ = fields["model_type"], fields["vocab_size"]  # required here: the library would fall back to defaults
+        kind = fields["model_type"]
+        fields["vocab_size"]  # must be there, too: the library would fall back to a default
         if kind != "qwen2":
             raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
         if fields.get("quantization_config"):
@@ -1028,7 +1057,7 @@ def refuse_misfits(
     image_size, num_tokens = args.image_size, num_tokens_of(args.image_size, factor)
     below = image_size // factor * factor
     if image_size != below:
-        nearest = f"{below} or {below + factor}" if below else f"{factor}"
+        nearest = f"{below} or {below + factor}" if below else factor
         raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}")
     if args.num_e_tokens > num_tokens:
         raise UserError(f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of the image")
@@ -1124,14 +1153,14 @@ class Reference:
     prompts: list[str]
 
 
-def conditional_prompt(prompt: str, size: str = "") -> str:
-    """Return the prompt in SimpleAR's template, with the `size_token` if the generator has one."""
-    return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{size}{START_OF_IMAGE}"
+def conditional_prompt(prompt: str, size_token: str = "") -> str:
+    """Return the prompt in SimpleAR's template, with the size token if the generator has one."""
+    return f"{TEXT_TO_IMAGE}A highly realistic image of {prompt}{size_token}{START_OF_IMAGE}"
 
 
-def negative_prompt(size: str = "") -> str:
+def negative_prompt(size_token: str = "") -> str:
     """Return SimpleAR's unconditional prompt, from which guidance moves away."""
-    return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size}{START_OF_IMAGE}"
+    return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size_token}{START_OF_IMAGE}"
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
@@ -1144,20 +1173,19 @@ def make_reference(
     models: Models,
     args: argparse.Namespace,
     cache: ReferenceCache,
-    earlier: EarlierRun | None = None,
-    pictures: Tensor | None = None,
+    inputs: Inputs,
     interrupted: dict | None = None,
 ) -> Reference:
-    """Return a run's targets: from the earlier run, from the interrupted run, or new ones.
+    """Return a run's targets: those of the run to reconstruct, those of the interrupted run, or new ones.
 
     The targets of an interrupted run are not made again: another device or torch version could make other codes.
     """
-    if args.from_proto_tokens:
-        codes, seconds = earlier.codes, None
+    if inputs.learned:
+        codes, seconds = inputs.learned.codes, None
     elif interrupted:
         codes, seconds = interrupted["codes"], interrupted["autoregressive_seconds"]
     else:
-        codes, seconds = new_targets(models, args, cache, pictures)
+        codes, seconds = new_targets(models, args, cache, inputs.pictures)
     codes = codes.to(models.device)
     print("reference: decoding its picture")
     return Reference(codes, seconds, decode_codes(models.vq_decoder, codes[:SHOWN_TARGETS]), args.prompts)
@@ -1168,8 +1196,9 @@ def new_targets(
 ) -> tuple[Tensor, float | None]:
     """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
 
-    To add a kind of target, add a branch here, an option checked in `refuse_contradictions` and `choose_targets`, its
-    shard in `take_shard`, its file in `read_inputs`, and the fingerprint of that file in DECIDES and `describe_run`.
+    To add a kind of target, add an option, checked in `refuse_contradictions` and `fill_in_prompts`; its shard in
+    `take_shard`; its file in `refuse_git_lfs_pointers` and `read_inputs`; the file's fingerprint in DECIDES and
+    `describe_run`; and a branch here that returns int64 codes, all of them visual, and None.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
@@ -1234,32 +1263,7 @@ def read_picture(file: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def as_cuda_graph(work: Callable[..., object], *inputs: Tensor) -> Callable[..., object]:
-    """Record the CUDA kernels of `work(*inputs)` as a graph; return a function that replays them for other inputs.
-
-    The inputs must keep their shapes. `work` must use the same memory in each call and never wait for the device. A
-    replay launches all kernels at once, and writes its results into the tensors that the recording returned.
-    """
-    buffers, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work(*buffers)  # the first call loads kernels, and loading cannot be recorded
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as W&B's, may use CUDA meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        results = work(*buffers)
-
-    def replay(*inputs: Tensor) -> object:
-        for buffer, tensor in zip(buffers, inputs, strict=True):
-            buffer.copy_(tensor)
-        graph.replay()
-        return results
-
-    replay.work = work  # keeps the tensors that the kernels use
-    return replay
-
-
-def start_decoding(
+def prepare_decoding(
     models: Models, prompts: list[str], num_tokens: int
 ) -> tuple[Tensor, transformers.StaticCache, Callable[[Tensor], Tensor]]:
     """Return ids [2B, T] of the B conditional prompts and then B negative ones, an empty cache, and `feed`.
@@ -1305,8 +1309,9 @@ def generate_visual_codes(
     penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
-    ids, cache, feed = start_decoding(models, prompts, num_tokens)
-    feed(ids)  # warm-up before timing: a GPU loads and chooses kernels for each shape
+    ids, cache, feed = prepare_decoding(models, prompts, num_tokens)
+    # Feed the prompts, then one token, before timing: a GPU loads and chooses kernels for each shape.
+    feed(ids)
     cache.reset()
     feed_one = as_cuda_graph(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
     feed_one(ids[:, -1:])
@@ -1407,6 +1412,7 @@ def initial_proto_tokens(
     If there is a `given_m` [1, D], use it unchanged as m.
     """
     rng = torch.Generator().manual_seed(args.seed)
+    # Draw m even if it is given, so that e_t stays the same.
     m = torch.randn(1, models.hidden_size, generator=rng) * args.initial_scale
     e_t = torch.randn(1, args.num_e_tokens, models.hidden_size, generator=rng) * args.initial_scale
     e_t = e_t.repeat(num_targets, 1, 1).to(models.device)
@@ -1430,7 +1436,7 @@ class Predictions(NamedTuple):
     """Hold what is predicted at each position and how it compares with the target: [B, N], or [P] for a chunk."""
 
     losses: Tensor  # cross-entropy, in nats
-    rank: Tensor  # 0 if the target is the argmax; else the number of likelier ids, or 1 if it only ties
+    rank: Tensor  # 0: right, the target is the argmax; else the number of likelier ids, at least 1
     ids: Tensor  # the argmax, as a token id
     drawable_codes: Tensor  # the likeliest visual code: the argmax, unless the argmax is a text id
 
@@ -1506,10 +1512,10 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     return joined(parts, codes.shape)
 
 
-# ---- optimisers: `step` moves the points [G, L] in place, using points.grad and the losses [F]. To add one, write a
-# ---- class with the methods `step`, `drop_others` (may be called before the first `step`), `state_dict` and
-# ---- `load_state_dict`, and the tensors `change` and `can_go_back` [G]. Add a branch to `make_optimizer` and a choice,
-# ---- with its help, to --optimizer. Check `refuse_contradictions`.
+# ---- optimisers: `step` moves the points [G, L] in place, using points.grad and the losses [A]. To add one, write a
+# ---- class with the methods `step`, `drop_others` (may be called before the first `step`), `state_dict` (of tensors
+# ---- and numbers), `load_state_dict`, and the tensors `change` and `can_go_back` [G], which describe the last `step`;
+# ---- a branch in `make_optimizer`, a choice of --optimizer, its rate in `fill_in`; and check `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1747,8 +1753,12 @@ class TargetResults:
         """Return which targets ended because the loss or gradient was not finite and they could not go back."""
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
-    def take(self, rows: list[int], numbers: dict[str, Tensor]) -> Tensor:
-        """Record a step's numbers [F] for the targets `rows`; return a mask [F] of those with a new best step."""
+    def record(self, active: list[int], numbers: dict[str, Tensor]) -> Tensor:
+        """Record a step's numbers [A] for the active targets, and mark those that end.
+
+        Return a mask [A] of those with a new best step.
+        """
+        rows = torch.tensor(active)
         accuracy, loss = numbers["accuracy"], numbers["loss"]
         best_accuracy, best_loss = self["best_accuracy"][rows], self["best_loss"][rows]
         finite = loss.isfinite() & numbers["grad_norm"].isfinite()
@@ -1760,9 +1770,8 @@ class TargetResults:
         improved = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
         # A step that meets the goal is the best, even if the joint mean of the targets was higher before.
         new_best = finite & (met | improved)
-        lost = ~finite & (numbers["can_go_back"] == 0)
+        lost = ~finite & (numbers["can_go_back"] == 0)  # as the optimiser had it before this evaluation
         self["steps"][rows] += ~lost
-        rows = torch.tensor(rows)
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
             self[name][rows[finite]] = numbers[name][finite]
         for name in ("accuracy", "loss"):
@@ -1802,10 +1811,11 @@ class TargetResults:
 
     def rows(self, prompts: Sequence[str]) -> list[dict]:
         """Return the rows of targets.csv for the first targets, one for each of `prompts`."""
-        columns = {name: self[name].tolist() for name in ("best_accuracy", "best_step", "steps")}
-        columns["diverged"] = self.diverged.tolist()
-        numbers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [{"target": k, "prompt": prompt} | numbers[k] for k, prompt in enumerate(prompts)]
+        columns = {name: self[name] for name in ("best_accuracy", "best_step", "steps")} | {"diverged": self.diverged}
+        return [
+            {"target": k, "prompt": prompt} | {name: column[k].item() for name, column in columns.items()}
+            for k, prompt in enumerate(prompts)
+        ]
 
 
 def mean_of_finite(values: Tensor) -> float | None:
@@ -1816,7 +1826,7 @@ def mean_of_finite(values: Tensor) -> float | None:
 
 @torch.no_grad()
 def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: AdamW | LBFGS) -> dict[str, Tensor]:
-    """Copy the step's numbers, [F] each, to the host: the only copy in a step, because the host must wait for it."""
+    """Copy the step's numbers, [A] each, to the host: the only copy in a step, because the host must wait for it."""
     num_targets, num_tokens = predictions.losses.shape
     columns = {
         "loss": predictions.losses.mean(1),
@@ -1827,7 +1837,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
         "m_norm": proto_tokens.m.norm(dim=-1),
         "change": optimizer.change,
         "can_go_back": optimizer.can_go_back,
-    }  # [F], or [1] if shared by all
+    }  # [A], or [1] if shared by all
     values = torch.stack([column.float().expand(num_targets) for column in columns.values()]).cpu().double()
     numbers = dict(zip(columns, values, strict=True))
     numbers["accuracy"] = 100 * numbers["num_correct"] / num_tokens
@@ -1842,7 +1852,7 @@ class Optimisation:
     """Hold the state of learning to predict codes [B, N]: all targets' results, and the batch that learns now.
 
     Targets that share a learned m are one batch and end together. Targets with a given m, or each with its own, learn
-    independently, one batch after another. A target that has ended leaves its batch; its last numbers and its best
+    independently, one batch after another. A target that has ended is no longer active; its last numbers and its best
     embeddings are kept.
     """
 
@@ -1855,16 +1865,17 @@ class Optimisation:
         self.batch_size = count if self.together else min(count, self.targets_per_pass)
         self.targets = TargetResults(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
-        nothing = torch.zeros_like(codes)
+        zeros = torch.zeros_like(codes)
         nan = torch.full_like(codes, math.nan, dtype=torch.float32)
-        self.predictions = Predictions(nan, nothing.int() + 1, nothing, nothing.clone())  # at the best steps, [B, N]
+        # At the best steps, [B, N]; before the first, each position counts as wrong (rank 1).
+        self.predictions = Predictions(nan, zeros.int() + 1, zeros, zeros.clone())
         self.step = 0  # steps done, of all batches
         self.seconds = 0.0
         self.begin_batch(0)
 
     def begin_batch(self, first: int) -> None:
         """Start the batch that begins with target `first`."""
-        self.first, self.batch_step = first, 0
+        self.first = first
         self.active = list(self.batch)  # the targets that learn
         self.proto_tokens = initial_proto_tokens(self.models, len(self.active), self.args, self.given_m)
         self.optimizer = make_optimizer(self.proto_tokens.points, self.args, self.models.generator)
@@ -1886,7 +1897,7 @@ class Optimisation:
 
     @property
     def batch(self) -> range:
-        """Return the targets of the current batch, including those that have ended."""
+        """Return all targets of the current batch, learning or ended."""
         return range(self.first, min(self.first + self.batch_size, len(self.codes)))
 
     @property
@@ -1932,7 +1943,7 @@ class Optimisation:
 
     @torch.no_grad()
     def keep_best(self, new_best: Tensor, predictions: Predictions) -> None:
-        """Keep the embeddings and predictions of the active targets for which `new_best` [F] is true."""
+        """Keep the embeddings and predictions of the active targets for which `new_best` [A] is true."""
         places = new_best.nonzero().flatten().tolist()  # `new_best` is on the host: no wait for the device
         if not places:
             return
@@ -1968,7 +1979,6 @@ class Optimisation:
             "seconds": self.seconds,
             "batch_size": self.batch_size,
             "first": self.first,
-            "batch_step": self.batch_step,
             "points": self.proto_tokens.points.detach(),
             "optimizer": self.optimizer.state_dict(),
             "results": self.results(),
@@ -1980,9 +1990,31 @@ class Optimisation:
             column.copy_(state["results"][name])
         self.begin_batch(state["first"])
         self.drop_ended()  # before loading: the saved tensors have only the targets that still learn
-        self.batch_step = state["batch_step"]
         self.proto_tokens.points.detach().copy_(state["points"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
+    """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step.
+
+    Learning ends early at a stop signal (raises Stopped), or if memory runs out or a file cannot be written (raises
+    UserError); the state is saved first. After any other error, --resume repeats the steps since the last saved state.
+    """
+    learning = Optimisation(models, codes, record.args, given_m)
+    record.start_learning(learning)
+    with progress_bar_of(learning) as record.bar, on_stop_signal(record.note_stop_signal), deterministic(models.device):
+        try:
+            with enough_memory_for("a step of the optimisation"):
+                while not learning.finished:
+                    learn_batch(learning, record)
+                    if not learning.active:
+                        record.end_batch(learning)  # also begins the next batch
+                    if record.stop_signals:
+                        raise Stopped(128 + record.stop_signals[0])
+        except (UserError, OSError, Stopped):
+            record.save_state(learning)
+            raise
+    return learning
 
 
 def learn_batch(learning: Optimisation, record: Recorder) -> None:
@@ -1990,24 +2022,39 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
 
     A target ends after --num-steps steps, when it reaches --target-accuracy, or when its loss or gradient is not finite
     and the optimiser cannot return to a finite loss. Targets that share a learned m end together: once all reach
-    --target-accuracy. The numbers of a step describe the embeddings before its update. Raises Stopped at a stop signal,
-    UserError if a file cannot be written, or an out-of-memory error, which `learn` turns into a UserError.
+    --target-accuracy. The numbers of a step describe the embeddings before its update.
     """
-    for batch_step in range(learning.batch_step + 1, learning.args.num_steps + 1):
+    while learning.active and not record.stop_signals:
         started = time.perf_counter()
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and its backward pass
         numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
-        learning.step, learning.batch_step = learning.step + 1, batch_step
-        new_best = learning.targets.take(learning.active, numbers)  # also marks the targets that end
+        learning.step += 1
+        new_best = learning.targets.record(learning.active, numbers)  # also marks the targets that end
         learning.keep_best(new_best, predictions)
         learning.optimizer.step(predictions.losses.mean(1))  # moves the proto-tokens
         learning.drop_ended()
         learning.seconds += time.perf_counter() - started
-        record.step(row_of_step(learning, numbers), learning)
-        if not learning.active:
-            break
-        if record.stop_signals:
-            raise Stopped(128 + record.stop_signals[0])
+        record.keep_step(row_of_step(learning, numbers), learning)
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic algorithms. On a GPU, others may sum in a different order in each run, changing the history."""
+    torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def progress_bar_of(learning: Optimisation) -> tqdm:
+    """Return a bar that counts steps, or targets if there are several batches."""
+    if learning.num_batches > 1:
+        done, total, unit = learning.targets.num_ended, len(learning.codes), "targets"
+    else:
+        done, total, unit = learning.step, learning.args.num_steps, "steps"
+    return progress_bar(None, "proto-tokens", unit, total=total, initial=done)
 
 
 def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -2025,7 +2072,9 @@ def row_of_step(learning: Optimisation, numbers: dict[str, Tensor]) -> dict[str,
         "embeddings/m_norm": mean_of_finite(numbers["m_norm"]),
         "gradients/grad_norm": mean_of_finite(numbers["grad_norm"]),
     }
-    return row | targets.numbers_per_target() if len(learning.codes) > 1 else row
+    if len(learning.codes) > 1:
+        row |= targets.numbers_per_target()
+    return row
 
 
 def targets_at_once(models: Models, num_tokens: int) -> int:
@@ -2062,6 +2111,37 @@ def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
     if failed > longest:
         return max(shortest, min(2 * held, longest))
     return max(shortest, (held + failed) // 2)
+
+
+def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
+    """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary.
+
+    A trial that diverges has not reached the target accuracy.
+    """
+    num_targets, longest = codes.shape
+    while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
+        print(f"capacity: trying {num_tokens} tokens")
+        learning = learn(models, codes[:, :num_tokens], given_m, record)
+        record.add_trial(
+            {
+                "num_tokens": num_tokens,
+                "best_accuracy": learning.targets["best_accuracy"].min().item(),
+                "steps": learning.step,
+                "reached": bool(learning.targets["reached"].all()),
+                "seconds": learning.seconds,
+            }
+        )
+    reached = [trial for trial in record.trials if trial["reached"]]
+    capacity = max((trial["num_tokens"] for trial in reached), default=0)
+    return {
+        "capacity_tokens": capacity,
+        "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
+        "best_accuracy": next((trial["best_accuracy"] for trial in reached if trial["num_tokens"] == capacity), 0.0),
+        "num_tokens": longest,
+        "num_targets": num_targets,
+        "trials": len(record.trials),
+        "optimisation_seconds": sum(trial["seconds"] for trial in record.trials),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2115,10 +2195,10 @@ def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> fl
         for chunk in chunks_of_positions(len(hidden_states), models.visual_head):
             F.linear(hidden_states[chunk], models.visual_head).argmax(-1)
 
-    batch, at_once, seconds = len(proto_tokens.e_t), targets_at_once(models, num_tokens), []
+    num_targets, at_once, seconds = len(proto_tokens.e_t), targets_at_once(models, num_tokens), []
     while sum(seconds) < 2 and len(seconds) < 6:
         started = synchronised_time(models.device)
-        in_parts_that_fit(emit, batch, at_once, "the pass")
+        in_parts_that_fit(emit, num_targets, at_once, "the pass")
         seconds.append(synchronised_time(models.device) - started)
     return statistics.median(seconds[1:] or seconds)  # drop the first, a warm-up, unless it is the only one
 
@@ -2233,7 +2313,7 @@ def summarise(
     Accuracies and bits are means over the targets, and the number of errors is the sum. With 2 to SHOWN_TARGETS
     targets, the numbers of each target are also listed under targets/<k>/.
     """
-    batch, num_tokens = reference.codes.shape
+    num_targets, num_tokens = reference.codes.shape
     num_errors = sum(target["num_errors"] for target in targets)
     total_params = proto_tokens.learned_numbers(num_tokens)
     summary = {
@@ -2243,20 +2323,20 @@ def summarise(
         "error_rate": 100 * num_errors / reference.codes.numel(),
         "total_params": total_params,
         "num_tokens": num_tokens,
-        "num_targets": batch,
+        "num_targets": num_targets,
         "num_e_tokens": proto_tokens.e_t.shape[1],
         "one_pass_seconds": reconstruction.one_pass_seconds,
         "psnr": psnr(reconstruction.errors.mean().item()),
     }
     summary["status"] = status_of(summary["best_accuracy"])
-    summary["bits_per_parameter"] = batch * summary["information_gain_bits"] / total_params
+    summary["bits_per_parameter"] = num_targets * summary["information_gain_bits"] / total_params
     if reference.autoregressive_seconds is not None:
         summary["autoregressive_seconds"] = reference.autoregressive_seconds
         summary["speedup"] = reference.autoregressive_seconds / reconstruction.one_pass_seconds
-    if batch > 1:
+    if num_targets > 1:
         summary["complete_targets"] = sum(target["num_errors"] == 0 for target in targets)
         summary["lowest_accuracy"] = min(target["best_accuracy"] for target in targets)
-    if 1 < batch <= SHOWN_TARGETS:
+    if 1 < num_targets <= SHOWN_TARGETS:
         for k, target in enumerate(targets):
             own = {name: value for name, value in target.items() if name not in ("target", "prompt")}
             summary |= {f"targets/{k}/{name}": value for name, value in own.items()}
@@ -2266,7 +2346,6 @@ def summarise(
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
-SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets; the numbers cover all
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
 # For each character, including Chinese and emoji, Matplotlib uses the first installed font here that contains it.
 FONT_FAMILIES = [
@@ -2384,12 +2463,12 @@ def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
         axis.axis("off")
     for k, target in enumerate(shown):
         column, row = divmod(k, num_rows)
-        words, *pictures = axes[row, 4 * column : 4 * column + 4]
+        text_axis, *picture_axes = axes[row, 4 * column : 4 * column + 4]
         heading = heading_of(target["prompt"], width=22, lines=3)
-        words.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
-        words.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
+        text_axis.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
+        text_axis.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
         names = {"reference": "reference", "reconstruction": "one forward pass", "error_map": "wrong tokens"}
-        for axis, (name, label) in zip(pictures, names.items(), strict=True):
+        for axis, (name, label) in zip(picture_axes, names.items(), strict=True):
             show(axis, target[name], label if row == 0 else "")
     return render(figure)
 
@@ -2487,7 +2566,8 @@ def draw_results(
 ) -> dict[str, Image.Image]:
     """Draw the pictures of a run, and return them by W&B name. The file name is the W&B name with `.png`.
 
-    RESULTS lists the files. `targets`: the first SHOWN_TARGETS, then the worst others. `rank` [B, N]: all targets.
+    `targets`: the first SHOWN_TARGETS, then the worst others. `rank` [B, N]: all targets. To add a figure, add its file
+    to RESULTS, too: else an old one stays when a run is replaced.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2774,19 +2854,27 @@ class EarlierRun:
         return proto_tokens_of(self.e_t.to(device), self.m.to(device), m_learns=not self.settings["m_from"])
 
 
-def read_inputs(args: argparse.Namespace, folder: Path) -> tuple[EarlierRun | None, Tensor | None]:
-    """Read the earlier run and the pictures [B, 3, H, W] that options name, before anything slow. Raises UserError."""
-    earlier = pictures = None
+class Inputs(NamedTuple):
+    """Hold the contents of the files that options name."""
+
+    learned: EarlierRun | None = None  # by --from-proto-tokens: the run to reconstruct
+    m_source: EarlierRun | None = None  # by --m-from
+    pictures: Tensor | None = None  # by --image, [B, 3, H, W]
+
+
+def read_inputs(args: argparse.Namespace, folder: Path) -> Inputs:
+    """Read the files that options name, before anything slow. Raises UserError."""
     if args.from_proto_tokens:
-        earlier = read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder)
-    elif args.m_from:
-        earlier = read_earlier_run("--m-from", args.m_from, folder)
-        if len(earlier.m) > 1:
-            one_each = f"--m-from {args.m_from} holds {len(earlier.m)} m, one for each target"
+        return Inputs(learned=read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder))
+    m_source = pictures = None
+    if args.m_from:
+        m_source = read_earlier_run("--m-from", args.m_from, folder)
+        if len(m_source.m) > 1:
+            one_each = f"--m-from {args.m_from} holds {len(m_source.m)} m, one for each target"
             raise UserError(f"{one_each}: name a run with a shared m")
     if args.images:
         pictures = torch.stack([read_picture(file, args.image_size) for file in args.images])
-    return earlier, pictures
+    return Inputs(None, m_source, pictures)
 
 
 def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
@@ -2881,14 +2969,14 @@ def read_state(folder: Path) -> dict | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tracking: the only place that touches Weights & Biases
+# Tracking: the only code that imports wandb
 
 # With these three timeouts, a dead server delays a run by less than a minute.
 WANDB_ANSWER_SECONDS, WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 10, 15, 25
 WANDB_LOGIN_SECONDS = 30  # for the user to enter an API key when W&B asks for it
 
 
-def wandb_settings(args: argparse.Namespace) -> object | None:
+def set_up_wandb(args: argparse.Namespace) -> object | None:
     """Return W&B's settings; options override the environment. Return None if its service does not start.
 
     Raises UserError if W&B is not installed or refuses a setting.
@@ -2913,7 +3001,7 @@ def wandb_settings(args: argparse.Namespace) -> object | None:
         return Settings(
             project=None if in_sweep() else args.wandb_project,  # a sweep's runs belong to the sweep's project
             entity=args.wandb_entity,
-            run_name=args.wandb_name,
+            run_name=args.name_in_wandb,
             run_group=args.wandb_group,
             run_tags=args.wandb_tags,
             init_timeout=WANDB_START_SECONDS,
@@ -2942,7 +3030,7 @@ class Tracker:
     def __init__(self, args: argparse.Namespace):
         """Prepare W&B's settings. Raises UserError if W&B refuses one."""
         self.args = args
-        self.settings = wandb_settings(args) if args.use_wandb else None
+        self.settings = set_up_wandb(args) if args.use_wandb else None
         self.run: object | None = None
         self.run_id: str | None = None
 
@@ -3078,14 +3166,14 @@ class Recorder:
         self.trials: list[dict] = []  # the trials of a --capacity search
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
-        self.recorded_step = 0
+        self.recorded_step = 0  # the last step that `keep_step` has kept in full
         self.stop_signals: list[int] = []  # the stop signals received while learning
         self.bar: tqdm | None = None  # while learning
 
     def __enter__(self) -> Recorder:
         self.tracker.start(self.settings, self.saved["run_id"] if self.saved else None)
         for trial in self.saved["trials"] if self.saved else []:
-            self.trial(trial)
+            self.add_trial(trial)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -3106,7 +3194,7 @@ class Recorder:
 
     # ---- while learning
 
-    def stop(self, number: int) -> None:
+    def note_stop_signal(self, number: int) -> None:
         """Note a stop signal, for the training loop to check; a second one ends the process."""
         if self.stop_signals:
             os._exit(128 + number)
@@ -3137,14 +3225,15 @@ class Recorder:
             if step in rows:
                 self.tracker.log_row(rows[step])
             if step in frames:
-                self.track_frame(step, Image.open(frames[step]))
+                with Image.open(frames[step]) as frame:
+                    self.track_frame(step, frame)
 
-    def step(self, row: dict[str, float], learning: Optimisation) -> None:
+    def keep_step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keep a step's row, picture and state at the intervals that options set; keep the last row and picture, too.
 
         With n batches, the interval between rows is n times as long, so that the history stays short.
         """
-        if not any(learning.targets.begun.tolist()):
+        if not learning.targets.begun.any():
             return  # no finite step yet
         interval = self.args.log_every * learning.num_batches
         if learning.step == 1 or learning.step % interval == 0 or learning.finished:
@@ -3152,15 +3241,13 @@ class Recorder:
         if self.args.image_every and (learning.step % self.args.image_every == 0 or learning.finished):
             self.keep_frame(learning)
         self.show_step(row, learning)
-        if not learning.active:
-            return  # `end_batch` saves the state
         self.recorded_step = learning.step
-        if learning.step % self.args.save_every == 0:
-            self.save_state(learning)
+        if learning.active and learning.step % self.args.save_every == 0:
+            self.save_state(learning)  # at the end of a batch, `end_batch` saves it
 
     def show_step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Show a step on the progress bar."""
-        count = sum(learning.targets.begun.tolist()) * learning.codes.shape[1]
+        count = int(learning.targets.begun.sum()) * learning.codes.shape[1]
         correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
         best = f"best {row['train/best_accuracy']:.1f} %"
         self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
@@ -3168,13 +3255,12 @@ class Recorder:
         self.bar.update(done - self.bar.n)
 
     def end_batch(self, learning: Optimisation) -> None:
-        """Keep the final results of a batch, and begin the next batch, if there is one."""
+        """Write the results of all batches so far, begin the next batch if there is one, and save the state."""
         if len(learning.codes) > 1 and not self.args.capacity:
             prompts = self.reference.prompts[: learning.batch.stop]
             write_table(self.folder / TARGETS_FILE, learning.targets.rows(prompts))
         if not learning.finished:
             learning.begin_batch(learning.batch.stop)
-        self.recorded_step = learning.step
         self.save_state(learning)
 
     def keep_row(self, row: dict[str, float]) -> None:
@@ -3194,7 +3280,7 @@ class Recorder:
         self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """Save what --resume needs. If the last step is not recorded yet, save nothing: --resume must repeat it."""
+        """Save what --resume needs; save nothing if `keep_step` failed in the last step: --resume must repeat it."""
         if self.recorded_step < learning.step:
             return
         state = {
@@ -3226,14 +3312,14 @@ class Recorder:
             lost = f"{int(diverged.sum())} of {len(diverged)} targets"
             print(f"note: {lost} ended because their loss or its gradient was no longer finite")
 
-    def trial(self, trial: dict) -> None:
+    def add_trial(self, trial: dict) -> None:
         """Keep a trial of the search for the capacity."""
         self.trials.append(trial)
         self.tracker.log({f"capacity/{name}": value for name, value in trial.items()}, len(self.trials))
 
     # ---- at the end
 
-    def finish(
+    def write_results(
         self, reconstruction: Reconstruction, proto_tokens: ProtoTokens, summary: dict, targets: list[dict]
     ) -> None:
         """Write and log the results of proto-tokens that this run or an earlier run learned."""
@@ -3266,7 +3352,7 @@ class Recorder:
         write_tensors(file, tensors, {"settings": json.dumps(settings)})
         return file
 
-    def finish_capacity(self, summary: dict) -> None:
+    def write_capacity(self, summary: dict) -> None:
         """Write and log the results of a search for the capacity."""
         write_table(self.folder / "capacity.csv", self.trials)
         image = draw_capacity(self.trials, summary["capacity_tokens"], self.args.target_accuracy)
@@ -3286,75 +3372,6 @@ class Recorder:
 # Main
 
 
-def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
-    """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step."""
-    learning = Optimisation(models, codes, record.args, given_m)
-    record.start_learning(learning)
-    with progress_bar_of(learning) as record.bar, on_stop_signal(record.stop), deterministic(models.device):
-        try:
-            with enough_memory_for("a step of the optimisation"):
-                while not learning.finished:
-                    learn_batch(learning, record)
-                    record.end_batch(learning)  # also begins the next batch
-        except (UserError, OSError, Stopped):
-            record.save_state(learning)
-            raise
-        if record.stop_signals:  # a signal came in the last step
-            raise Stopped(128 + record.stop_signals[0])
-    return learning
-
-
-@contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Use deterministic algorithms. On a GPU, others may sum in a different order in each run, changing the history."""
-    torch.use_deterministic_algorithms(device.type != "mps")  # not tested on mps
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def progress_bar_of(learning: Optimisation) -> tqdm:
-    """Return a bar that counts steps, or targets if there are several batches."""
-    if learning.num_batches > 1:
-        done, total, unit = learning.targets.num_ended, len(learning.codes), "targets"
-    else:
-        done, total, unit = learning.step, learning.args.num_steps, "steps"
-    return progress_bar(None, "proto-tokens", unit, total=total, initial=done)
-
-
-def find_capacity(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> dict:
-    """Try longer and shorter prefixes of codes [B, N] until the capacity is known; return the summary.
-
-    A trial that diverges has not reached the target accuracy.
-    """
-    batch, longest = codes.shape
-    while num_tokens := next_prefix(record.trials, record.args.num_e_tokens, longest):
-        print(f"capacity: trying {num_tokens} tokens")
-        learning = learn(models, codes[:, :num_tokens], given_m, record)
-        record.trial(
-            {
-                "num_tokens": num_tokens,
-                "best_accuracy": learning.targets["best_accuracy"].min().item(),
-                "steps": learning.step,
-                "reached": all(learning.targets["reached"].tolist()),
-                "seconds": learning.seconds,
-            }
-        )
-    reached = [trial for trial in record.trials if trial["reached"]]
-    capacity = max((trial["num_tokens"] for trial in reached), default=0)
-    return {
-        "capacity_tokens": capacity,
-        "capacity_bits_uniform": capacity * math.log2(models.codebook_size),
-        "best_accuracy": next((trial["best_accuracy"] for trial in reached if trial["num_tokens"] == capacity), 0.0),
-        "num_tokens": longest,
-        "num_targets": batch,
-        "trials": len(record.trials),
-        "optimisation_seconds": sum(trial["seconds"] for trial in record.trials),
-    }
-
-
 def print_results(summary: dict, record: Recorder) -> None:
     """Print the main results."""
     if "capacity_tokens" in summary:
@@ -3371,12 +3388,12 @@ def print_results(summary: dict, record: Recorder) -> None:
 
 
 def lines_of_results(summary: dict) -> dict[str, str]:
-    s, batch = summary, summary["num_targets"]
-    total = batch * s["num_tokens"]
+    s, num_targets = summary, summary["num_targets"]
+    total = num_targets * s["num_tokens"]
     lines = {"status": s["status"]}
     lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
-    if batch > 1:
-        lines["targets"] = f"{batch}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
+    if num_targets > 1:
+        lines["targets"] = f"{num_targets}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
     gained = f"{s['information_gain_bits']:.0f} of {s['target_bits_unprompted']:.0f} unprompted bits gained"
     lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} per parameter"
     lines["likeness"] = psnr_text(s["psnr"])
@@ -3385,30 +3402,32 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
-        lines["optimisation"] = took if batch > 1 else f"{took}, the best at {s['best_step']}"
-    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s" + (f" for all {batch} targets" if batch > 1 else "")
+        lines["optimisation"] = took if num_targets > 1 else f"{took}, the best at {s['best_step']}"
+    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s" + (
+        f" for all {num_targets} targets" if num_targets > 1 else ""
+    )
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
     return lines
 
 
-def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | None, record: Recorder) -> dict:
-    """Run the experiment and return its summary."""
+def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
+    """Run the experiment on the frozen models, and return its summary."""
     args = record.args
     # 1. The targets: pictures that the generator draws for the prompts, the user's own pictures, or a control.
     cache = ReferenceCache(args.save_dir / CACHE_FOLDER, record.settings)
-    reference = make_reference(models, args, cache, earlier, pictures, record.saved)
+    reference = make_reference(models, args, cache, inputs, record.saved)
     record.begin(reference)  # also removes an earlier run's results
     if args.control == "untrained":
         randomise_weights(models.generator, args.seed)  # only now, because the trained generator makes the reference
-    given_m = earlier.m if earlier else None
-    if args.capacity:
+    given_m = inputs.m_source.m if inputs.m_source else None
+    if args.capacity:  # instead of steps 2 and 3
         summary = find_capacity(models, reference.codes, given_m, record)
-        record.finish_capacity(summary)
+        record.write_capacity(summary)
         return summary
     # 2. Learn e_t and m until one pass of the frozen generator over [e_t, m, ..., m] emits the targets; or load them.
-    if args.from_proto_tokens:
-        proto_tokens, predictions = earlier.proto_tokens(models.device), None
+    if inputs.learned:
+        proto_tokens, predictions = inputs.learned.proto_tokens(models.device), None
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
@@ -3422,7 +3441,7 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
         bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
     targets = describe_targets(reconstruction, bits, rows)
     summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
-    record.finish(reconstruction, proto_tokens, summary, targets)
+    record.write_results(reconstruction, proto_tokens, summary, targets)
     return summary
 
 
@@ -3430,17 +3449,17 @@ def experiment(models: Models, earlier: EarlierRun | None, pictures: Tensor | No
 def run_experiment(args: argparse.Namespace) -> None:
     """Prepare and run the experiment. Raises UserError for what the user can correct, and Stopped at a stop signal."""
     with run_folder(args) as folder:
-        tracker = Tracker(args)
-        earlier, pictures = read_inputs(args, folder)
-        if args.from_proto_tokens:
-            inherited = {name: earlier.settings[name] for name in INHERITED_SETTINGS}
-            args = argparse.Namespace(**vars(args) | inherited | {"prompts": earlier.prompts})
+        tracker = Tracker(args)  # before anything slow, so that a wrong W&B setting is found at once
+        inputs = read_inputs(args, folder)
+        if inputs.learned:
+            inherited = {name: inputs.learned.settings[name] for name in INHERITED_SETTINGS}
+            args = argparse.Namespace(**vars(args) | inherited | {"prompts": inputs.learned.prompts})
         models = load_models(args)
-        if earlier:
+        if earlier := inputs.learned or inputs.m_source:
             refuse_other_models(models, args, earlier)
         settings = describe_run(args, models)
-        if args.from_proto_tokens:
-            settings["learned_with"] = earlier.settings
+        if inputs.learned:
+            settings["learned_with"] = inputs.learned.settings
         if args.resume:
             refuse_other_settings(folder, settings)
             if is_finished(folder):
@@ -3448,7 +3467,7 @@ def run_experiment(args: argparse.Namespace) -> None:
                 remove_unfinished(folder)  # a run killed right after its summary leaves them behind
                 return
         with Recorder(args, folder, settings, tracker) as record, on_stop_signal(tracker.end_by_signal):
-            summary = experiment(models, earlier, pictures, record)
+            summary = experiment(models, inputs, record)
         print_results(summary, record)
 
 

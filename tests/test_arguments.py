@@ -208,7 +208,7 @@ def test_the_name_of_a_sweep_run_ends_with_its_run_id(monkeypatch):
 
 
 def test_demo_changes_only_the_models_and_the_name():
-    plain, demo, names = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"])), {"wandb_run_name", "wandb_name"}
+    plain, demo, names = vars(vpt.parse_args([])), vars(vpt.parse_args(["--demo"])), {"wandb_run_name", "name_in_wandb"}
     assert {name for name in plain if plain[name] != demo[name]} == {"demo", "model_path", "vq_model_ckpt"} | names
 
 

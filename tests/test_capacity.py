@@ -60,7 +60,7 @@ def test_a_search_writes_a_table_of_its_trials_a_picture_and_a_summary(call_tiny
 def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_path, monkeypatch, cut_at):
     assert call_tiny(*SEARCH).code == 0
     whole = trials_in(tmp_path / "out" / "run")
-    really_step, steps = vpt.Recorder.step, iter(range(1, 10**6))
+    really_step, steps = vpt.Recorder.keep_step, iter(range(1, 10**6))
 
     def cut(recorder, row, learning):
         really_step(recorder, row, learning)
@@ -68,7 +68,7 @@ def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(call_tiny, tmp_p
             raise vpt.UserError("cut on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vpt.Recorder, "step", cut)
+        patch.setattr(vpt.Recorder, "keep_step", cut)
         assert call_tiny(*SEARCH).code == 2
     assert call_tiny(*SEARCH, "--resume").code == 0
     assert trials_in(tmp_path / "out" / "run") == whole

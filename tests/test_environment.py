@@ -118,8 +118,8 @@ def test_a_model_path_in_the_home_of_an_unknown_user_is_refused_in_one_line(call
 
 
 def stopping(number: int, at_step: int):
-    """Return a `Recorder.step` that sends this process a signal after a step, as a scheduler would."""
-    really_step = vpt.Recorder.step
+    """Return a `Recorder.keep_step` that sends this process a signal after a step, as a scheduler would."""
+    really_step = vpt.Recorder.keep_step
 
     def step(record, row, learning):
         really_step(record, row, learning)
@@ -146,7 +146,7 @@ def test_a_lost_terminal_or_a_schedulers_warning_saves_the_state_and_stops(call_
     assert call_tiny(*RUN).code == 0
     whole = results_of(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(vpt.Recorder, "step", stopping(number, at_step=4))
+        patch.setattr(vpt.Recorder, "keep_step", stopping(number, at_step=4))
         result = call_tiny(*RUN)
     assert result.code == 128 + number and name in result.err.splitlines()[-1]
     assert vpt.read_state(folder)["learning"]["step"] == 4
@@ -158,7 +158,7 @@ def test_a_lost_terminal_or_a_schedulers_warning_saves_the_state_and_stops(call_
 @pytest.mark.usefixtures("default_handlers")
 def test_an_ignored_sighup_stays_ignored(call_tiny, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    monkeypatch.setattr(vpt.Recorder, "step", stopping(signal.SIGHUP, at_step=4))
+    monkeypatch.setattr(vpt.Recorder, "keep_step", stopping(signal.SIGHUP, at_step=4))
     assert call_tiny(*RUN).code == 0
     assert summary_in(tmp_path / "out" / "run")["steps"] == 6
 

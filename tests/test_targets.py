@@ -374,8 +374,8 @@ def test_an_interrupted_run_of_many_targets_goes_on_with_its_batch(
             if learning.step == at_step:
                 raise KeyboardInterrupt  # no state is saved after this error
 
-        really_step = vpt.Recorder.step
-        patch.setattr(vpt.Recorder, "step", kill)
+        really_step = vpt.Recorder.keep_step
+        patch.setattr(vpt.Recorder, "keep_step", kill)
         with pytest.raises(KeyboardInterrupt):
             call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
     folder = tmp_path / "out" / "cut"

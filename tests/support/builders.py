@@ -14,7 +14,7 @@ def reference_of(models: vpt.Models, args: argparse.Namespace) -> vpt.Reference:
     """Return the targets, generated or of a control; use and fill the reference cache in the save directory."""
     folder = args.save_dir / vpt.CACHE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    return vpt.make_reference(models, args, vpt.ReferenceCache(folder, vpt.describe_run(args, models)))
+    return vpt.make_reference(models, args, vpt.ReferenceCache(folder, vpt.describe_run(args, models)), vpt.Inputs())
 
 
 def random_codes(models: vpt.Models, batch: int = 1, num_tokens: int = 16) -> Tensor:
@@ -27,7 +27,7 @@ class Rows(list):
 
     stop_signals = ()
 
-    def step(self, row: dict, learning: vpt.Optimisation) -> None:
+    def keep_step(self, row: dict, learning: vpt.Optimisation) -> None:
         self.append(row)
 
 
@@ -56,17 +56,16 @@ def learn_all(learning: vpt.Optimisation, rows: Rows) -> None:
 class OneStep:
     """Stand in for a `Recorder` that stops the learning after each step."""
 
-    stop_signals = (2,)
+    stop_signals = ()
 
-    def step(self, row: dict, learning: vpt.Optimisation) -> None:
-        self.row = row
+    def keep_step(self, row: dict, learning: vpt.Optimisation) -> None:
+        self.row, self.stop_signals = row, (2,)
 
 
 def take_step(learning: vpt.Optimisation) -> dict:
     """Take one step of an optimisation; return its row."""
     record = OneStep()
-    with contextlib.suppress(vpt.Stopped):
-        vpt.learn_batch(learning, record)
+    vpt.learn_batch(learning, record)
     return record.row
 
 

@@ -145,7 +145,7 @@ class Script:
 
 
 def main() -> None:
-    really_load, really_step, really_generate = vpt.load_torchscript, vpt.Recorder.step, vpt.generate_visual_codes
+    really_load, really_step, really_generate = vpt.load_torchscript, vpt.Recorder.keep_step, vpt.generate_visual_codes
     really_make, really_save = torch.Generator, torch.save
 
     def step(record, row, learning):
@@ -171,7 +171,7 @@ def main() -> None:
 
     vpt.load_torchscript = load_torchscript
     vpt.render = lambda figure: Image.new("RGB", (8, 8), "white")  # Matplotlib knows no device, and is slow
-    vpt.Recorder.step, vpt.generate_visual_codes = step, generate
+    vpt.Recorder.keep_step, vpt.generate_visual_codes = step, generate
     torch.Generator, torch.save = lambda device="cpu": really_make(), save
     vpt.targets_at_once = lambda models, num_tokens: 2  # so that there are several batches
     for words in json.load(sys.stdin):

@@ -25,7 +25,7 @@ import verify_proto_tokens as vpt
 
 vpt.WANDB_ANSWER_SECONDS, vpt.WANDB_FINISH_SECONDS = 4, 10
 vpt.render = lambda figure: Image.new("RGB", (8, 8), "white")
-pause_after, really_step = int(sys.argv.pop(1)), vpt.Recorder.step
+pause_after, really_step = int(sys.argv.pop(1)), vpt.Recorder.keep_step
 
 def step(record, row, learning):
     really_step(record, row, learning)
@@ -34,7 +34,7 @@ def step(record, row, learning):
         while not Path("go_on").exists():
             time.sleep(0.01)
 
-vpt.Recorder.step = step
+vpt.Recorder.keep_step = step
 vpt.main(vpt.parse_args(sys.argv[1:]))
 """
 

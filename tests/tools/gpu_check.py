@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 import verify_proto_tokens as vpt
 
-really_step, ballast = vpt.Recorder.step, []
+really_step, ballast = vpt.Recorder.keep_step, []
 
 def step(record, row, learning):
     really_step(record, row, learning)
@@ -58,7 +58,7 @@ def step(record, row, learning):
                 ballast.append(bytearray(2**17))
         del ballast[-64:]
 
-vpt.Recorder.step = step
+vpt.Recorder.keep_step = step
 vpt.main(vpt.parse_args(sys.argv[1:]))
 """
 
