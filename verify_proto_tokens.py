@@ -1621,7 +1621,7 @@ class LBFGS:
         given_up = ~accepted & ((failures >= self.TRIES) | vanished)
         search_ended = accepted | given_up
         self.failures = failures.masked_fill_(search_ended, 0)
-        # Read pairs before `remember` discards them. Without pairs, even steepest descent failed, and no way is left.
+        # Read pairs before `remember` discards them. Without pairs, steepest descent failed, and no way back is left.
         self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
         # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
         fraction = 0.5 * descent / (self.loss + descent - losses)  # of alpha
@@ -1750,7 +1750,7 @@ class TargetResults:
 
     @property
     def diverged(self) -> Tensor:
-        """Return which targets ended because the loss or gradient was not finite and they could not go back."""
+        """Return which targets ended because the loss or gradient was not finite; their last step is not counted."""
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
     def record(self, active: list[int], numbers: dict[str, Tensor]) -> Tensor:

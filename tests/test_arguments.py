@@ -175,6 +175,7 @@ def test_prompts_of_a_file_come_after_those_of_the_command_line(tmp_path):
         (b"", "holds no prompt"),
         (b" \n\n", "holds no prompt"),
         ("löwe".encode("latin-1"), "UTF-8"),
+        ("a cat\n".encode("utf-16-le"), "null bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )

@@ -214,11 +214,6 @@ def test_a_deleted_working_folder_is_reported_in_one_line(tmp_path):
     refused(end, "the working folder cannot be used", "go to another one")
 
 
-def test_torchscript_cannot_be_switched_off(hostile):
-    result, _ = hostile
-    assert result.code == 0, result.err
-
-
 def test_another_module_named_wandb_is_refused(call_tiny, monkeypatch):
     shadow = types.ModuleType("wandb")
     shadow.teardown = lambda: None
@@ -243,12 +238,6 @@ def test_a_save_dir_that_is_a_dangling_link_is_made_at_the_links_target(call_tin
 def test_a_link_to_itself_is_refused_in_one_line(call_tiny, tmp_path, option):
     (tmp_path / "loop").symlink_to("loop")
     refused(call_tiny(option, "loop"), option)
-
-
-@pytest.mark.parametrize("text", ["a cat\n".encode("utf-16-le"), b"a\0cat"])
-def test_a_prompts_file_with_null_bytes_is_refused(call_tiny, tmp_path, text):
-    (tmp_path / "prompts.txt").write_bytes(text)
-    refused(call_tiny("--prompts-file", "prompts.txt"), "--prompts-file", "null bytes")
 
 
 def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path):

@@ -120,10 +120,6 @@ def test_only_the_middle_square_is_kept(tmp_path, size):
     assert pixels.shape == (3, 16, 16) and pixels[:, 2:-2, 2:-2].max() < 0.05
 
 
-def test_a_small_picture_is_enlarged(tmp_path):
-    assert vpt.read_picture(saved(tmp_path, picture(size=4)), 16).shape == (3, 16, 16)
-
-
 def test_a_run_on_a_picture_learns_the_codes_that_the_encoder_gives(call_tiny, tmp_path):
     result = call_tiny("--image", saved(tmp_path, picture(), "my_greys.png"), "--save-dir", "out")
     assert result.code == 0, result.err

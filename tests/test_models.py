@@ -97,7 +97,7 @@ def test_an_unknown_tensor_is_ignored_and_named(call_tiny, model_folders):
     assert result.code == 0 and "note: 1 tensors" in result.out and "vision_tower.weight" in result.out
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "special_tokens_map.json"])
 def test_a_broken_link_among_a_models_files_is_named(call_tiny, model_folders, name):
     (model_folders[0] / name).unlink(missing_ok=True)
     (model_folders[0] / name).symlink_to("nowhere")

@@ -124,14 +124,10 @@ def test_a_page_names_no_option_that_does_not_exist():
         text = re.sub(r"`python\s+tests/[^`]*`", "", page.read_text())  # tools have options of their own
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
         of_other_tools = {
-            "--array",
-            "--gres",
             "--signal",
             "--requeue",
-            "--open-mode",
             "--count",
             "--root",
-            "--num_steps",
             "--nproc-per-node",
             "--ntasks",
             "--gpus-per-task",

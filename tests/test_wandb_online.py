@@ -176,7 +176,7 @@ def test_wandb_mode_disabled_sends_and_keeps_nothing(tracked_run, server, tmp_pa
     assert not server.runs and not offline_runs(tmp_path)
 
 
-def test_without_a_key_the_run_goes_on_offline_and_nobody_is_asked(call_tiny, tmp_path):
+def test_without_a_key_the_run_goes_on_offline(call_tiny, tmp_path):
     assert_whole(call_tiny("--use-wandb", "--save-dir", "out"), tmp_path)
     assert offline_runs(tmp_path)
 

@@ -119,7 +119,7 @@ class WandbServer:
         self.unknown: list[str] = []
         self.failing: int | None = None
         self._agents: dict[str, Sweep] = {}
-        self._stopping: dict[str, bool] = {}
+        self._stopping: set[str] = set()
         self._artifacts: dict[str, tuple[Run | None, dict]] = {}
         self._committed: set[str] = set()
         self._places: dict[str, tuple[Path, dict[str, Path], str]] = {}
@@ -141,13 +141,9 @@ class WandbServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def stop_run(self, run_id: str, tell_client: bool = False) -> None:
-        """Make the run's agent end it: each heartbeat asks for it until the run is gone (SIGTERM; after 30 s, SIGKILL).
-
-        With `tell_client`, also tell the run's client, as W&B's Stop button does: within some 30 s, it interrupts the
-        script like Ctrl-C. As the two are separate, a test knows which one ended the script.
-        """
-        self._stopping[run_id] = tell_client
+    def stop_run(self, run_id: str) -> None:
+        """Make the run's agent end it, which each heartbeat asks for (SIGTERM, after 30 s SIGKILL)."""
+        self._stopping.add(run_id)
 
     # ---- Requests
 
@@ -218,7 +214,7 @@ class WandbServer:
         if body.get("complete"):
             run.exit_code = body["exitcode"]
             run.state = "failed" if run.exit_code else "finished"
-        return {"stopped": True} if self._stopping.get(run_id) else {}
+        return {}
 
     def _add_history(self, run: Run, rows: list[dict]) -> None:
         """Add rows by their step, so that a row that is sent again (by `wandb sync` or a retry) is stored once."""

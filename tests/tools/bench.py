@@ -207,7 +207,7 @@ def report(
 # One step
 
 
-def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target_ids: Tensor) -> tuple[Tensor, Tensor]:
+def usual_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Run the usual recipe forward and backward: float32 logits [B, N, V] of all positions and ids, cross-entropy."""
     e_t, m = parameters
     filler = m.expand(target_ids.shape[1] - 1, -1)[None]
@@ -218,10 +218,10 @@ def reference_loss(generator: Qwen2ForCausalLM, parameters: list[Tensor], target
     return loss, logits
 
 
-def reference_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
+def usual_step(generator, parameters: list[Tensor], optimizer: torch.optim.AdamW, target_ids: Tensor) -> None:
     """Take one step as usually written: clipping, separate top-1 and top-5 passes, an `.item()` for every number."""
     optimizer.zero_grad()
-    loss, logits = reference_loss(generator, parameters, target_ids)
+    loss, logits = usual_loss(generator, parameters, target_ids)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     with torch.no_grad():
@@ -291,7 +291,7 @@ def bench_step(args: argparse.Namespace) -> dict:
     candidates = {
         "ours": endless_steps(args, models, codes),
         "ours but the evaluation": rest_of_step(args, models, codes),
-        "usual": lambda: reference_step(models.generator, parameters, optimizer, target_ids),
+        "usual": lambda: usual_step(models.generator, parameters, optimizer, target_ids),
         "floor": matrix_products(models, num_tokens),
     }
     if "stock" in args.peers:
@@ -338,7 +338,7 @@ def compare_gradients(args: argparse.Namespace, models: vpt.Models, codes: Tenso
     ours = vpt.initial_proto_tokens(models, 1, script_arguments(args, "--seed", 7))
     plain = [ours.e_t.detach()[0].clone().requires_grad_(), ours.m.detach().clone().requires_grad_()]
     predictions = vpt.loss_and_gradient(models, ours, codes, targets_per_pass=1)
-    loss, _ = reference_loss(models.generator, plain, codes + models.visual_offset)
+    loss, _ = usual_loss(models.generator, plain, codes + models.visual_offset)
     of_loss = abs(predictions.losses.mean().item() / loss.item() - 1)
     gradient = torch.cat([parameter.grad.flatten() for parameter in plain])
     of_gradient = ((ours.points.grad[0] - gradient).norm() / gradient.norm()).item()
@@ -385,7 +385,7 @@ def bench_launches(args: argparse.Namespace) -> dict:
     predictions = learning.evaluate()
 
     def usual() -> None:
-        reference_step(models.generator, parameters, optimizer, codes + models.visual_offset)
+        usual_step(models.generator, parameters, optimizer, codes + models.visual_offset)
 
     def rest_of_step() -> None:
         vpt.numbers_of(predictions, learning.proto_tokens, learning.optimizer)
@@ -508,7 +508,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     hidden_states = torch.randn(1, num_tokens, models.hidden_size, dtype=args.dtype, **like)
     before = peak_bytes(args.device)
     if args.variant == "usual":
-        reference_loss(models.generator, parameters, target_ids)
+        usual_loss(models.generator, parameters, target_ids)
     elif args.variant == "usual loss":
         F.cross_entropy((hidden_states @ models.head.T).float().flatten(0, 1), target_ids.flatten()).backward()
     elif args.variant == "loss":
