@@ -123,7 +123,7 @@ COUNT = checked(whole_number, lambda n: 1 <= n < 2**63, "a whole number of at le
 COUNT_OR_0 = checked(whole_number, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 IMAGE_SIZE = checked(whole_number, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
-TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (--top-k 1 decodes greedily)")
+TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (for greedy, use --top-k 1)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
 PENALTY = checked(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100; 1 means no penalty")
 UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
@@ -440,8 +440,8 @@ def fill_in_name_and_wandb(args: argparse.Namespace, default_name: str) -> None:
 def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
     """Return a name such as proto_256px_steps1000_lr02_seed42, followed by all other settings not at their defaults.
 
-    Settings that decide "nothing" are left out. If the name does not show a value in full, it ends in a digest, so that
-    runs with different settings never share a folder.
+    Settings in the category "nothing" of `build_parser` are left out. If the name does not show a value in full, it
+    ends in a digest, so that runs that differ in any other setting never share a folder.
     """
     rate = re.sub(r"^0\.", "0", name_part(args.learning_rate))
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
@@ -1068,8 +1068,8 @@ def refuse_misfits(
     if longest + num_tokens > config.max_position_embeddings:
         which = textwrap.shorten([*args.prompts, "negative prompt"][lengths.index(longest)], 80, placeholder="...")
         raise UserError(
-            f"the longest --prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
-            f"within the model's {config.max_position_embeddings} positions; shorten the prompt, or lower --image-size"
+            f"the longest prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
+            f"within the model's {config.max_position_embeddings} positions; lower --image-size, or shorten a --prompt"
         )
     visual_offset = len(text_tokenizer)
     if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
@@ -1587,7 +1587,7 @@ class LBFGS:
     MAX_SCALE_RATIO = 30  # an embedding's scale is at most this factor above or below the common one
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
-        """Start at `points`. `rounding` is the relative error of a loss; losses are never negative."""
+        """Start at `points`. `rounding` is the relative rounding error of a loss; no loss may be negative."""
         self.points, self.embedding_size, self.rate, self.rounding = points, embedding_size, rate, rounding
         count, size = points.shape
         self.x = points.detach().clone()  # [G, L], the last point accepted
@@ -1671,10 +1671,10 @@ class LBFGS:
 
 
 def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, max_ratio: float) -> Tensor:
-    """Return the scale of each number in the initial H, [G, L], from the newest pair s and y [G, L].
+    """Return the diagonal of the initial H, [G, L], from the newest pair s and y [G, L].
 
-    The scale is s'y / y'y over the numbers of its embedding if that is positive, else over all numbers. It differs from
-    the value over all numbers by at most a factor `max_ratio`.
+    All numbers of an embedding have the same scale: s'y / y'y over them if this is positive, else over all numbers of
+    the problem. A scale differs from the value over all numbers by at most a factor `max_ratio`.
     """
     s, y = (values.unflatten(1, (-1, embedding_size)) for values in (s, y))  # [G, L / D, D]
     s_y, y_y = (s * y).sum(2), y.square().sum(2).clamp(min=1e-30)  # [G, L / D]
@@ -1715,9 +1715,9 @@ def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2For
 class TargetResults:
     """Hold the results of B targets so far: a table of columns [B], on the host.
 
-    The best step has the highest accuracy and, among equal accuracies, the lowest loss. Targets that share a learned m
-    have the same best step; otherwise each target has its own. `reached`: the target reached --target-accuracy;
-    `ended`: it stopped learning, for this or another reason.
+    The best step is the one that reaches --target-accuracy, else the one with the highest accuracy and, among equal
+    accuracies, the lowest loss. Targets that share a learned m have the same best step; otherwise each has its own.
+    `reached`: the target reached --target-accuracy; `ended`: it stopped learning, for this or another reason.
     """
 
     def __init__(self, count: int, together: bool, args: argparse.Namespace):
@@ -1782,7 +1782,7 @@ class TargetResults:
         return new_best
 
     def means(self) -> dict[str, float]:
-        """Return means over the targets that have begun, and the sum of their correct tokens."""
+        """Return means over the targets that have begun (best accuracy: over all), and the number of correct tokens."""
         begun = self.begun
         return {
             "train/loss": self["loss"][begun].mean().item(),

@@ -242,7 +242,7 @@ def test_a_prompt_too_long_for_the_model_is_named(call_tiny, model_folders, tmp_
     config = json.loads((model_folders[0] / "config.json").read_text())
     (model_folders[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
     (tmp_path / "prompts.txt").write_text("a cat\na dog " + "and another " * 300)
-    refused(call_tiny("--prompts-file", tmp_path / "prompts.txt"), "(a dog and another", "...)", "shorten the prompt")
+    refused(call_tiny("--prompts-file", tmp_path / "prompts.txt"), "(a dog and another", "...)", "shorten a --prompt")
 
 
 def test_a_models_folder_is_not_mistaken_for_a_runs_folder(call_tiny, model_folders, tmp_path):
