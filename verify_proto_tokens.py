@@ -632,19 +632,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def enough_memory_for(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error, of the device or the host, into a UserError that names the work, `what`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)  # frees memory, which is needed to save the state
-        remedy = "try fewer targets, a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on"
-        raise UserError(f"out of memory for {what}: {remedy}") from None
-
-
-@contextlib.contextmanager
 def one_line_for(failure: str, remedy: str) -> Iterator[None]:
     """Turn any error that a library raises, except out of memory, into a UserError."""
     try:
@@ -726,7 +713,6 @@ CONFIGURATION_FILES = (
 )
 GENERATOR_FILES = (*CONFIGURATION_FILES, "model.safetensors.index.json", "model*.safetensors")
 VQ_DECODER, VQ_ENCODER = "decoder.jit", "encoder.jit"
-IGNORED_GENERATE_OPTIONS = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_p", "typical_p")
 TEXT_TO_IMAGE, START_OF_IMAGE = "<|t2i|>", "<|soi|>"
 
 
@@ -806,7 +792,6 @@ def load_models(args: argparse.Namespace) -> Models:
     codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
     refuse_misfits(args, config, text_tokenizer, factor, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
-    repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     print(f"loading the generator from {generator_folder}")
     generator = load_generator(generator_folder, precision, device)
     print(f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}")
@@ -821,7 +806,7 @@ def load_models(args: argparse.Namespace) -> Models:
         codebook_size=codebook_size,
         factor=factor,
         precision=precision,
-        repetition_penalty=repetition_penalty,
+        repetition_penalty=pick_repetition_penalty(args, generator),
         generator_fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
         vq_fingerprint=fingerprint_of(vq_folder, (VQ_DECODER,)),
     )
@@ -836,11 +821,9 @@ def pick_device(name: str | None) -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if os.path.exists("/dev/nvidia0"):
             print("note: torch cannot use the NVIDIA GPU here; its driver may be older than torch's CUDA")
-    try:
+    with one_line_for(f"--device {name} cannot be used here", "try --device cpu"):
         probe = torch.zeros(1, device=name)
         probe.cpu()
-    except (RuntimeError, AssertionError) as error:  # no such device; a torch built without it
-        raise UserError(f"--device {name} cannot be used here ({main_line(error)}): try --device cpu") from None
     return probe.device  # includes the device number, unlike `cuda`
 
 
@@ -862,13 +845,11 @@ def pick_precision(name: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def tf32_if_asked(models: Models) -> Iterator[None]:
     """Compute products in TF32 inside the block if the generator uses it; the optimiser needs full float32."""
-    before = torch.get_float32_matmul_precision()
-    if models.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if models.precision == "tf32" else "highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
@@ -909,35 +890,11 @@ def read_config(folder: Path) -> Qwen2Config:
         if kind != "qwen2":
             raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
         if fields.get("quantization_config"):
-            raise UserError(
-                f"--model-path {folder} is quantised (quantization_config in {file}): proto-tokens learn from "
-                "gradients through the weights, so use the unquantised checkpoint"
-            )
+            raise UserError(f"--model-path {folder} is quantised, which stops gradients: use the original weights")
         config = Qwen2Config.from_dict(fields)
     if "sliding_attention" in config.layer_types or config.rope_parameters["rope_type"] != "default":
         raise UserError(f"--model-path {folder} has sliding windows or rope scaling, which no SimpleAR generator has")
     return config
-
-
-def read_repetition_penalty(folder: Path) -> float:
-    """Read the checkpoint's repetition penalty; return 1 if it sets none. Raises UserError.
-
-    As in SimpleAR, it is read from config.json if there is no generation_config.json.
-    """
-    file = folder / "generation_config.json"
-    if not file.exists():
-        file = folder / "config.json"
-    with one_line_for(f"{file} cannot be used", "fix it, or give a --repetition-penalty"):
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        penalty = float(fields.get("repetition_penalty") or 1)
-        if not 0.01 <= penalty <= 100:
-            raise ValueError(f"its repetition_penalty is {penalty:g}, not from 0.01 to 100")
-    if penalty != 1:
-        print(f"note: decoding with the checkpoint's own repetition_penalty of {penalty:g}; 1 means no penalty")
-    ignored = [name for name in IGNORED_GENERATE_OPTIONS if fields.get(name) not in (None, 0, 1, [])]
-    if ignored:
-        print(f"note: {file.name} asks for {', '.join(ignored)}, which is not followed")
-    return penalty
 
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -982,10 +939,9 @@ def refuse_misfitting_weights(folder: Path, report: dict) -> None:
     wrong += [f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)]
     if missing or wrong:
         examples = "; ".join([*wrong[:1], *missing[:1], *others[:1]])
+        counts = f"{len(missing)} tensors are missing, {len(wrong)} do not fit, {len(others)} are not known"
         raise UserError(
-            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing, {len(wrong)} do "
-            f"not fit, {len(others)} are not known ({examples}): the weights or the config.json are incomplete or "
-            "belong to another model; download them again"
+            f"the weights in {folder} do not fit its config.json: {counts} ({examples}); download both again"
         )
     if others:
         print(f"note: {len(others)} tensors in {folder} are ignored, since Qwen2 has no such tensors, e.g. {others[0]}")
@@ -1017,6 +973,12 @@ def randomise_weights(generator: Qwen2ForCausalLM, seed: int) -> None:
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
     generator.load_state_dict(untrained.state_dict())
+
+
+def pick_repetition_penalty(args: argparse.Namespace, generator: Qwen2ForCausalLM) -> float:
+    """Return --repetition-penalty, else the checkpoint's own, else 1. Raises UserError."""
+    with one_line_for("the checkpoint's repetition_penalty cannot be used", "give a --repetition-penalty"):
+        return args.repetition_penalty or PENALTY(str(generator.generation_config.repetition_penalty or 1))
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -1073,10 +1035,8 @@ def refuse_misfits(
         )
     visual_offset = len(text_tokenizer)
     if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
-        raise UserError(
-            f"--model-path {args.model_path} has {config.vocab_size} embedding rows, too few for {visual_offset} text "
-            f"tokens and a codebook of {codebook_size}: it is no SimpleAR checkpoint for this VQ tokenizer"
-        )
+        needed = f"{visual_offset} text tokens and a codebook of {codebook_size}: use the VQ tokenizer of this model"
+        raise UserError(f"--model-path {args.model_path} has {config.vocab_size} embedding rows, too few for {needed}")
 
 
 def fsq_codebook_size(vq_decoder: torch.jit.ScriptModule) -> int | None:
@@ -1392,10 +1352,6 @@ class ProtoTokens:
         m = self.m if len(self.m) == 1 else self.m[part]
         filler = m[:, None].expand(len(e_t), num_tokens - e_t.shape[1], -1)
         return torch.cat((e_t, filler), dim=1)
-
-    def learned_numbers(self, num_tokens: int) -> int:
-        m_is_learned_and_used = self.given_m is None and num_tokens > self.num_e_tokens
-        return self.e_t.numel() + (self.m.numel() if m_is_learned_and_used else 0)
 
 
 def proto_tokens_of(e_t: Tensor, m: Tensor, m_learns: bool = True) -> ProtoTokens:
@@ -1997,23 +1953,18 @@ class Optimisation:
 def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorder) -> Optimisation:
     """Learn e_t and m for codes [B, N], from the start or from the state of an interrupted run; record each step.
 
-    Learning ends early at a stop signal (raises Stopped), or if memory runs out or a file cannot be written (raises
-    UserError); the state is saved first. After any other error, --resume repeats the steps since the last saved state.
+    At a stop signal, save the state and raise Stopped. After any error, --resume goes on from the last saved state.
     """
     learning = Optimisation(models, codes, record.args, given_m)
     record.start_learning(learning)
     with progress_bar_of(learning) as record.bar, on_stop_signal(record.note_stop_signal), deterministic(models.device):
-        try:
-            with enough_memory_for("a step of the optimisation"):
-                while not learning.finished:
-                    learn_batch(learning, record)
-                    if not learning.active:
-                        record.end_batch(learning)  # also begins the next batch
-                    if record.stop_signals:
-                        raise Stopped(128 + record.stop_signals[0])
-        except (UserError, OSError, Stopped):
-            record.save_state(learning)
-            raise
+        while not learning.finished:
+            learn_batch(learning, record)
+            if not learning.active:
+                record.end_batch(learning)  # also begins the next batch
+            if record.stop_signals:
+                record.save_state(learning)
+                raise Stopped(128 + record.stop_signals[0])
     return learning
 
 
@@ -2251,62 +2202,50 @@ def unigram_bits(codes: Tensor) -> float:
     return (counts * (len(codes) / counts).log2()).sum().item()
 
 
-def information(models: Models, reference: Reference, predictions: Predictions, cfg_scale: float) -> list[dict]:
-    """Return the cost of each target in bits, following Kuratov et al. (ACL 2025, arXiv 2502.13063).
-
-    uniform: N log2(codebook size), the same for any codes. unigram: N times the entropy of the target's own codes.
-    autoregressive: teacher-forced after the prompt. unprompted: teacher-forced after the template without a prompt.
-    proto: the cost in one pass over the learned embeddings. The gain, unprompted - proto, is the information about the
-    target that the embeddings give the generator. Also return `text_ids_ahead`.
-    """
-    num_tokens = reference.codes.shape[1]
-    size = models.size_token(num_tokens)
-    rows = []
-    proto_bits = (predictions.losses.sum(1) / math.log(2)).tolist()
-    targets = list(zip(reference.prompts, reference.codes, proto_bits, strict=True))
-    for prompt, codes, bits_in_one_pass in progress_bar(targets, "bits", "targets"):
-        cond_states = teacher_forced(models, conditional_prompt(prompt, size), codes)
-        negative_states = teacher_forced(models, negative_prompt(size), codes)
-        unprompted_states = teacher_forced(models, conditional_prompt("", size), codes)
-        unprompted_bits = bits_of(models, unprompted_states, codes).sum().item()
-        row = {
-            "target_bits_uniform": num_tokens * math.log2(models.codebook_size),
-            "target_bits_unigram": unigram_bits(codes),
-            "target_bits_autoregressive": bits_of(models, cond_states, codes).sum().item(),
-            "target_bits_unprompted": unprompted_bits,
-            "proto_bits": bits_in_one_pass,
-            "information_gain_bits": unprompted_bits - bits_in_one_pass,
-            "text_ids_ahead": text_ids_ahead(models, cond_states, negative_states, cfg_scale),
-        }
-        rows.append(row)
-    return rows
-
-
 def status_of(best_accuracy: float) -> str:
     if best_accuracy >= 99:
         return "success"
     return "partial_success" if best_accuracy >= 80 else "need_improvement"
 
 
-def describe_targets(reconstruction: Reconstruction, bits: list[dict], rows: list[dict]) -> list[dict]:
-    """Return the targets' rows with accuracy in percent, wrong tokens, PSNR in dB, and bits."""
-    rank, targets = reconstruction.predictions.rank, []
-    for k, row in enumerate(rows):
-        num_errors = (rank[k] > 0).sum().item()
-        # A run that only reconstructs has no `best_accuracy` in `row`; after learning, this value is the same as there.
-        accuracy = 100 * (rank.shape[1] - num_errors) / rank.shape[1]
-        error = reconstruction.errors[k].item()
-        numbers = {"best_accuracy": accuracy, "num_errors": num_errors, "psnr": psnr(error)}
-        targets.append(row | numbers | bits[k])
+def describe_targets(
+    models: Models, reference: Reference, reconstruction: Reconstruction, rows: list[dict], cfg_scale: float
+) -> list[dict]:
+    """Return the targets' rows with accuracy in percent, wrong tokens, PSNR in dB, bits, and `text_ids_ahead`.
+
+    The bits follow Kuratov et al. (ACL 2025, arXiv 2502.13063). uniform: N log2(codebook size), the same for any codes.
+    unigram: N times the entropy of the target's own codes. autoregressive: teacher-forced after the prompt. unprompted:
+    teacher-forced after the template without a prompt. proto: in one pass over the learned embeddings. The gain,
+    unprompted - proto, is the information about the target that the embeddings give the generator.
+    """
+    predictions, num_tokens = reconstruction.predictions, reference.codes.shape[1]
+    num_correct = predictions.num_correct.tolist()
+    proto_bits = (predictions.losses.sum(1) / math.log(2)).tolist()
+    size, targets = models.size_token(num_tokens), []
+    for k, row in enumerate(progress_bar(rows, "bits", "targets")):
+        codes = reference.codes[k]
+        cond_states = teacher_forced(models, conditional_prompt(row["prompt"], size), codes)
+        negative_states = teacher_forced(models, negative_prompt(size), codes)
+        unprompted_states = teacher_forced(models, conditional_prompt("", size), codes)
+        unprompted_bits = bits_of(models, unprompted_states, codes).sum().item()
+        numbers = {
+            "best_accuracy": 100 * num_correct[k] / num_tokens,
+            "num_errors": num_tokens - num_correct[k],
+            "psnr": psnr(reconstruction.errors[k].item()),
+            "target_bits_uniform": num_tokens * math.log2(models.codebook_size),
+            "target_bits_unigram": unigram_bits(codes),
+            "target_bits_autoregressive": bits_of(models, cond_states, codes).sum().item(),
+            "target_bits_unprompted": unprompted_bits,
+            "proto_bits": proto_bits[k],
+            "information_gain_bits": unprompted_bits - proto_bits[k],
+            "text_ids_ahead": text_ids_ahead(models, cond_states, negative_states, cfg_scale),
+        }
+        targets.append(row | numbers)
     return targets
 
 
 def summarise(
-    reference: Reference,
-    reconstruction: Reconstruction,
-    bits: list[dict],
-    targets: list[dict],
-    proto_tokens: ProtoTokens,
+    reference: Reference, reconstruction: Reconstruction, targets: list[dict], proto_tokens: ProtoTokens
 ) -> dict:
     """Return the summary of a run. Percentages are from 0 to 100, times in seconds.
 
@@ -2315,10 +2254,10 @@ def summarise(
     """
     num_targets, num_tokens = reference.codes.shape
     num_errors = sum(target["num_errors"] for target in targets)
-    total_params = proto_tokens.learned_numbers(num_tokens)
+    averaged = [name for name in targets[0] if name in ("best_accuracy", "text_ids_ahead") or "bits" in name]
+    total_params = proto_tokens.points.numel()
     summary = {
-        "best_accuracy": statistics.fmean(target["best_accuracy"] for target in targets),
-        **{name: statistics.fmean(row[name] for row in bits) for name in bits[0]},
+        **{name: statistics.fmean(target[name] for target in targets) for name in averaged},
         "num_errors": num_errors,
         "error_rate": 100 * num_errors / reference.codes.numel(),
         "total_params": total_params,
@@ -2688,7 +2627,7 @@ def lock_folder(folder: Path) -> int:
 
 def remove_results(folder: Path) -> None:
     """Remove the files of an earlier run with this name, so that the two runs do not mix. Raises OSError."""
-    for file in (*(folder / name for name in RESULTS), *frames_in(folder).values()):
+    for file in (*(folder / name for name in RESULTS), *frames_in(folder)):
         file.unlink(missing_ok=True)
     remove_unfinished(folder)
     with contextlib.suppress(OSError):
@@ -2702,11 +2641,9 @@ def remove_unfinished(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def frames_in(folder: Path) -> dict[int, Path]:
-    """Return the frame files of progress.gif by step, in ascending order; ignore other files."""
-    files = [file for file in folder.glob("progress/step_*.png") if file.stem[5:].isdecimal()]
-    frames = {int(file.stem[5:]): file for file in files}
-    return dict(sorted(frames.items()))
+def frames_in(folder: Path) -> list[Path]:
+    """Return the frame files of progress.gif in the order of their steps; ignore other files."""
+    return sorted(folder.glob(f"progress/step_{'[0-9]' * 6}.png"))
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
@@ -2881,7 +2818,8 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     """Read the proto-tokens of an earlier run. Raises UserError if the file is invalid or in this run's own folder."""
     if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
         raise UserError(f"{option} {file} is in this run's own folder: give this run another --wandb-run-name")
-    try:
+    failure = f"{option} {file} is missing, damaged or not the {PROTO_TOKENS_FILE} of a run"
+    with one_line_for(failure, "name a run's folder, or this file in it"):
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
             settings = json.loads(stored.metadata()["settings"])
@@ -2899,13 +2837,8 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
             and all(isinstance(settings[name], int) for name in ("image_size", "seed", "num_e_tokens", "visual_offset"))
         )
         if not fitting:
-            raise ValueError
+            raise ValueError("its tensors and settings do not fit each other")
         codes = target_ids - settings["visual_offset"]
-    except FileNotFoundError:  # safetensors also raises this if permission is denied
-        why = "it cannot be read" if file.exists() else "there is no such file"
-        raise UserError(f"{option} {file}: {why}") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{option} {file} is damaged or is not the {PROTO_TOKENS_FILE} of a run") from None
     return EarlierRun(option, e_t, m, codes, settings, prompts)
 
 
@@ -2944,10 +2877,8 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
             now = textwrap.shorten(str(value), 80, placeholder="...")
             changed.append(f"{name} ({before}, now {now})")
     if changed:
-        raise UserError(
-            f"--resume: the run in {folder} has other settings: {', '.join(changed)}; repeat its settings, or give "
-            "this run another --wandb-run-name, or leave out --resume to replace it"
-        )
+        remedy = "repeat its settings, give another --wandb-run-name, or leave out --resume to replace it"
+        raise UserError(f"--resume: the run in {folder} has other settings: {', '.join(changed)}; {remedy}")
 
 
 def read_state(folder: Path) -> dict | None:
@@ -2955,17 +2886,14 @@ def read_state(folder: Path) -> dict | None:
     file = folder / STATE_FILE
     if not file.exists():
         return None
-    try:
+    with one_line_for(f"{file} is damaged or of another version", "leave out --resume to start again"):
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # torch does not check the checksums
-                raise ValueError(damaged)
+                raise ValueError(f"{damaged} is damaged")
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if saved["format"] == STATE_FORMAT:
-            return saved
-    except Exception as error:  # a damaged file can raise any exception
-        if is_out_of_memory(error):
-            raise
-    raise UserError(f"{file} is damaged or of another version: leave out --resume to start again")
+        if saved["format"] != STATE_FORMAT:
+            raise ValueError(f"format {saved['format']}, not {STATE_FORMAT}")
+    return saved
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3166,7 +3094,6 @@ class Recorder:
         self.trials: list[dict] = []  # the trials of a --capacity search
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
-        self.recorded_step = 0  # the last step that `keep_step` has kept in full
         self.stop_signals: list[int] = []  # the stop signals received while learning
         self.bar: tqdm | None = None  # while learning
 
@@ -3184,10 +3111,8 @@ class Recorder:
         """Write what is known before the first step; remove an earlier run's results unless this run resumes it."""
         self.reference = reference
         if self.saved is None:
-            if (self.folder / STATE_FILE).exists():
-                print(f"note: this replaces the interrupted run in {self.folder}; --resume would have gone on with it")
-            elif is_finished(self.folder):
-                print(f"note: this replaces the finished run in {self.folder}; another --wandb-run-name keeps both")
+            if (self.folder / STATE_FILE).exists() or is_finished(self.folder):
+                print(f"note: this replaces the run in {self.folder}: --resume or another --wandb-run-name keeps it")
             remove_results(self.folder)
         write_json(self.folder / "config.json", self.settings)
         write_image(self.folder / "reference_image.png", tiled([to_image(pixels) for pixels in reference.pixels]))
@@ -3205,28 +3130,16 @@ class Recorder:
         if self.saved:
             learning.load_state_dict(self.saved["learning"])
             print(f"resumed after step {learning.step}")
-            for step, file in frames_in(self.folder).items():
-                if step > learning.step:
+            for file in frames_in(self.folder):
+                if int(file.stem[5:]) > learning.step:
                     file.unlink()  # it will be drawn again
             (self.folder / HISTORY_FILE).unlink(missing_ok=True)  # its last rows can be newer than the saved state
             if self.history:
                 write_table(self.folder / HISTORY_FILE, self.history)
-            if self.tracker.run:
-                self.send_missing()
+            for row in self.history:
+                self.tracker.log_row(row)  # W&B is sent only those that it lacks
             self.saved = None  # the next trial of a search for the capacity starts from the beginning
-        self.recorded_step = learning.step
         self.save_state(learning)
-
-    def send_missing(self) -> None:
-        """Send W&B the rows and frames that the interrupted run had not sent."""
-        rows = {row["step"]: row for row in self.history}
-        frames = frames_in(self.folder)
-        for step in sorted(rows.keys() | frames.keys()):
-            if step in rows:
-                self.tracker.log_row(rows[step])
-            if step in frames:
-                with Image.open(frames[step]) as frame:
-                    self.track_frame(step, frame)
 
     def keep_step(self, row: dict[str, float], learning: Optimisation) -> None:
         """Keep a step's row, picture and state at the intervals that options set; keep the last row and picture, too.
@@ -3236,23 +3149,19 @@ class Recorder:
         if not learning.targets.begun.any():
             return  # no finite step yet
         interval = self.args.log_every * learning.num_batches
-        if learning.step == 1 or learning.step % interval == 0 or learning.finished:
-            self.keep_row(row)
+        is_due = learning.step == 1 or learning.step % interval == 0 or learning.finished
+        if is_due and not self.args.capacity:  # a search for the capacity has no history
+            append_to_table(self.folder / HISTORY_FILE, row)
+            self.history.append(row)
+            self.tracker.log_row(row)
         if self.args.image_every and (learning.step % self.args.image_every == 0 or learning.finished):
             self.keep_frame(learning)
-        self.show_step(row, learning)
-        self.recorded_step = learning.step
-        if learning.active and learning.step % self.args.save_every == 0:
-            self.save_state(learning)  # at the end of a batch, `end_batch` saves it
-
-    def show_step(self, row: dict[str, float], learning: Optimisation) -> None:
-        """Show a step on the progress bar."""
-        count = int(learning.targets.begun.sum()) * learning.codes.shape[1]
-        correct = f"correct {row['train/correct_tokens']}/{count} ({row['train/accuracy']:.1f} %)"
-        best = f"best {row['train/best_accuracy']:.1f} %"
-        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {correct}, {best}", refresh=False)
+        accuracies = f"accuracy {row['train/accuracy']:.1f} %, best {row['train/best_accuracy']:.1f} %"
+        self.bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {accuracies}", refresh=False)
         done = learning.targets.num_ended if learning.num_batches > 1 else learning.step
         self.bar.update(done - self.bar.n)
+        if learning.active and learning.step % self.args.save_every == 0:
+            self.save_state(learning)  # at the end of a batch, `end_batch` saves it
 
     def end_batch(self, learning: Optimisation) -> None:
         """Write the results of all batches so far, begin the next batch if there is one, and save the state."""
@@ -3263,26 +3172,15 @@ class Recorder:
             learning.begin_batch(learning.batch.stop)
         self.save_state(learning)
 
-    def keep_row(self, row: dict[str, float]) -> None:
-        if not self.args.capacity:  # a search for the capacity has no history
-            append_to_table(self.folder / HISTORY_FILE, row)
-            self.history.append(row)
-            self.tracker.log_row(row)
-
     def keep_frame(self, learning: Optimisation) -> None:
         """Draw, write and log the reconstruction from the best embeddings so far, as a frame of progress.gif."""
         pixels = decode_codes(learning.models.vq_decoder, learning.predictions.drawable_codes[:SHOWN_TARGETS])
         frame = draw_progress(pixels, learning.step, learning.targets["best_accuracy"].mean().item())
         write_image(self.folder / "progress" / f"step_{learning.step:06}.png", frame)
-        self.track_frame(learning.step, frame)
-
-    def track_frame(self, step: int, frame: Image.Image) -> None:
-        self.tracker.log({"progress/reconstruction": frame, "optimisation_step": step}, step)
+        self.tracker.log({"progress/reconstruction": frame, "optimisation_step": learning.step}, learning.step)
 
     def save_state(self, learning: Optimisation) -> None:
-        """Save what --resume needs; save nothing if `keep_step` failed in the last step: --resume must repeat it."""
-        if self.recorded_step < learning.step:
-            return
+        """Save what --resume needs. Raises UserError."""
         state = {
             "format": STATE_FORMAT,
             "codes": self.reference.codes,
@@ -3293,10 +3191,8 @@ class Recorder:
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
-        try:
+        with one_line_for("the state does not fit into memory", "the previous one is unchanged"):
             torch.save(state, buffer)
-        except RuntimeError:  # torch raises this if the buffer cannot grow
-            raise UserError("out of memory while saving the state: the previous one is unchanged") from None
         with atomic_write(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
@@ -3330,7 +3226,7 @@ class Recorder:
                 target_columns[name] = torch.tensor([target[name] for target in targets])
         file = self.write_proto_tokens(proto_tokens, **target_columns)
         self.tracker.log_proto_tokens(file, summary["status"])
-        if frames := list(frames_in(self.folder).values()):
+        if frames := frames_in(self.folder):
             write_moving_picture(self.folder / "progress.gif", frames)
         rows = draw_targets(targets, reconstruction)
         tables = {}
@@ -3438,14 +3334,12 @@ def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
     # 3. Reconstruct, and measure what e_t and m tell the generator.
     with tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
-        bits = information(models, reference, reconstruction.predictions, args.cfg_scale)
-    targets = describe_targets(reconstruction, bits, rows)
-    summary = summarise(reference, reconstruction, bits, targets, proto_tokens) | learned
+        targets = describe_targets(models, reference, reconstruction, rows, args.cfg_scale)
+    summary = summarise(reference, reconstruction, targets, proto_tokens) | learned
     record.write_results(reconstruction, proto_tokens, summary, targets)
     return summary
 
 
-@enough_memory_for("this run")
 def run_experiment(args: argparse.Namespace) -> None:
     """Prepare and run the experiment. Raises UserError for what the user can correct, and Stopped at a stop signal."""
     with run_folder(args) as folder:
@@ -3478,6 +3372,11 @@ def main(args: argparse.Namespace) -> None:
         exit_with_error(error)
     except OSError as error:  # an OSError that was not turned into a UserError
         exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else main_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "try fewer targets, a smaller --image-size, --dtype bfloat16 or --gradient-checkpointing on"
+        exit_with_error(f"out of memory: {remedy}")
     except Stopped as stopped:
         name = signal.Signals(stopped.code - 128).name
         print(f"stopped by {name}; --resume goes on from the last saved step", file=sys.stderr)

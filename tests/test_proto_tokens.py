@@ -663,7 +663,7 @@ def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(
         really = getattr(vpt, name)
         monkeypatch.setattr(vpt, name, noted)
 
-    for name in ("generate_visual_codes", "loss_and_gradient", "numbers_of", "information"):
+    for name in ("generate_visual_codes", "loss_and_gradient", "numbers_of", "describe_targets"):
         note(name)
     monkeypatch.setattr(vpt, "pick_precision", lambda name, device: "tf32")
     assert call_tiny("--prompt", "a", "--prompt", "b", *options).code == 0
@@ -671,7 +671,7 @@ def test_learning_is_repeatable_and_only_the_generators_products_may_be_in_tf32(
         "generate_visual_codes": (False, "high"),
         "loss_and_gradient": (True, "high"),
         "numbers_of": (True, "highest"),  # and therefore also in the optimiser
-        "information": (False, "high"),
+        "describe_targets": (False, "high"),
     }
     assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
 

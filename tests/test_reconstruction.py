@@ -105,9 +105,9 @@ def summary_of(tiny_models, make_args):
         proto_tokens = vpt.initial_proto_tokens(models, len(codes), make_args("--initial-scale", 0.5, "--seed", 1))
         reference = vpt.Reference(codes, 2.0, vpt.decode_codes(models.vq_decoder, codes), prompts)
         reconstruction = vpt.reconstruct(models, proto_tokens, codes)
-        bits = vpt.information(models, reference, reconstruction.predictions, cfg_scale=6.0)
-        targets = vpt.describe_targets(reconstruction, bits, [{"prompt": prompt} for prompt in prompts])
-        return vpt.summarise(reference, reconstruction, bits, targets, proto_tokens), reconstruction
+        rows = [{"prompt": prompt} for prompt in prompts]
+        targets = vpt.describe_targets(models, reference, reconstruction, rows, cfg_scale=6.0)
+        return vpt.summarise(reference, reconstruction, targets, proto_tokens), reconstruction
 
     return summary_of
 

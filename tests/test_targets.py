@@ -63,13 +63,13 @@ def test_an_earlier_run_may_be_named_by_its_folder(run_into, call_tiny, tmp_path
     first = run_into("first")
     assert torch.equal(stored(run_into("second", option, first))["m"], stored(first)["m"])
     (tmp_path / "empty").mkdir()
-    refused(call_tiny(option, "empty"), f"{option} empty/proto_tokens.safetensors: there is no such file")
+    refused(call_tiny(option, "empty"), f"{option} empty/proto_tokens.safetensors is missing")
 
 
 def test_an_m_that_does_not_fit_is_refused(run_into, call_tiny, model_folders, tmp_path):
     own = run_into("own", *TWO, "--m", "own") / "proto_tokens.safetensors"
     refused(call_tiny("--m-from", own), "--m-from", "one for each target")
-    refused(call_tiny("--m-from", tmp_path / "nowhere"), "--m-from", "no such file")
+    refused(call_tiny("--m-from", tmp_path / "nowhere"), "--m-from", "is missing")
     (tmp_path / "text").write_text("no tensors")
     refused(call_tiny("--m-from", tmp_path / "text"), "--m-from", "damaged")
     shared = run_into("shared") / "proto_tokens.safetensors"
