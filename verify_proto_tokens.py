@@ -313,7 +313,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Set the options that were not given and depend on other options. Raises UserError."""
+    """Set the options that were not given and depend on others; read the prompts files. Raises UserError."""
     if args.learning_rate is None:
         args.learning_rate = 0.2 if args.optimizer == "lbfgs" else 0.01
     if args.target_accuracy is None:
@@ -321,7 +321,13 @@ def fill_in(args: argparse.Namespace) -> None:
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
     args.vq_model_ckpt = args.vq_model_ckpt or (str(DEMO_FOLDER / "vq") if args.demo else DEFAULT_VQ_MODEL)
     args.use_wandb = args.use_wandb or in_sweep()
-    fill_in_prompts(args)
+    for file in args.prompts_files:
+        args.prompts = [*args.prompts, *read_prompts(file)]  # a new list, so that the parser's default stays empty
+    if not args.prompts:
+        names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
+        args.prompts = names or [DEFAULT_PROMPT]
+    if args.images and len(args.images) != len(args.prompts):
+        raise UserError(f"pictures: {len(args.images)}, prompts: {len(args.prompts)}; give one --prompt per --image")
 
 
 def without_sweep_syntax(words: list[str], options: set[str]) -> list[str]:
@@ -351,19 +357,6 @@ def refuse_contradictions(args: argparse.Namespace, defaults: argparse.Namespace
     for name in ("warmup_steps", "betas", "grad_clip"):
         if args.optimizer != "adamw" and getattr(args, name) != getattr(defaults, name):
             raise UserError(f"--{name.replace('_', '-')} is an option of AdamW: add --optimizer adamw, or leave it out")
-
-
-def fill_in_prompts(args: argparse.Namespace) -> None:
-    """Set the prompts from the options, the prompts files (read here) or the pictures' names. Raises UserError."""
-    for file in args.prompts_files:
-        args.prompts = [*args.prompts, *read_prompts(file)]  # a new list, so that the parser's default stays empty
-    if not args.prompts:
-        names = [image.stem.replace("_", " ").strip() or DEFAULT_PROMPT for image in args.images]
-        args.prompts = names or [DEFAULT_PROMPT]
-    if args.images and len(args.images) != len(args.prompts):
-        raise UserError(
-            f"{len(args.images)} times --image, number of prompts: {len(args.prompts)}; give one --prompt per image"
-        )
 
 
 def take_shard(args: argparse.Namespace) -> None:
@@ -415,9 +408,7 @@ def refuse_git_lfs_pointers(args: argparse.Namespace) -> None:
     for folder in (args.model_path, args.vq_model_ckpt):
         for pattern in ("*.json", "*.txt", "*.safetensors", "*.jit"):
             files += glob.glob(os.path.join(glob.escape(os.path.expanduser(folder)), pattern))
-    for file in files:
-        if not os.path.isfile(file):  # skip pipes: a pipe can be read only once
-            continue
+    for file in filter(os.path.isfile, files):  # skip pipes: a pipe can be read only once
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             if stream.read(40).startswith(b"version https://git-lfs.github.com/"):
                 raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
@@ -546,7 +537,6 @@ if __name__ == "__main__":
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
 try:
-    import matplotlib
     import matplotlib.style
     import numpy as np
     import torch
@@ -554,7 +544,6 @@ try:
     import transformers
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
-    from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -563,15 +552,7 @@ try:
     from safetensors.torch import save as to_safetensors
     from torch import Tensor
     from tqdm import tqdm
-    from transformers import (
-        AutoTokenizer,
-        PreTrainedTokenizerBase,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        RepetitionPenaltyLogitsProcessor,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except Exception as error:  # a bad environment variable or a file that shadows a package can raise any error
@@ -585,10 +566,8 @@ except Exception as error:  # a bad environment variable or a file that shadows 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and small helpers
 
-
 # SIGHUP is a lost terminal; SIGUSR1, SIGUSR2 and SIGXCPU are a scheduler's warnings. Windows lacks some.
-STOP_SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNAL_NAMES if hasattr(signal, name)]
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]
 
 
 class Stopped(SystemExit):
@@ -597,11 +576,8 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored.
-
-    Outside the main thread, do nothing: Python sets signal handlers only in the main thread.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
+    """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there does Python set handlers
     with contextlib.ExitStack() as afterwards:
         for number in STOP_SIGNALS if in_main_thread else []:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -788,11 +764,12 @@ def load_models(args: argparse.Namespace) -> Models:
     print(f"loading the VQ tokenizer from {vq_folder}")
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
     factor = downsampling_factor(vq_decoder, device)
-    vq_encoder = load_vq_encoder(vq_folder / VQ_ENCODER, device, factor) if args.images else None
+    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
+    if vq_encoder:
+        encode_pixels(vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor))  # fails now if the encoder is bad
     codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
     refuse_misfits(args, config, text_tokenizer, factor, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
-    print(f"loading the generator from {generator_folder}")
     generator = load_generator(generator_folder, precision, device)
     print(f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}")
     print(f"vocabulary: {visual_offset} text ids + {codebook_size} visual codes")
@@ -814,9 +791,8 @@ def load_models(args: argparse.Namespace) -> Models:
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # torchrun, srun
-        index = int(local_rank) if local_rank.isdigit() else 0
-        name = f"cuda:{index % torch.cuda.device_count()}"
+        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)  # torchrun, srun
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if os.path.exists("/dev/nvidia0"):
@@ -853,10 +829,7 @@ def tf32_if_asked(models: Models) -> Iterator[None]:
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
-    """Return `name` if it is a folder, else the local snapshot of that hub repository, downloaded if needed.
-
-    Raises UserError.
-    """
+    """Return the folder `name`, else a snapshot of that hub repository, downloaded if needed. Raises UserError."""
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         for file in folder.iterdir():
@@ -899,7 +872,7 @@ def read_config(folder: Path) -> Qwen2Config:
 
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with one_line_for(f"the text tokenizer in {folder} does not load", "download its files again"):
-        text_tokenizer = AutoTokenizer.from_pretrained(folder)
+        text_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
         if token not in text_tokenizer.get_vocab() or len(text_tokenizer(token)["input_ids"]) != 1:
             raise UserError(f"the text tokenizer in {folder} lacks {token} or splits it: it is not SimpleAR's")
@@ -908,6 +881,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2ForCausalLM:
     """Load the generator, freeze it, and run it once, so that failures show now. Raises UserError."""
+    print(f"loading the generator from {folder}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     remedy = "download them again, or take a SimpleAR checkpoint"
@@ -994,13 +968,6 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
         return torch.jit.load(stream, map_location=device).eval()
 
 
-def load_vq_encoder(file: Path, device: torch.device, factor: int) -> torch.jit.ScriptModule:
-    """Load the encoder and encode a small picture, so that a bad encoder is found before the generator loads."""
-    vq_encoder = load_torchscript(file, device)
-    encode_pixels(vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor), factor)
-    return vq_encoder
-
-
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
     """Decode one latent cell; return its width in pixels. Raises UserError."""
     failure = f"--vq-model-ckpt: decoder.jit does not decode one code to a picture on {device}"
@@ -1017,10 +984,9 @@ def refuse_misfits(
 ) -> None:
     """Raise UserError if the image size or a prompt does not fit the models, or the models do not fit each other."""
     image_size, num_tokens = args.image_size, num_tokens_of(args.image_size, factor)
-    below = image_size // factor * factor
-    if image_size != below:
-        nearest = f"{below} or {below + factor}" if below else factor
-        raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {nearest}")
+    if image_size % factor:
+        above = image_size - image_size % factor + factor
+        raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {above}")
     if args.num_e_tokens > num_tokens:
         raise UserError(f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of the image")
     size = size_token(text_tokenizer, image_size)
@@ -1029,10 +995,9 @@ def refuse_misfits(
     longest = max(lengths)
     if longest + num_tokens > config.max_position_embeddings:
         which = textwrap.shorten([*args.prompts, "negative prompt"][lengths.index(longest)], 80, placeholder="...")
-        raise UserError(
-            f"the longest prompt ({which}) has {longest} tokens, and the image {num_tokens}: together they must stay "
-            f"within the model's {config.max_position_embeddings} positions; lower --image-size, or shorten a --prompt"
-        )
+        sizes = f"the longest prompt ({which}) has {longest} tokens, and the image {num_tokens}"
+        limit = f"more than the model's {config.max_position_embeddings} positions"
+        raise UserError(f"{sizes}, {limit}: lower --image-size, or shorten a --prompt")
     visual_offset = len(text_tokenizer)
     if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
         needed = f"{visual_offset} text tokens and a codebook of {codebook_size}: use the VQ tokenizer of this model"
@@ -1060,7 +1025,7 @@ def decode_codes(vq_decoder: torch.jit.ScriptModule, codes: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: int) -> Tensor:
+def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor) -> Tensor:
     """Encode pixels [B, 3, H, W] in [0, 1] as visual codes [B, N] in raster order. Raises UserError."""
     remedy = "Cosmos' encoder needs a GPU (bfloat16); if there is one, the file is not a Cosmos encoder"
     with one_line_for("--image: encoder.jit cannot run here", remedy):
@@ -1068,10 +1033,7 @@ def encode_pixels(vq_encoder: torch.jit.ScriptModule, pixels: Tensor, factor: in
         videos = (2 * pixels - 1)[:, :, None].to(weight.device, weight.dtype)  # [B, 3, 1, H, W]
         with torch.jit.optimized_execution(False):  # see decode_codes: other rounding could give other codes
             indices = [vq_encoder(video)[0] for video in videos.split(1)]  # [1, 1, h, w] each
-        codes = torch.cat(indices).flatten(1).long()
-    if codes.shape[1] != num_tokens_of(pixels.shape[-1], factor):
-        raise UserError("--image: encoder.jit does not belong to decoder.jit: its number of codes differs")
-    return codes
+        return torch.cat(indices).flatten(1).long()
 
 
 def fingerprint_of(folder: Path, patterns: tuple[str, ...]) -> str:
@@ -1156,7 +1118,7 @@ def new_targets(
 ) -> tuple[Tensor, float | None]:
     """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
 
-    To add a kind of target, add an option, checked in `refuse_contradictions` and `fill_in_prompts`; its shard in
+    To add a kind of target, add an option, checked in `refuse_contradictions` and `fill_in`; its shard in
     `take_shard`; its file in `refuse_git_lfs_pointers` and `read_inputs`; the file's fingerprint in DECIDES and
     `describe_run`; and a branch here that returns int64 codes, all of them visual, and None.
     """
@@ -1166,9 +1128,9 @@ def new_targets(
         all_codes = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
         return all_codes[index - 1 :: count].clone(), None  # frees the other shards' codes
     if args.images:
-        codes, seconds = encode_pixels(models.vq_encoder, pictures, models.factor).cpu(), None
-        if not models.are_visual(codes):
-            raise UserError("--image: encoder.jit does not belong to decoder.jit: codes out of range")
+        codes, seconds = encode_pixels(models.vq_encoder, pictures).cpu(), None
+        if codes.shape[1] != num_tokens or not models.are_visual(codes):
+            raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes do not fit")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
     if args.control == "shuffled":
@@ -1266,7 +1228,7 @@ def generate_visual_codes(
     """
     # One random generator per target, so that its picture does not depend on the other targets.
     rngs = [torch.Generator(models.device).manual_seed(args.seed) for _ in prompts]
-    penalise = RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
+    penalise = transformers.RepetitionPenaltyLogitsProcessor(models.repetition_penalty)
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, cache, feed = prepare_decoding(models, prompts, num_tokens)
@@ -1302,9 +1264,9 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
     """Sample one index per row of scores [B, C], each with its own RNG; top-k keeps ties with the k-th score."""
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
     if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
+        scores = transformers.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
+        scores = transformers.TopPLogitsWarper(top_p)(None, scores)
     probability = scores.softmax(-1)
     # Same as torch.multinomial, without its host synchronisation.
     noise = [torch.empty_like(row).exponential_(generator=rng) for row, rng in zip(probability, rngs, strict=True)]
@@ -1336,10 +1298,8 @@ class ProtoTokens:
     @property
     def e_t(self) -> Tensor:
         """Return e_t of all targets, [B, K, D]."""
-        vectors = self.points.unflatten(1, (-1, self.hidden_size))  # [G, L / D, D]
-        if self.given_m is None:
-            vectors = vectors[:, :-1]
-        return vectors.reshape(-1, self.num_e_tokens, self.hidden_size)
+        e_t = self.points[:, : -self.hidden_size] if self.given_m is None else self.points
+        return e_t.reshape(-1, self.num_e_tokens, self.hidden_size)
 
     @property
     def m(self) -> Tensor:
@@ -1434,7 +1394,6 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
     return Predictions(*(torch.cat(values).view(shape) for values in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
     """Predict targets `codes` [B, N], each in one pass: as many at once as in learning, fewer if memory runs out."""
 
@@ -2134,7 +2093,6 @@ def reconstruct(
     return Reconstruction(predictions, torch.cat(errors), {k: drawn[k] for k in shown}, one_pass_seconds)
 
 
-@torch.no_grad()
 def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
     """Return the median seconds to emit the codes of all targets; repeat it for 2 s, but at most six times.
 
@@ -2321,16 +2279,11 @@ def render(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def heading_of(prompt: str, width: int, lines: int) -> str:
-    """Return the prompt as a figure's heading: at most `lines` lines of at most `width` characters."""
-    return "\n".join(textwrap.wrap(prompt, width, max_lines=lines, placeholder=" …"))
-
-
 def psnr_text(decibels: float) -> str:
     return "identical picture" if decibels == math.inf else f"PSNR {decibels:.1f} dB"
 
 
-def show(axis: Axes, image: Image.Image, title: str = "", detail: str = "") -> None:
+def show(axis: matplotlib.axes.Axes, image: Image.Image, title: str = "", detail: str = "") -> None:
     axis.imshow(image, interpolation="antialiased")
     axis.set_title(title, loc="center")
     axis.set_xlabel(detail, fontsize=10, labelpad=6)
@@ -2351,7 +2304,7 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
     accuracy = f"{correct}/{total} tokens ({100 * correct / total:.1f} %), {psnr_text(summary['psnr'])}"
     show(left, target["reference"], "reference", f"{total} tokens{one_by_one}")
     show(right, target["reconstruction"], f"one forward pass over {embeddings} embeddings", accuracy)
-    heading = heading_of(target["prompt"], width=44, lines=2)
+    heading = textwrap.fill(target["prompt"], 44, max_lines=2, placeholder=" …")
     figure.suptitle(heading, fontsize=11.5, fontweight="bold", y=0.945, va="center", parse_math=False)
     return render(figure)
 
@@ -2403,7 +2356,7 @@ def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
     for k, target in enumerate(shown):
         column, row = divmod(k, num_rows)
         text_axis, *picture_axes = axes[row, 4 * column : 4 * column + 4]
-        heading = heading_of(target["prompt"], width=22, lines=3)
+        heading = textwrap.fill(target["prompt"], 22, max_lines=3, placeholder=" …")
         text_axis.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
         text_axis.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
         names = {"reference": "reference", "reconstruction": "one forward pass", "error_map": "wrong tokens"}
@@ -2421,14 +2374,11 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
     counts = [trial["num_tokens"] for trial in trials]
     axis.plot(counts, [trial["best_accuracy"] for trial in trials], color=FAINT, linewidth=1, zorder=1)
     for reached, colour, label in ((True, GREEN, "reached"), (False, RED, "not reached")):
-        some = [trial for trial in trials if trial["reached"] is reached]
-        if some:
-            x, y = [trial["num_tokens"] for trial in some], [trial["best_accuracy"] for trial in some]
-            axis.scatter(x, y, color=colour, s=34, label=label, zorder=2)
+        y = [trial["best_accuracy"] if trial["reached"] is reached else math.nan for trial in trials]
+        axis.scatter(counts, y, color=colour, s=34, label=label, zorder=2)
     axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
     axis.set_xscale("log", base=2)
-    ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
-    axis.set_xticks(ticks, labels=map(str, ticks))
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set(ylim=(-2, 104), xlabel="length of the target's prefix (tokens)", ylabel="best token accuracy (%)")
     axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold")
     axis.grid()
@@ -2530,7 +2480,6 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-VERSIONED = ("transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib")
 STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 14
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal: first the files that show whether the others are complete.
@@ -2636,8 +2585,7 @@ def remove_results(folder: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove an interrupted run's state, and the half-written files of a killed run. Raises OSError."""
-    half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
-    for file in (folder / STATE_FILE, *half_written):
+    for file in (folder / STATE_FILE, *folder.rglob("*.[0-9]*.partial")):
         file.unlink(missing_ok=True)
 
 
@@ -2649,7 +2597,7 @@ def frames_in(folder: Path) -> list[Path]:
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
     """Return all settings, the values derived from them, and the versions: what is needed to repeat the run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in VERSIONED:
+    for package in ("transformers", "tokenizers", "safetensors", "wandb", "numpy", "pillow", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     num_tokens = num_tokens_of(args.image_size, models.factor)
@@ -2870,15 +2818,12 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     stored = read_settings(folder)
     if stored is None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
-    changed = []
-    for name, value in settings_deciding(settings, "reference", "result").items():
-        if stored.get(name) != value:
-            before = textwrap.shorten(str(stored.get(name)), 80, placeholder="...")
-            now = textwrap.shorten(str(value), 80, placeholder="...")
-            changed.append(f"{name} ({before}, now {now})")
+    deciding = settings_deciding(settings, "reference", "result")
+    changed = [f"{name} ({stored.get(name)}, now {now})" for name, now in deciding.items() if stored.get(name) != now]
     if changed:
+        differences = textwrap.shorten(", ".join(changed), 250, placeholder="...")
         remedy = "repeat its settings, give another --wandb-run-name, or leave out --resume to replace it"
-        raise UserError(f"--resume: the run in {folder} has other settings: {', '.join(changed)}; {remedy}")
+        raise UserError(f"--resume: the run in {folder} has other settings: {differences}; {remedy}")
 
 
 def read_state(folder: Path) -> dict | None:
@@ -2915,11 +2860,9 @@ def set_up_wandb(args: argparse.Namespace) -> object | None:
         del os.environ["HOME"]  # without it, the system may still know the user's home
     if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user without a name
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
-    try:
+    with one_line_for("--use-wandb needs wandb", "pip install -r requirements.txt"):
         import wandb
         from wandb import Settings  # fails if `wandb` is only a wandb.py beside the script
-    except ImportError as error:
-        raise UserError(f"--use-wandb needs wandb ({main_line(error)}): pip install -r requirements.txt") from None
     with contextlib.suppress(ImportError, AttributeError):  # disable W&B's telemetry of errors
         wandb.analytics.opentelemetry.opentelemetry_proxy.disable()  # else it waits forever for a dead service
     try:
@@ -3257,8 +3200,7 @@ class Recorder:
     def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
         """Write the pictures, log the results, then write the summary, which shows that the rest is complete."""
         for name, image in images.items():
-            if name != "reference_image":  # `begin` has written it
-                write_image(self.folder / f"{name}.png", image)
+            write_image(self.folder / f"{name}.png", image)
         self.tracker.log_results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         remove_unfinished(self.folder)
@@ -3270,11 +3212,7 @@ class Recorder:
 
 def print_results(summary: dict, record: Recorder) -> None:
     """Print the main results."""
-    if "capacity_tokens" in summary:
-        found = f"{summary['capacity_tokens']} of {summary['num_tokens']} tokens"
-        lines = {"capacity": f"{found}, in {summary['trials']} trials"}
-    else:
-        lines = lines_of_results(summary)
+    lines = lines_of_results(summary)
     lines["files"] = f"{record.folder}/"
     if record.tracker.run and record.tracker.run.offline:
         lines["to W&B later"] = record.tracker.sync_command()
@@ -3283,9 +3221,10 @@ def print_results(summary: dict, record: Recorder) -> None:
         print(f"  {label:<14} {text}")
 
 
-def lines_of_results(summary: dict) -> dict[str, str]:
-    s, num_targets = summary, summary["num_targets"]
-    total = num_targets * s["num_tokens"]
+def lines_of_results(s: dict) -> dict[str, str]:
+    if "capacity_tokens" in s:
+        return {"capacity": f"{s['capacity_tokens']} of {s['num_tokens']} tokens, in {s['trials']} trials"}
+    num_targets, total = s["num_targets"], s["num_targets"] * s["num_tokens"]
     lines = {"status": s["status"]}
     lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
     if num_targets > 1:
@@ -3298,10 +3237,8 @@ def lines_of_results(summary: dict) -> dict[str, str]:
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
-        lines["optimisation"] = took if num_targets > 1 else f"{took}, the best at {s['best_step']}"
-    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s" + (
-        f" for all {num_targets} targets" if num_targets > 1 else ""
-    )
+        lines["optimisation"] = f"{took}, the best at {s['best_step']}"
+    lines["one pass"] = f"{s['one_pass_seconds']:.4f} s for {total} tokens"
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
     return lines
@@ -3368,10 +3305,8 @@ def run_experiment(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     try:
         run_experiment(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         exit_with_error(error)
-    except OSError as error:  # an OSError that was not turned into a UserError
-        exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else main_line(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -254,7 +254,7 @@ def test_a_models_folder_is_not_mistaken_for_a_runs_folder(call_tiny, model_fold
 def test_a_result_that_cannot_be_replaced_is_reported_in_one_line(call_tiny, tmp_path):
     (tmp_path / "out" / "mine" / "capacity.png").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "summary.json").touch()  # this file marks the folder as a run's
-    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "capacity.png: Is a directory")
+    refused(call_tiny("--save-dir", "out", "--wandb-run-name", "mine"), "Is a directory", "capacity.png")
 
 
 @pytest.mark.parametrize("option", ["--save-dir", "--model-path", "--vq-model-ckpt"])

@@ -139,7 +139,7 @@ def test_an_interrupted_run_resumes_only_with_the_same_picture(call_tiny, tmp_pa
     refused(call_tiny(*options), "other settings", "images_fingerprint")
     saved(tmp_path, picture())
     with monkeypatch.context() as patch:
-        patch.setattr(vpt, "encode_pixels", lambda _, pixels, __: torch.zeros(len(pixels), 16).long())  # on another GPU
+        patch.setattr(vpt, "encode_pixels", lambda _, pixels: torch.zeros(len(pixels), 16).long())  # on another GPU
         assert call_tiny(*options).code == 0
     assert torch.equal(tensors_in(tmp_path / "proto_tokens_exp" / "run")["target_ids"][0] - 1401, CODES)
 
@@ -158,7 +158,7 @@ def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tm
 def test_the_demos_encoder_and_decoder_reproduce_a_picture():
     models = vpt.load_models(vpt.parse_args(["--demo", "--device", "cpu", "--image", str(DEMO / "samples.png")]))
     pixels = vpt.read_picture(DEMO / "samples.png", 256)[None]
-    codes = vpt.encode_pixels(models.vq_encoder, pixels, models.factor)
+    codes = vpt.encode_pixels(models.vq_encoder, pixels)
     again = vpt.decode_codes(models.vq_decoder, codes)
     assert codes.shape == (1, 64) and vpt.psnr((again - pixels).square().mean().item()) > 15
 
