@@ -1781,9 +1781,8 @@ class Optimisation:
         self.targets = TargetResults(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
         zeros = torch.zeros_like(codes)
-        nan = torch.full_like(codes, math.nan, dtype=torch.float32)
         # At the best steps, [B, N]; before the first, each position counts as wrong (rank 1).
-        self.predictions = Predictions(nan, zeros.int() + 1, zeros, zeros.clone())
+        self.predictions = Predictions(zeros + math.nan, zeros.int() + 1, zeros, zeros.clone())
         self.step = 0  # steps done, of all batches
         self.seconds = 0.0
         self.begin_batch(0)
@@ -3005,19 +3004,15 @@ class Tracker:
             self.run.log(media)
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
-    def log_proto_tokens(self, file: Path, status: str) -> None:
+    def log_proto_tokens(self, file: Path) -> None:
         """Log the file as an artifact; if that fails, as it can without a server, save it among the run's files."""
         if self.run is None:
             return
-        import wandb
-
         with self.tolerating_wandb_errors():
             try:
                 name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # W&B's limit
-                artifact = wandb.Artifact(name, type="proto-tokens", metadata={"status": status})
-                artifact.add_file(str(file))
-                self.run.log_artifact(artifact)
-            except (wandb.Error, OSError):
+                self.run.log_artifact(str(file), name, type="proto-tokens")
+            except Exception:  # such as a missing server
                 self.run.save(str(file), base_path=str(file.parent), policy="now")
 
 
@@ -3168,7 +3163,7 @@ class Recorder:
             if name in targets[0]:  # there are steps only if this run learned
                 target_columns[name] = torch.tensor([target[name] for target in targets])
         file = self.write_proto_tokens(proto_tokens, **target_columns)
-        self.tracker.log_proto_tokens(file, summary["status"])
+        self.tracker.log_proto_tokens(file)
         if frames := frames_in(self.folder):
             write_moving_picture(self.folder / "progress.gif", frames)
         rows = draw_targets(targets, reconstruction)
