@@ -173,7 +173,7 @@ SWITCH = {
 }
 
 
-# One row per option: a table is easiest to read.
+# Laid out by hand, like a table: the formatter would put each argument on a line of its own.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its `decides` maps each setting to what the setting affects (the second argument of `add`).
@@ -242,14 +242,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
     add("--optimizer", "result", "optimiser", choices=("lbfgs", "adamw"), default="lbfgs")
-    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of the numbers per step (default: 0.2); "
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of e_t and m in a step (default: 0.2); "
         "AdamW: peak rate before a cosine decay (default: 0.01)", type=POSITIVE, metavar="RATE")
     add("--warmup-steps", "result", "AdamW: warm-up steps, capped at a tenth of --num-steps",
         type=COUNT_OR_0, default=20, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments",
         type=BETAS, default="0.9,0.9", metavar="B1,B2")
     add("--grad-clip", "result", "AdamW: clip the gradient to this norm; 0 means no clipping",
-        type=AT_LEAST_0, default="0", metavar="NORM")  # a text, so that `add` shows it, too
+        type=AT_LEAST_0, default="0", metavar="NORM")  # a string, because `add` leaves the number 0 out of the help
     add("--initial-scale", "result", "standard deviation of the initial proto-tokens",
         type=UP_TO_1000, default=0.25, metavar="STD")
     add("--vocabulary", "result", "ids in the softmax: all of the model's, including text, or only the visual codes",
@@ -262,12 +262,12 @@ def build_parser() -> argparse.ArgumentParser:
         "with --capacity)", type=PERCENT, metavar="PERCENT")
     add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
         "--num-steps", **SWITCH)
-    add("--log-every", "result", "steps between two rows of history.csv; n times as many with n batches of targets",
+    add("--log-every", "result", "steps between two rows of history.csv; with n batches of targets, n times this",
         type=COUNT, default=1, metavar="STEPS")
     add("--save-every", "nothing", "steps between two saved states; a stop signal also saves the state",
         type=COUNT, default=100, metavar="STEPS")
-    add("--resume", "nothing", "continue the interrupted run with this name and these settings; without one, "
-        "start it", **SWITCH)
+    add("--resume", "nothing", "continue the run with this name and these settings if it was interrupted; start it "
+        "if it has no saved state; do nothing if it is finished", **SWITCH)
     add("--from-proto-tokens", "result", "learn nothing: reconstruct an earlier run's picture, with its models; give "
         "its folder or proto_tokens.safetensors", type=PROTO_TOKENS, metavar="FILE")
 
@@ -304,7 +304,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         refuse_contradictions(args, defaults)  # first: `fill_in` hides which options were given
         for each in (args, defaults):
             fill_in(each)
-        take_shard(args)
+        take_shard(args)  # needs all prompts; sets --shard, which is part of the default name
         refuse_git_lfs_pointers(args)
         fill_in_name_and_wandb(args, default_run_name(args, defaults))
     except UserError as error:
@@ -371,7 +371,7 @@ def take_shard(args: argparse.Namespace) -> None:
     if num_prompts > 1 and args.m == "shared" and not args.m_from:
         raise UserError("--shard and launchers split the targets, which then cannot share m: add --m own or --m-from")
     if index > num_prompts and rank:
-        print(f"there is no prompt left for rank {index} of {count}")
+        print(f"there is no prompt left for process {index} of {count}")
         raise SystemExit(0)
     if index > num_prompts:
         raise UserError(f"--shard {index}/{count} has no prompt: only {num_prompts} given")
@@ -863,7 +863,7 @@ def read_config(folder: Path) -> Qwen2Config:
         if kind != "qwen2":
             raise UserError(f"--model-path {folder} is a {kind!r} model: SimpleAR generators are 'qwen2'")
         if fields.get("quantization_config"):
-            raise UserError(f"--model-path {folder} is quantised, which stops gradients: use the original weights")
+            raise UserError(f"--model-path {folder} is quantised, which can stop gradients: use the original weights")
         config = Qwen2Config.from_dict(fields)
     if "sliding_attention" in config.layer_types or config.rope_parameters["rope_type"] != "default":
         raise UserError(f"--model-path {folder} has sliding windows or rope scaling, which no SimpleAR generator has")
@@ -1171,7 +1171,7 @@ def read_picture(file: Path, size: int) -> Tensor:
             if image.mode.startswith(("I", "F")):  # Pillow would clip them
                 raise ValueError("its pixels have more than 8 bits a channel: convert it")
             image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
-            with contextlib.suppress(Exception):  # damaged EXIF; the picture is turned before its EXIF is rewritten
+            with contextlib.suppress(Exception):  # if rewriting damaged EXIF fails, the picture is already turned
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -1491,8 +1491,8 @@ class LBFGS:
     A step moves from the last accepted point x by -alpha H g, at most `rate` (root mean square over the numbers). H
     approximates the inverse Hessian; it is built from the newest pairs: a step s and the change y of the gradient g. If
     the loss falls too little (Armijo's condition, with a tolerance for rounding) or is not finite, the next step tries
-    a smaller alpha; after TRIES failures, all pairs are discarded. Each embedding has its own scale, since m is used at
-    most positions and e_t at one. Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1, 3.5 and 7.2.
+    a smaller alpha; after TRIES failures, all pairs are discarded. The initial H is diagonal, with one scale for each
+    embedding: m fills many positions, e_t one. Nocedal and Wright, "Numerical Optimization", 2nd ed., 3.1, 3.5, 7.2.
     """
 
     PAIRS = 60
@@ -1685,7 +1685,7 @@ class TargetResults:
         improved = (accuracy > best_accuracy) | ((accuracy == best_accuracy) & (loss < best_loss))
         # A step that meets the goal is the best, even if the joint mean of the targets was higher before.
         new_best = finite & (met | improved)
-        lost = ~finite & (numbers["can_go_back"] == 0)  # as the optimiser had it before this evaluation
+        lost = ~finite & (numbers["can_go_back"] == 0)  # can_go_back: set by the optimiser's previous step
         self["steps"][rows] += ~lost
         for name in ("loss", "num_correct", "accuracy", "top5_accuracy"):
             self[name][rows[finite]] = numbers[name][finite]
@@ -1781,7 +1781,7 @@ class Optimisation:
         self.targets = TargetResults(count, self.together, args)
         self.best = initial_proto_tokens(models, count, args, given_m)
         zeros = torch.zeros_like(codes)
-        # At the best steps, [B, N]; before the first, each position counts as wrong (rank 1).
+        # [B, N], from each target's best step. Before it has one, all positions count as wrong (rank 1; 0 is right).
         self.predictions = Predictions(zeros + math.nan, zeros.int() + 1, zeros, zeros.clone())
         self.step = 0  # steps done, of all batches
         self.seconds = 0.0
@@ -3023,7 +3023,8 @@ class Tracker:
 class Recorder:
     """Write a run's files while it learns, log to W&B, and save the state that --resume needs.
 
-    Leaving this context manager ends the W&B run, if there is one. After an exception, W&B shows the run as failed.
+    Call `begin` first; in each `learn`, `start_learning`, then `keep_step` and `end_batch`; last `write_results` or
+    `write_capacity`. Leaving this context manager ends the W&B run. After an exception, W&B shows it as failed.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
