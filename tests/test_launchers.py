@@ -36,7 +36,7 @@ def test_each_rank_of_a_launcher_takes_its_shard(monkeypatch, names):
 
 def test_a_rank_without_a_prompt_ends_with_exit_code_0(call_tiny):
     result = call_tiny(*TWO, "--m", "own", env={"RANK": "2", "WORLD_SIZE": "3"})
-    assert result.code == 0 and "no prompt left for rank 3 of 3" in result.out
+    assert result.code == 0 and "no prompt left for process 3 of 3" in result.out
 
 
 @pytest.mark.parametrize("options", [("--prompt", "a"), (*TWO, "--m", "own", "--shard", "1/2"), TWO])
