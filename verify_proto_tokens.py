@@ -1,9 +1,9 @@
 """Test whether a frozen autoregressive image generator emits a whole image in one pass from two learned embeddings.
 
-The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer), freezes it,
-generates a reference image from a prompt, and optimises two proto-token embeddings, e_t and m, with cross-entropy until
-one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. It then decodes the predicted tokens to an
-image and reports how close this reconstruction is to the reference.
+The script loads SimpleAR (a Qwen2 decoder over the visual tokens of NVIDIA's Cosmos tokenizer), freezes it, and
+generates a reference image from a prompt. It then optimises two proto-token embeddings, e_t and m, with cross-entropy,
+so that one forward pass over [e_t, m, ..., m] predicts all N tokens of that image. Last, it decodes the predicted
+tokens to an image and reports how close this reconstruction is to the reference.
 
     python verify_proto_tokens.py --demo        # a small real model kept in the repository: no GPU, no network
 
@@ -11,13 +11,13 @@ The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for 
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which shows all steps in
 order. `load_generator` freezes the generator, `generate_visual_codes` makes the reference, `learn_batch` is the
 training loop, `ProtoTokens.inputs` builds [e_t, m, ..., m], `loss_and_gradient` is the loss, `TargetResults.record`
-says what is best and what ends, `make_optimizer` chooses the update, and `reconstruct` decodes the predictions.
+finds a target's best step and its end, `make_optimizer` picks the optimiser, and `reconstruct` decodes the predictions.
 
-Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1),
-D = hidden size, V = ids that compete in the softmax, C = visual codes, P = positions in a chunk, A = targets
-that are still learning, G = problems (1 if targets learn one m together, else one per target), L = learned numbers per
-problem, M = pairs that L-BFGS keeps, T = tokens of a prompt. A target is the N visual codes, 0 .. C - 1, of one image.
-Token ids, code + visual_offset, occur only in the generator's input, `Predictions.ids`, and proto_tokens.safetensors.
+Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1), D = hidden size,
+V = ids that compete in the softmax, C = visual codes, P = positions in a chunk of logits, A = targets that still learn,
+G = optimisation problems (1 if the targets share a learned m, else one per target), L = learned numbers per problem,
+M = pairs that L-BFGS keeps, T = tokens of a prompt. A target is the N visual codes (0 .. C - 1) of one image. Token ids
+(code + visual_offset) occur only in the generator's input, `Predictions.ids`, and proto_tokens.safetensors.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ DEFAULT_VQ_MODEL = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo_model"
 PROTO_TOKENS_FILE = "proto_tokens.safetensors"
 CACHE_FOLDER = "reference_cache"
-SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first and the worst targets, W&B lists the first; means cover all
+SHOWN_TARGETS, SHOWN_WORST = 24, 8  # figures show the first targets and the worst others; means are over all targets
 
 
 class UserError(Exception):
@@ -123,7 +123,7 @@ COUNT = checked(whole_number, lambda n: 1 <= n < 2**63, "a whole number of at le
 COUNT_OR_0 = checked(whole_number, lambda n: 0 <= n < 2**63, "a whole number of at least 0")
 IMAGE_SIZE = checked(whole_number, lambda n: 1 <= n <= 16384, "a whole number from 1 to 16384")
 POSITIVE = checked(float, lambda x: 0 < x <= 1e37, "a number above 0 and at most 1e37")
-TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (for greedy, use --top-k 1)")
+TEMPERATURE = checked(float, lambda x: 1e-6 <= x <= 1e37, "a number from 1e-6 to 1e37 (greedy decoding: --top-k 1)")
 AT_LEAST_0 = checked(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
 PENALTY = checked(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100; 1 means no penalty")
 UP_TO_1000 = checked(float, lambda x: 0 <= x <= 1000, "a number from 0 to 1000")
@@ -178,9 +178,9 @@ SWITCH = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its `decides` maps each setting to what the setting affects (the second argument of `add`).
 
-    "model": which models are used; "reference": the codes that the generator decodes for a prompt, and so the key of
-    the reference cache; "result": what else changes what is learned, or the rows of the history; "nothing": how the run
-    works and reports. A run's default name has all but "nothing"; --resume compares "reference" and "result".
+    "model": which models are used. "reference": the codes that the generator decodes for a prompt, and so the key of
+    the reference cache. "result": what else affects what is learned, or the rows of the history. "nothing": how the run
+    works and reports. A run's default name leaves out "nothing" settings; --resume compares "reference" and "result".
     """
     parser = argparse.ArgumentParser(
         prog="verify_proto_tokens.py",
@@ -201,11 +201,11 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("models")
     add("--model-path", "model", f"SimpleAR generator: a folder or a hub id (default: {DEFAULT_MODEL})",
         type=TEXT, metavar="PATH")
-    add("--vq-model-ckpt", "model", "VQ tokenizer: hub id or folder with decoder.jit, which is code: use only a "
-        f"trusted source (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
+    add("--vq-model-ckpt", "model", "VQ tokenizer: a hub id or a folder with decoder.jit; the file is code: trusted "
+        f"sources only (default: {DEFAULT_VQ_MODEL})", type=TEXT, metavar="PATH")
     add("--demo", "model", "use the small demo model kept in the repository; needs no network", **SWITCH)
-    add("--device", "nothing", "torch device (default: the first CUDA GPU, or the local rank's; else mps, else cpu)",
-        type=TEXT)
+    add("--device", "nothing", "torch device (default: CUDA GPU 0, or the local rank's GPU in torchrun and srun; else "
+        "mps, else cpu)", type=TEXT)
     add("--dtype", "reference", "precision of the generator; the proto-tokens are float32. auto: tf32 on GPUs that "
         "have it, else float32", choices=("auto", "float32", "tf32", "bfloat16", "float16"), default="auto")
 
@@ -216,9 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=FILES, action="extend", default=[], metavar="FILE", dest="prompts_files")
     add("--shard", "result", "split the prompts among N runs: this run takes every N-th, from the I-th on; needs --m "
         "own or --m-from", type=SHARD, metavar="I/N")
-    add("--image", "result", "use the middle square of a picture of your own; its --prompt is by default the file's "
-        "name; with Cosmos, needs a GPU", type=FILES, action="extend", default=[], metavar="FILE", dest="images")
-    add("--image-size", "result", "width and height, a multiple of the VQ tokenizer's 16 pixels (demo: 32)",
+    add("--image", "result", "use your own picture's middle square as the reference; --prompt defaults to the file's "
+        "name; Cosmos' encoder needs a GPU", type=FILES, action="extend", default=[], metavar="FILE", dest="images")
+    add("--image-size", "result", "width and height, a multiple of the VQ tokenizer's factor of 16 (demo: 32)",
         type=IMAGE_SIZE, default=256, metavar="PIXELS")
     add("--cfg-scale", "reference", "classifier-free guidance scale; 1: off", type=UP_TO_1000, default=6.0, metavar="S")
     add("--temperature", "reference", "sampling temperature", type=TEMPERATURE, default=1.0, metavar="T")
@@ -258,18 +258,18 @@ def build_parser() -> argparse.ArgumentParser:
         "replay them: fewer launches; never tried on a GPU", choices=("off", "on"), default="off")
     add("--gradient-checkpointing", "nothing", "recompute the layers in the backward pass: less memory, more time; "
         "auto: only if memory runs out", choices=("auto", "on", "off"), default="auto")
-    add("--target-accuracy", "result", "end a target at this token accuracy; 0: never early (default: 100, or 99 "
-        "with --capacity)", type=PERCENT, metavar="PERCENT")
-    add("--capacity", "result", "find how many of the target's first tokens reach --target-accuracy within "
-        "--num-steps", **SWITCH)
-    add("--log-every", "result", "steps between two rows of history.csv; with n batches of targets, n times this",
+    add("--target-accuracy", "result", "stop learning a target at this token accuracy; 0: never stop early "
+        "(default: 100, or 99 with --capacity)", type=PERCENT, metavar="PERCENT")
+    add("--capacity", "result", "find the longest prefix of the target's tokens that reaches --target-accuracy "
+        "within --num-steps", **SWITCH)
+    add("--log-every", "result", "steps between two rows of history.csv; times n if targets are learned in n batches",
         type=COUNT, default=1, metavar="STEPS")
     add("--save-every", "nothing", "steps between two saved states; a stop signal also saves the state",
         type=COUNT, default=100, metavar="STEPS")
     add("--resume", "nothing", "continue the run with this name and these settings if it was interrupted; start it "
         "if it has no saved state; do nothing if it is finished", **SWITCH)
-    add("--from-proto-tokens", "result", "learn nothing: reconstruct an earlier run's picture, with its models; give "
-        "its folder or proto_tokens.safetensors", type=PROTO_TOKENS, metavar="FILE")
+    add("--from-proto-tokens", "result", "learn nothing: reconstruct an earlier run's picture; give its folder or "
+        "proto_tokens.safetensors, and the same models", type=PROTO_TOKENS, metavar="FILE")
 
     group = parser.add_argument_group("output")
     add("--save-dir", "nothing", "save results in FOLDER/<run name>/ and cached references in FOLDER/reference_cache/",
@@ -331,7 +331,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def without_sweep_syntax(words: list[str], options: set[str]) -> list[str]:
-    """Change --num_steps=50 to --num-steps=50, and drop options that are None and the sweep agent's own --_wandb."""
+    """Change --num_steps=50 to --num-steps=50, and drop --_wandb, which sweep agents add, and options set to None."""
     result = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -363,7 +363,7 @@ def take_shard(args: argparse.Namespace) -> None:
     """Keep this run's share of prompts and pictures: every N-th from the I-th, by --shard or the process's rank."""
     rank, num_prompts = launched_rank(), len(args.prompts)
     if rank and (args.shard or num_prompts == 1):
-        raise UserError("torchrun and srun share out the prompts: give several and no --shard, or start one process")
+        raise UserError("torchrun and srun split the prompts: give several prompts, no --shard; or start one process")
     args.shard = args.shard or rank
     if not args.shard:
         return
@@ -395,7 +395,7 @@ def read_prompts(file: Path) -> list[str]:
             raise ValueError("it has null bytes")
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {file} cannot be read as UTF-8 text: {error}") from None
-    prompts = [line.strip() for line in text.replace("\ufeff", "").split("\n") if line.strip()]  # byte order marks
+    prompts = [line.strip() for line in text.replace("\ufeff", "").split("\n") if line.strip()]  # drop byte order marks
     if not prompts:
         raise UserError(f"--prompts-file {file} holds no prompt")
     return prompts
@@ -432,7 +432,7 @@ def default_run_name(args: argparse.Namespace, defaults: argparse.Namespace) -> 
     """Return a name such as proto_256px_steps1000_lr02_seed42, followed by all other settings not at their defaults.
 
     Settings in the category "nothing" of `build_parser` are left out. If the name does not show a value in full, it
-    ends in a digest, so that runs that differ in any other setting never share a folder.
+    ends in a digest. So runs that differ in a setting of another category never share a folder.
     """
     rate = re.sub(r"^0\.", "0", name_part(args.learning_rate))
     name = f"proto_{args.image_size}px_steps{args.num_steps}_lr{rate}_seed{args.seed}"
@@ -469,7 +469,7 @@ def name_part(value: object) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, Path):
-        value = value.parent.name if value.name == PROTO_TOKENS_FILE else value.name
+        value = value.parent.name if value.name == PROTO_TOKENS_FILE else value.name  # each run has this file
     return re.sub(r"[^\w.]|_", "-", str(value))[:40].strip("-.")
 
 
@@ -497,8 +497,8 @@ def in_sweep() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-# Each entry of config.json and what it decides: the options (see `build_parser`) and values derived from them. The
-# "environment" also decides the reference, but an interrupted run may continue in another environment.
+# This maps the entries of config.json (options and values derived from them) to what they decide; see `build_parser`.
+# The "environment" also decides the reference, but an interrupted run may continue in another environment.
 DECIDES = (
     build_parser().decides
     | dict.fromkeys(("prompt", "num_tokens", "codebook_size", "prompt_templates"), "reference")
@@ -533,7 +533,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once: only the training loop has something to save
 
-# A matplotlibrc can hold unknown keys and missing fonts; matplotlib warns at import, and for each letter drawn.
+# A matplotlibrc can name unknown keys or missing fonts: matplotlib would warn at import and for each letter drawn.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
 try:
@@ -577,7 +577,7 @@ class Stopped(SystemExit):
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
     """Call `handle` with the number of each stop signal inside the block; an ignored signal stays ignored."""
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only there does Python set handlers
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
     with contextlib.ExitStack() as afterwards:
         for number in STOP_SIGNALS if in_main_thread else []:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -612,7 +612,7 @@ def one_line_for(failure: str, remedy: str) -> Iterator[None]:
     """Turn any error that a library raises, except out of memory, into a UserError."""
     try:
         yield
-    except BaseException as error:  # a panic in tokenizers is not an Exception
+    except BaseException as error:  # a Rust panic in tokenizers is not an Exception
         if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
             raise
         raise UserError(f"{failure} ({main_line(error)}): {remedy}") from None
@@ -669,7 +669,7 @@ def as_cuda_graph(work: Callable[..., object], *inputs: Tensor) -> Callable[...,
         graph.replay()
         return results
 
-    replay.work = work  # keeps the tensors that the kernels use
+    replay.work = work  # keeps alive the tensors that the kernels use
     return replay
 
 
@@ -829,7 +829,7 @@ def tf32_if_asked(models: Models) -> Iterator[None]:
 
 
 def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
-    """Return the folder `name`, else a snapshot of that hub repository, downloaded if needed. Raises UserError."""
+    """Return the folder `name`, else a snapshot of the hub repository `name`, fetched if needed. Raises UserError."""
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         for file in folder.iterdir():
@@ -907,7 +907,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
 
 
 def refuse_misfitting_weights(folder: Path, report: dict) -> None:
-    """Raise UserError if tensors that config.json requires are missing or misshapen, or if there are extra layers."""
+    """Raise UserError if tensors that config.json requires are missing or misshapen, or if layers are extra."""
     missing, others = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     wrong = [f"{name} has {list(has)}, not {list(needs)}" for name, has, needs in sorted(report["mismatched_keys"])]
     wrong += [f"{name} is one too many" for name in others if re.match(r"model\.layers\.\d+\.(self_attn|mlp)\.", name)]
@@ -928,7 +928,7 @@ def attention(
 
     With enable_gqa, CUDA has only its slowest kernel for float32, which stores all attention weights [B, heads, N, N].
     """
-    if query.device.type != "cpu" and query.dtype == torch.float32 and query.shape[2] > 1:
+    if query.device.type != "cpu" and query.dtype == torch.float32 and query.shape[2] > 1:  # one is cheap
         key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
         states = F.scaled_dot_product_attention(
             query, key, value, attention_mask, is_causal=attention_mask is None, scale=options["scaling"]
@@ -986,7 +986,7 @@ def refuse_misfits(
     image_size, num_tokens = args.image_size, num_tokens_of(args.image_size, factor)
     if image_size % factor:
         above = image_size - image_size % factor + factor
-        raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's {factor} pixels: try {above}")
+        raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's factor of {factor}: try {above}")
     if args.num_e_tokens > num_tokens:
         raise UserError(f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of the image")
     size = size_token(text_tokenizer, image_size)
@@ -996,7 +996,7 @@ def refuse_misfits(
     if longest + num_tokens > config.max_position_embeddings:
         which = textwrap.shorten([*args.prompts, "negative prompt"][lengths.index(longest)], 80, placeholder="...")
         sizes = f"the longest prompt ({which}) has {longest} tokens, and the image {num_tokens}"
-        limit = f"more than the model's {config.max_position_embeddings} positions"
+        limit = f"together more than the model's {config.max_position_embeddings} positions"
         raise UserError(f"{sizes}, {limit}: lower --image-size, or shorten a --prompt")
     visual_offset = len(text_tokenizer)
     if codebook_size < 1 or config.vocab_size < visual_offset + codebook_size:
@@ -1057,12 +1057,12 @@ def digest_of(files: list[Path]) -> str:
 # Reference
 
 CACHE_FORMAT = 5
-BATCH_WITHOUT_GRADIENTS = 16  # targets at a time
+BATCH_WITHOUT_GRADIENTS = 16  # targets at a time, to generate codes and to decode them to pictures
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
 )
-Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses pictures above twice this, which need some 6 GB of memory
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses more than twice as many pixels: they need some 6 GB of memory
 
 
 @dataclass(frozen=True)
@@ -1070,7 +1070,7 @@ class Reference:
     """Hold the targets: visual codes and prompts, and the pixels of the first few."""
 
     codes: Tensor  # [B, N]
-    autoregressive_seconds: float | None  # to decode a single target alone; None in all other cases
+    autoregressive_seconds: float | None  # to generate the codes; None unless there is one target, generated alone
     pixels: Tensor  # [SHOWN_TARGETS or fewer, 3, H, W] in [0, 1]
     prompts: list[str]
 
@@ -1086,7 +1086,7 @@ def negative_prompt(size_token: str = "") -> str:
 
 
 def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
-    """Return the tokenizer's token for the image size, such as `<|512px|>`, or "" if it has none, like SimpleAR's."""
+    """Return the token for the image size, such as `<|512px|>`, or "" if the tokenizer has none, as in SimpleAR."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
 
@@ -1116,17 +1116,17 @@ def make_reference(
 def new_targets(
     models: Models, args: argparse.Namespace, cache: ReferenceCache, pictures: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    """Make new codes [B, N] as --image and --control ask; return them and their decoding seconds (or None).
+    """Make new codes [B, N] as --image and --control ask; return them and the seconds to generate them (or None).
 
-    To add a kind of target, add an option, checked in `refuse_contradictions` and `fill_in`; its shard in
-    `take_shard`; its file in `refuse_git_lfs_pointers` and `read_inputs`; the file's fingerprint in DECIDES and
-    `describe_run`; and a branch here that returns int64 codes, all of them visual, and None.
+    To add a kind of target, add an option. Check it in `refuse_contradictions` and `fill_in`; take a shard of it in
+    `take_shard`. If it names files, add them to `refuse_git_lfs_pointers` and `read_inputs`, and their fingerprint to
+    DECIDES and `describe_run`. Add a branch here that returns int64 codes, all of them visual, and None.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
         index, count = args.shard or (1, 1)
         all_codes = torch.randint(models.codebook_size, (len(args.prompts) * count, num_tokens), generator=rng)
-        return all_codes[index - 1 :: count].clone(), None  # frees the other shards' codes
+        return all_codes[index - 1 :: count].clone(), None  # a view would keep the other shards' codes in memory
     if args.images:
         codes, seconds = encode_pixels(models.vq_encoder, pictures).cpu(), None
         if codes.shape[1] != num_tokens or not models.are_visual(codes):
@@ -1139,9 +1139,9 @@ def new_targets(
 
 
 def generate_or_reuse(models: Models, args: argparse.Namespace, cache: ReferenceCache) -> tuple[Tensor, float | None]:
-    """Return the codes [B, N] of the prompts: from the cache if it has them for these settings, else newly decoded.
+    """Return the codes [B, N] of the prompts: from the cache if it has them for these settings, else newly generated.
 
-    Also return the seconds that decoding took, now or when cached; None unless there is one prompt, decoded alone.
+    Also return the seconds that generating them took, now or earlier; None unless there is one prompt, generated alone.
     """
     num_tokens, prompts = num_tokens_of(args.image_size, models.factor), list(dict.fromkeys(args.prompts))
     decoded = {} if args.force_generate else cache.read(prompts)  # prompt -> codes [N], seconds
@@ -1168,10 +1168,10 @@ def read_picture(file: Path, size: int) -> Tensor:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # Pillow warns of damaged EXIF
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them
-                raise ValueError("its pixels have more than 8 bits a channel: convert it")
+            if image.mode.startswith(("I", "F")):  # modes with more than 8 bits: Pillow would clip the values
+                raise ValueError("its pixels have more than 8 bits a channel: convert it to 8 bits")
             image.load()  # raises an error for a damaged picture; damaged EXIF, below, is ignored
-            with contextlib.suppress(Exception):  # if rewriting damaged EXIF fails, the picture is already turned
+            with contextlib.suppress(Exception):  # it turns the picture first; only then can damaged EXIF make it fail
                 ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -1203,7 +1203,7 @@ def prepare_decoding(
 
     def feed(ids: Tensor) -> Tensor:
         positions = cache.get_seq_length() + cache_positions[: ids.shape[1]]  # [n]
-        distance = positions[:, None] - cache_positions  # [n, T + N], how far back
+        distance = positions[:, None] - cache_positions  # [n, T + N], how far back each cache position is
         visible = (cache_positions >= padding[:, :, None]) & (distance >= 0)  # [2B, n, T + N]
         visible = visible | (distance == 0)  # padding attends to itself, because it must attend to something
         output = models.generator.model(
@@ -1232,7 +1232,7 @@ def generate_visual_codes(
     codes = torch.zeros(len(prompts), num_tokens, dtype=torch.long, device=models.device)
     all_finite = torch.ones((), dtype=torch.bool, device=models.device)
     ids, cache, feed = prepare_decoding(models, prompts, num_tokens)
-    # Feed the prompts, then one token, before timing: a GPU loads and chooses kernels for each shape.
+    # Warm up before timing, with the prompts and then one token: a GPU loads and chooses kernels for each new shape.
     feed(ids)
     cache.reset()
     feed_one = as_cuda_graph(feed, ids[:, -1:]) if args.cuda_graphs == "on" else feed
@@ -1262,7 +1262,7 @@ def guided_scores(cond_logits: Tensor, uncond_logits: Tensor, cfg_scale: float) 
 
 def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, rngs: list[torch.Generator]) -> Tensor:
     """Sample one index per row of scores [B, C], each with its own RNG; top-k keeps ties with the k-th score."""
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest stays 0 at any temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest is 0, so it cannot overflow
     if top_k is not None:
         scores = transformers.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
@@ -1278,14 +1278,14 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, 
 # Proto-tokens
 
 FINAL_RATE = 1e-5
-LOGITS_AT_ONCE = 2**25  # in memory at a time: in float32, a few copies of 128 MiB each
+LOGITS_AT_ONCE = 2**25  # about this many are computed at a time: in float32, a few copies of 128 MiB each exist
 
 
 @dataclass
 class ProtoTokens:
     """Hold the learned embeddings of B targets, in float32 for any precision of the generator.
 
-    All numbers that learn are in one leaf tensor, `points` [G, L], with one row per problem. If the targets learn one
+    All learned numbers are in one leaf tensor, `points` [G, L], with one row per problem. If the targets learn one
     m together, they form one problem (G = 1); otherwise each target is a problem (G = B). A row holds the e_t of its
     targets, then m unless m was given.
     """
@@ -1343,7 +1343,7 @@ def one_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int, part: s
     Position i predicts token i.
     """
     inputs_embeds = proto_tokens.inputs(num_tokens, part).to(models.generator.dtype)
-    mask = {"full_attention": None}  # causal; the library's own mask would make the host wait in each pass
+    mask = {"full_attention": None}  # None means causal; transformers' own mask would make the host wait in each pass
     output = models.generator.model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False)
     return output.last_hidden_state
 
@@ -1364,7 +1364,7 @@ class Predictions(NamedTuple):
 def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> Predictions:
     """Compare the predictions of hidden_states [P, D] with the targets `codes` [P]."""
     logits = F.linear(hidden_states, models.head).float()  # [P, V]
-    target_rows = codes + models.first_code_row  # row indices of the head, as in argmax
+    target_rows = codes + models.first_code_row  # row indices of the head, like those that argmax returns below
     losses = F.cross_entropy(logits, target_rows, reduction="none")
     likeliest_rows = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
@@ -1376,7 +1376,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
 
 
 def chunks_of_positions(num_positions: int, head: Tensor) -> list[slice]:
-    """Return slices of positions, each of at most about LOGITS_AT_ONCE logits: all logits [B, N, V] may not fit."""
+    """Return slices of positions, with about LOGITS_AT_ONCE logits or fewer each: memory may not hold all [B, N, V]."""
     num_chunks = math.ceil(num_positions * len(head) / LOGITS_AT_ONCE)
     # Chunks of equal size: a small last one would be slow.
     return slices(num_positions, math.ceil(num_positions / num_chunks))
@@ -1395,7 +1395,7 @@ def joined(parts: list[Predictions], shape: tuple[int, int]) -> Predictions:
 
 
 def predict_in_one_pass(models: Models, proto_tokens: ProtoTokens, codes: Tensor) -> Predictions:
-    """Predict targets `codes` [B, N], each in one pass: as many at once as in learning, fewer if memory runs out."""
+    """Predict targets `codes` [B, N], one pass each; run as many at once as in learning, fewer if memory runs out."""
 
     def predict_part(part: slice) -> Predictions:
         return predict(models, one_pass(models, proto_tokens, codes.shape[1], part), codes[part])
@@ -1408,7 +1408,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
     """Run a forward and a backward pass for the targets `codes` [B, N]; leave the gradient in `points.grad`.
 
     loss = sum_b 1/N sum_i -log p(code_bi | e_t_b, m), with p the softmax over all ids that compete. This is
-    cross-entropy, averaged over positions and summed over targets: targets with their own m learn independently.
+    cross-entropy, averaged over positions and summed over targets, so targets with their own m learn independently.
     """
     proto_tokens.points.grad = None
     parts = []
@@ -1423,18 +1423,18 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
             predictions.losses.sum().backward()
             parts.append(predictions._replace(losses=predictions.losses.detach()))
         hidden_states.backward(head_inputs.grad)
-    proto_tokens.points.grad /= codes.shape[1]  # only here, in float32: small gradients vanish in half precision
+    proto_tokens.points.grad /= codes.shape[1]  # divide last, in float32: small gradients vanish in half precision
     return joined(parts, codes.shape)
 
 
 # ---- optimisers: `step` moves the points [G, L] in place, using points.grad and the losses [A]. To add one, write a
-# ---- class with the methods `step`, `drop_others` (may be called before the first `step`), `state_dict` (of tensors
-# ---- and numbers), `load_state_dict`, and the tensors `change` and `can_go_back` [G], which describe the last `step`;
-# ---- a branch in `make_optimizer`, a choice of --optimizer, its rate in `fill_in`; and check `refuse_contradictions`.
+# ---- class with the methods `step`, `load_state_dict`, `state_dict` (of tensors and numbers) and `drop_others` (may be
+# ---- called before the first `step`). Its tensors `change` and `can_go_back` [G] describe the last `step`. Then add a
+# ---- branch to `make_optimizer`, a choice to --optimizer and its rate to `fill_in`; adapt `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
-    """Return the learning rate of a step (from 1): linear warm-up, then a cosine from `peak` down to FINAL_RATE."""
+    """Return the learning rate of a step, counted from 1: linear warm-up, then a cosine from `peak` to FINAL_RATE."""
     warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
@@ -1454,7 +1454,7 @@ class AdamW:
         self.adamw = torch.optim.AdamW([points], betas=args.betas, weight_decay=0.0)
         self.steps_done = 0
         self.change = points.new_zeros(len(points))  # [G], root-mean-square change of the numbers in the last step
-        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # AdamW never returns to a finite loss
+        self.can_go_back = torch.zeros_like(self.change, dtype=torch.bool)  # AdamW cannot undo a step that diverged
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
@@ -1489,17 +1489,17 @@ class LBFGS:
     """Solve G independent problems of L numbers each by limited-memory BFGS, with one evaluation of the loss per step.
 
     A step moves from the last accepted point x by -alpha H g, at most `rate` (root mean square over the numbers). H
-    approximates the inverse Hessian; it is built from the newest pairs: a step s and the change y of the gradient g. If
-    the loss falls too little (Armijo's condition, with a tolerance for rounding) or is not finite, the next step tries
-    a smaller alpha; after TRIES failures, all pairs are discarded. The initial H is diagonal, with one scale for each
-    embedding: m fills many positions, e_t one. Nocedal and Wright, "Numerical Optimization", 2nd ed., 3.1, 3.5, 7.2.
+    approximates the inverse Hessian; it is built from the newest pairs, each a step s and its change y of the gradient
+    g. If the loss falls too little (Armijo's condition, with a tolerance for rounding) or is not finite, the next step
+    tries a smaller alpha; after TRIES failures, all pairs are discarded. The initial H is diagonal, with a scale per
+    embedding, as m fills many positions, e_t one. Nocedal and Wright, "Numerical Optimization", 2nd ed., 3.1, 3.5, 7.2.
     """
 
     PAIRS = 60
     TRIES = 10
     SUFFICIENT_DECREASE = 1e-4
     MIN_CURVATURE_COSINE = 1e-6  # pairs with a lower cosine of s and y are left out
-    MAX_SCALE_RATIO = 30  # an embedding's scale is at most this factor above or below the common one
+    MAX_SCALE_RATIO = 30  # an embedding's scale is at most this factor above or below the scale over all numbers
 
     def __init__(self, points: Tensor, embedding_size: int, rate: float, rounding: float):
         """Start at `points`. `rounding` is the relative rounding error of a loss; no loss may be negative."""
@@ -1509,7 +1509,7 @@ class LBFGS:
         self.loss = points.new_full((count,), math.inf)  # [G], the loss at x; inf, so that the first point is accepted
         self.gradient = torch.zeros_like(self.x)
         self.direction = torch.zeros_like(self.x)
-        self.alpha = torch.zeros_like(self.loss)  # the trial moves by alpha times the direction
+        self.alpha = torch.zeros_like(self.loss)  # the next point to try is x + alpha * direction
         self.failures = torch.zeros_like(self.loss)  # number of failed trials along the direction
         self.pairs = self.x.new_zeros(count, 2, self.PAIRS, size)  # s and y, newest last; unused places are 0
         self.change = torch.zeros_like(self.loss)  # [G], root-mean-square change of the numbers in the last step
@@ -1536,21 +1536,21 @@ class LBFGS:
         given_up = ~accepted & ((failures >= self.TRIES) | vanished)
         search_ended = accepted | given_up
         self.failures = failures.masked_fill_(search_ended, 0)
-        # Read pairs before `remember` discards them. Without pairs, steepest descent failed, and no way back is left.
+        # Read pairs before `remember` discards them. If steepest descent (no pairs) has failed, no way back is left.
         self.can_go_back = ~given_up | self.pairs[:, 0, -1].any(1)
-        # The minimum of the parabola through the loss and slope at x and the loss at the tried point.
-        fraction = 0.5 * descent / (self.loss + descent - losses)  # of alpha
+        # A parabola fits the loss and slope at x and the tried point's loss. Its minimum is at this fraction of alpha.
+        fraction = 0.5 * descent / (self.loss + descent - losses)
         shorter_alpha = self.alpha * fraction.clamp(0.1, 0.5)
 
         self.remember(s, y, accepted, given_up)
         self.x = torch.where(accepted[:, None], tried, self.x)
         self.gradient = torch.where(accepted[:, None], gradient, self.gradient)
         self.loss = torch.where(accepted, losses, self.loss)
-        self.direction, alpha = self.next_direction()  # unchanged where only alpha shrinks, since x and pairs are
+        self.direction, alpha = self.next_direction()  # the same if only alpha shrinks: x and pairs do not change
         self.alpha = torch.where(search_ended, alpha, shorter_alpha)
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
-        """Store the pair if its point was accepted and the loss curves upwards; discard all pairs if given up."""
+        """Store the pair of an accepted point if the loss curves upwards; where a direction is given up, discard all."""
         new = accepted & ((s * y).sum(1) > self.MIN_CURVATURE_COSINE * s.norm(dim=1) * y.norm(dim=1))
         newest = torch.stack((s, y), dim=1)[:, :, None]  # [G, 2, 1, L]
         shifted = torch.cat((self.pairs[:, :, 1:], newest), dim=2)
@@ -1766,7 +1766,7 @@ def numbers_of(predictions: Predictions, proto_tokens: ProtoTokens, optimizer: A
 class Optimisation:
     """Hold the state of learning to predict codes [B, N]: all targets' results, and the batch that learns now.
 
-    Targets that share a learned m are one batch and end together. Targets with a given m, or each with its own, learn
+    Targets that share a learned m are one batch and end together. Targets with a given m or an m of their own learn
     independently, one batch after another. A target that has ended is no longer active; its last numbers and its best
     embeddings are kept.
     """
@@ -1930,8 +1930,8 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
     """Run the optimisation loop, which learns the proto-tokens of the current batch.
 
     A target ends after --num-steps steps, when it reaches --target-accuracy, or when its loss or gradient is not finite
-    and the optimiser cannot return to a finite loss. Targets that share a learned m end together: once all reach
-    --target-accuracy. The numbers of a step describe the embeddings before its update.
+    and the optimiser cannot return to a finite loss. Targets that share a learned m end together; for
+    --target-accuracy, all must reach it. The numbers of a step describe the embeddings before its update.
     """
     while learning.active and not record.stop_signals:
         started = time.perf_counter()
@@ -1994,7 +1994,7 @@ def targets_at_once(models: Models, num_tokens: int) -> int:
 
 @contextlib.contextmanager
 def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[None]:
-    """If `on`, recompute each layer in the backward pass. Transformers does so only in training mode; dropout is 0."""
+    """If `on`, recompute layers in the backward pass. This needs training mode, which is harmless: dropout is 0."""
     if not on:
         yield
         return
@@ -2010,8 +2010,8 @@ def gradient_checkpointing(generator: Qwen2ForCausalLM, on: bool) -> Iterator[No
 def next_prefix(trials: list[dict], shortest: int, longest: int) -> int | None:
     """Return how many tokens to try next: double the number until a trial fails, then bisect.
 
-    Return None once the capacity is known. It is the largest `num_tokens` of the trials that `reached` the target
-    accuracy. This assumes that a longer prefix is never easier.
+    Return None once the capacity is known: the largest `num_tokens` of the trials that `reached` the target accuracy.
+    The search assumes that a longer prefix is never easier.
     """
     held = max((trial["num_tokens"] for trial in trials if trial["reached"]), default=0)
     failed = min((trial["num_tokens"] for trial in trials if not trial["reached"]), default=longest + 1)
@@ -2073,9 +2073,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Decode the likeliest codes of `predictions`, or of a new pass if none are given. Time a pass in both cases.
 
-    After learning, `predictions` are those of the best step: in half precision, a pass over another set of targets may
-    round differently. If the argmax of a position is a text id, the position counts as wrong, and the picture shows its
-    likeliest visual code.
+    After learning, `predictions` come from the best step, not from a new pass: in half precision, a pass over another
+    set of targets may round differently. If the argmax of a position is a text id, the position counts as wrong, and
+    the picture shows its likeliest visual code.
     """
     print("reconstruction: timing the pass, and decoding its codes")
     one_pass_seconds = timed_pass(models, proto_tokens, codes.shape[1])
@@ -2093,9 +2093,9 @@ def reconstruct(
 
 
 def timed_pass(models: Models, proto_tokens: ProtoTokens, num_tokens: int) -> float:
-    """Return the median seconds to emit the codes of all targets; repeat it for 2 s, but at most six times.
+    """Emit the codes of all targets repeatedly, for 2 s but at most six times; return the median time in seconds.
 
-    Many targets need several passes. Compute the logits of visual codes only, as in decoding.
+    Many targets need several passes. Compute the logits of visual codes only, as `generate_visual_codes` does.
     """
 
     def emit(part: slice) -> None:
@@ -2243,7 +2243,7 @@ def summarise(
 # Figures
 
 INK, FAINT, BLUE, ORANGE, RED, GREEN = "#1f2430", "#8a8f99", "#2f6fde", "#f0a202", "#d7263d", "#2a9d6f"
-# For each character, including Chinese and emoji, Matplotlib uses the first installed font here that contains it.
+# For each character (also Chinese and emoji), Matplotlib uses the first installed font of this list that has it.
 FONT_FAMILIES = [
     "DejaVu Sans",
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
@@ -2262,7 +2262,7 @@ STYLES = [
         "grid.color": FAINT,
         "grid.alpha": 0.25,
         "figure.constrained_layout.h_pad": 0.08,
-        "axes.formatter.min_exponent": 3,  # on a logarithmic axis, 0.2 instead of 2 x 10^-1
+        "axes.formatter.min_exponent": 3,  # on a logarithmic axis, write 0.2 instead of 2 x 10^-1
     },
 ]
 
@@ -2309,9 +2309,9 @@ def draw_comparison(target: dict, summary: dict) -> Image.Image:
 
 
 def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
-    """Draw the latent grid over a faint reference. A wrong token is orange if its target is in the top 5, else red."""
+    """Draw a token grid over a faint reference. A wrong token is orange if the right one is in the top 5, else red."""
     size, side = 768, math.isqrt(rank.numel())
-    level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0 right, 1 near, 2 far
+    level = np.digitize(rank.view(side, side).cpu(), (1, 5))  # 0: right; 1 ("near"): in the top 5; 2 ("far"): not
     clear, near, far = (0, 0, 0, 0), (*ImageColor.getrgb(ORANGE), 178), (*ImageColor.getrgb(RED), 178)
     colours = np.array([clear, near, far], dtype=np.uint8)
     marks = Image.fromarray(colours[level]).resize((size, size), Image.Resampling.NEAREST)
@@ -2327,7 +2327,7 @@ def mark_errors(reference: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
-    """Draw a target's error map, made by `mark_errors`, with the number of errors of each kind. rank: [N]."""
+    """Draw a target's error map, made by `mark_errors`, and below it the number of errors in each colour. rank: [N]."""
     figure = Figure(figsize=(5.6, 6.1), dpi=150)
     axis = figure.add_axes((0.04, 0.1, 0.92, 0.8))
     wrong, far = int((rank > 0).sum()), int((rank >= 5).sum())
@@ -2335,7 +2335,7 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
     title = f"{wrong} of {rank.numel()} tokens wrong ({100 * wrong / rank.numel():.1f} %)"
     axis.set_title(title, fontsize=13, fontweight="bold", loc="center", pad=10)
     near = f"{wrong - far} with the target among the top 5"
-    for x, colour, label in ((0.06, ORANGE, near), (0.6, RED, f"{far} farther off")):
+    for x, colour, label in ((0.06, ORANGE, near), (0.6, RED, f"{far} not in the top 5")):
         figure.text(x, 0.045, "■", color=colour, fontsize=14, va="center")
         figure.text(x + 0.045, 0.045, label, fontsize=10, va="center")
     return render(figure)
@@ -2343,7 +2343,7 @@ def draw_token_error_map(marked: Image.Image, rank: Tensor) -> Image.Image:
 
 @matplotlib.style.context(STYLES)
 def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
-    """Draw for each target its prompt and accuracy, reference, reconstruction and error map, in columns of up to 8."""
+    """Draw each target's prompt, accuracy, reference, reconstruction and error map, in columns of up to 8 targets."""
     columns = math.ceil(len(shown) / 8)
     num_rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(10.6 * columns, 2.3 * num_rows + 0.6), dpi=110, layout="constrained")
@@ -2387,7 +2387,7 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
 
 @matplotlib.style.context(STYLES)
 def draw_training_curves(history: list[dict[str, float]]) -> Image.Image:
-    """Plot loss, accuracies, norms, gradient norm and learning rate over the steps, in one figure."""
+    """Plot loss, accuracies, embedding norms, gradient norm and learning rate over the steps, in one figure."""
     figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
     panels = figure.subplot_mosaic("AAABBB;CCDDEE")
     steps = [row["step"] for row in history]
@@ -2429,7 +2429,7 @@ def tiled(images: list[Image.Image]) -> Image.Image:
 
 
 def draw_progress(pixels: Tensor, step: int, accuracy: float) -> Image.Image:
-    """Draw the reconstructions [B, 3, H, W] above a line with the step and the accuracy."""
+    """Draw the reconstructions [B, 3, H, W] above a line of text with the step and the accuracy."""
     sheet = tiled([to_image(each) for each in pixels])
     width = max(256, sheet.width)
     frame = Image.new("RGB", (width, round(sheet.height * width / sheet.width) + 28), "white")
@@ -2454,8 +2454,8 @@ def draw_results(
 ) -> dict[str, Image.Image]:
     """Draw the pictures of a run, and return them by W&B name. The file name is the W&B name with `.png`.
 
-    `targets`: the first SHOWN_TARGETS, then the worst others. `rank` [B, N]: all targets. To add a figure, add its file
-    to RESULTS, too: else an old one stays when a run is replaced.
+    `targets` are rows of the first SHOWN_TARGETS targets, then of the worst others. `rank` [B, N] is of all targets.
+    A new figure's file must also be listed in RESULTS: only files listed there are removed when a run is replaced.
     """
     first, worst = targets[:SHOWN_TARGETS], targets[SHOWN_TARGETS:]
     maps = zip(first, rank[: len(first)], strict=True)
@@ -2467,7 +2467,7 @@ def draw_results(
     if len(rank) == 1:
         images["comparison"] = draw_comparison(first[0], summary)
     else:
-        title = f"the first {len(first)} of {len(rank)} targets" if worst else ""
+        title = f"the first {len(first)} of {len(rank)} targets" if len(rank) > len(first) else ""
         images["comparison"] = draw_contact_sheet(first, title)
     if worst:
         images["worst_targets"] = draw_contact_sheet(worst, f"the worst {len(worst)} of the other targets")
@@ -2534,14 +2534,14 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
         os.close(lock)
         for path in made:
             with contextlib.suppress(OSError):
-                path.rmdir()  # only folders that this run made and that are empty
+                path.rmdir()  # removes only empty folders, and only those that this run made
 
 
 def refuse_foreign(folder: Path) -> None:
     """Raise UserError if the run would replace files that no run wrote, for example those of a model."""
     there = [name for name in RESULTS if (folder / name).exists()]
     settings = read_settings(folder)
-    if settings is None:  # missing or damaged, which can also happen to a run's config.json
+    if settings is None:  # config.json may be missing or damaged in a run's folder, too: go by the file names
         is_run = not {"config.json", STATE_FILE, "summary.json"}.isdisjoint(there)
     else:
         is_run = "generator_fingerprint" in settings
@@ -2557,7 +2557,7 @@ def read_settings(folder: Path) -> dict | None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock the folder against other runs, and return the descriptor. Closing it, or ending the process, unlocks.
+    """Lock the folder against other runs, and return a descriptor. Closing it or ending the process unlocks the folder.
 
     The lock is on the folder itself, so it leaves no file. Raises UserError if another run holds the lock.
     """
@@ -2613,7 +2613,7 @@ def describe_run(args: argparse.Namespace, models: Models) -> dict:
         "torch_version": torch.__version__,
         "versions": versions,
     }
-    if args.m_from and not args.from_proto_tokens:  # otherwise the file is not read
+    if args.m_from and not args.from_proto_tokens:  # --from-proto-tokens also sets m_from, but does not read that file
         settings["m_from_fingerprint"] = digest_of([args.m_from])
     if args.images:
         settings["images_fingerprint"] = digest_of(args.images)
@@ -2702,7 +2702,7 @@ class ReferenceCache:
                     raise ValueError
                 decoded[prompt] = codes[0], json.loads(metadata["autoregressive_seconds"])
             except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-                print(f"warning: {file} is damaged or foreign; generating the reference anew", file=sys.stderr)
+                print(f"warning: {file} is damaged or holds other data; generating the reference anew", file=sys.stderr)
         if decoded:
             print(f"reference: {len(decoded)} of {len(prompts)} reused from {self.folder}")
         return decoded
@@ -2711,7 +2711,7 @@ class ReferenceCache:
         file, key = self.entry(prompt)
         try:
             write_tensors(file, {"codes": codes[None]}, {"key": key, "autoregressive_seconds": json.dumps(seconds)})
-        except UserError as error:  # such as another user's file in a shared folder
+        except UserError as error:  # for example, the file in a shared folder is another user's
             print(f"warning: {error}; this reference is not kept for later runs", file=sys.stderr)
 
 
@@ -2739,7 +2739,7 @@ class EarlierRun:
 
 
 class Inputs(NamedTuple):
-    """Hold the contents of the files that options name."""
+    """Hold the contents of the files that --from-proto-tokens, --m-from and --image name."""
 
     learned: EarlierRun | None = None  # by --from-proto-tokens: the run to reconstruct
     m_source: EarlierRun | None = None  # by --m-from
@@ -2747,7 +2747,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(args: argparse.Namespace, folder: Path) -> Inputs:
-    """Read the files that options name, before anything slow. Raises UserError."""
+    """Read the files that --from-proto-tokens, --m-from and --image name, before anything slow. Raises UserError."""
     if args.from_proto_tokens:
         return Inputs(learned=read_earlier_run("--from-proto-tokens", args.from_proto_tokens, folder))
     m_source = pictures = None
@@ -2766,7 +2766,7 @@ def read_earlier_run(option: str, file: Path, folder: Path) -> EarlierRun:
     if os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder):
         raise UserError(f"{option} {file} is in this run's own folder: give this run another --wandb-run-name")
     failure = f"{option} {file} is missing, damaged or not the {PROTO_TOKENS_FILE} of a run"
-    with one_line_for(failure, "name a run's folder, or this file in it"):
+    with one_line_for(failure, f"name a run's folder, or its {PROTO_TOKENS_FILE}"):
         with safe_open(file, "pt") as stored:
             e_t, m, target_ids = (stored.get_tensor(name) for name in ("e_t", "m", "target_ids"))
             settings = json.loads(stored.metadata()["settings"])
@@ -2826,7 +2826,7 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
 
 
 def read_state(folder: Path) -> dict | None:
-    """Return the state that `Recorder` saved, on the CPU; None if there is none. Raises UserError if it is damaged."""
+    """Load `Recorder`'s saved state onto the CPU; return None if there is none. Raises UserError if it is damaged."""
     file = folder / STATE_FILE
     if not file.exists():
         return None
@@ -2856,8 +2856,8 @@ def set_up_wandb(args: argparse.Namespace) -> object | None:
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(WANDB_ANSWER_SECONDS))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the client's own telemetry would wait on a dead network
     if os.environ.get("HOME") == "":
-        del os.environ["HOME"]  # without it, the system may still know the user's home
-    if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user without a name
+        del os.environ["HOME"]  # if HOME is unset, expanduser asks the system for the home
+    if not os.path.isdir(os.path.expanduser("~")):  # for example, a container's user may have no home
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wandb-home-")  # the client would fail without a home
     with one_line_for("--use-wandb needs wandb", "pip install -r requirements.txt"):
         import wandb
@@ -2895,7 +2895,7 @@ def as_wandb_value(value: object) -> object:
 
 
 class Tracker:
-    """Report a run to Weights & Biases, if the user asks for it. After the start, print a failure once and go on."""
+    """Report a run to Weights & Biases, if the user asks. If W&B fails after `start`, print why once and go on."""
 
     def __init__(self, args: argparse.Namespace):
         """Prepare W&B's settings. Raises UserError if W&B refuses one."""
@@ -3005,14 +3005,14 @@ class Tracker:
             self.run.summary.update({name: value for name, value in summary.items() if value != math.inf})
 
     def log_proto_tokens(self, file: Path) -> None:
-        """Log the file as an artifact; if that fails, as it can without a server, save it among the run's files."""
+        """Log the file as an artifact. If that fails, for example without a server, save it among the run's files."""
         if self.run is None:
             return
         with self.tolerating_wandb_errors():
             try:
                 name = re.sub(r"[^\w.-]", "_", f"proto_tokens_{self.run_id}", flags=re.ASCII)[:128]  # W&B's limit
                 self.run.log_artifact(str(file), name, type="proto-tokens")
-            except Exception:  # such as a missing server
+            except Exception:  # for example, there is no server
                 self.run.save(str(file), base_path=str(file.parent), policy="now")
 
 
@@ -3023,8 +3023,8 @@ class Tracker:
 class Recorder:
     """Write a run's files while it learns, log to W&B, and save the state that --resume needs.
 
-    Call `begin` first; in each `learn`, `start_learning`, then `keep_step` and `end_batch`; last `write_results` or
-    `write_capacity`. Leaving this context manager ends the W&B run. After an exception, W&B shows it as failed.
+    Call `begin` first. Each `learn` calls `start_learning`, `keep_step` after a step, and `end_batch` after a batch.
+    Last, call `write_results` or `write_capacity`. On exit, the W&B run ends. It is shown as failed after an exception.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, settings: dict, tracker: Tracker):
@@ -3034,7 +3034,7 @@ class Recorder:
         self.reference: Reference | None = None
         self.history: list[dict[str, float]] = self.saved["history"] if self.saved else []
         self.stop_signals: list[int] = []  # the stop signals received while learning
-        self.bar: tqdm | None = None  # while learning
+        self.bar: tqdm | None = None  # the progress bar, set by `learn`
 
     def __enter__(self) -> Recorder:
         self.tracker.start(self.settings, self.saved["run_id"] if self.saved else None)
@@ -3065,7 +3065,7 @@ class Recorder:
         self.stop_signals.append(number)
 
     def start_learning(self, learning: Optimisation) -> None:
-        """If the run was interrupted, restore its optimisation and its history."""
+        """Restore the optimisation and the history if the run was interrupted. In any case, save the state."""
         if self.saved:
             learning.load_state_dict(self.saved["learning"])
             print(f"resumed after step {learning.step}")
@@ -3076,7 +3076,7 @@ class Recorder:
             if self.history:
                 write_table(self.folder / HISTORY_FILE, self.history)
             for row in self.history:
-                self.tracker.log_row(row)  # W&B is sent only those that it lacks
+                self.tracker.log_row(row)  # sends only the rows that W&B lacks
             self.saved = None  # the next trial of a search for the capacity starts from the beginning
         self.save_state(learning)
 
@@ -3130,13 +3130,13 @@ class Recorder:
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
-        with one_line_for("the state does not fit into memory", "the previous one is unchanged"):
+        with one_line_for("the state cannot be saved", "the previous one is unchanged"):
             torch.save(state, buffer)
         with atomic_write(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
     def report_divergence(self, learning: Optimisation) -> None:
-        """Print how many targets diverged. If all did, write their best proto-tokens and raise UserError."""
+        """If all targets diverged, write their best proto-tokens and raise UserError; if some did, print how many."""
         diverged = learning.targets.diverged
         if diverged.all():
             why = f"the loss or its gradient is no longer finite at step {learning.step}"
@@ -3177,9 +3177,9 @@ class Recorder:
         self.publish(images, summary, tables)
 
     def write_proto_tokens(self, proto_tokens: ProtoTokens, **target_columns: Tensor) -> Path:
-        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `target_columns`: one row per target.
+        """Write e_t [B, K, D], m [1 or B, D], the targets' ids [B, N], and `target_columns`, with one row per target.
 
-        Store the settings of the run that learned them in the metadata, as JSON.
+        Store in the metadata, as JSON, the settings of the run that learned e_t and m.
         """
         file, settings = self.folder / PROTO_TOKENS_FILE, self.settings.get("learned_with", self.settings)
         tensors = {"e_t": proto_tokens.e_t.detach(), "m": proto_tokens.m.detach()}
@@ -3225,11 +3225,11 @@ def lines_of_results(s: dict) -> dict[str, str]:
     lines["best accuracy"] = f"{s['best_accuracy']:.1f} %, {s['num_errors']} of {total} tokens wrong"
     if num_targets > 1:
         lines["targets"] = f"{num_targets}, {s['complete_targets']} complete, the worst at {s['lowest_accuracy']:.1f} %"
-    gained = f"{s['information_gain_bits']:.0f} of {s['target_bits_unprompted']:.0f} unprompted bits gained"
-    lines["information"] = f"{gained}, {s['bits_per_parameter']:.2f} per parameter"
+    gained = f"e_t and m supply {s['information_gain_bits']:.0f} of the {s['target_bits_unprompted']:.0f} bits needed"
+    lines["information"] = f"{gained} without a prompt, {s['bits_per_parameter']:.2f} per parameter"
     lines["likeness"] = psnr_text(s["psnr"])
     if s["text_ids_ahead"]:
-        lines["text ids"] = f"likelier than every visual code at {s['text_ids_ahead']:.1f} % of positions"
+        lines["text ids"] = f"with guidance, likelier than all visual codes at {s['text_ids_ahead']:.1f} % of positions"
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
@@ -3254,7 +3254,7 @@ def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
         summary = find_capacity(models, reference.codes, given_m, record)
         record.write_capacity(summary)
         return summary
-    # 2. Learn e_t and m until one pass of the frozen generator over [e_t, m, ..., m] emits the targets; or load them.
+    # 2. Load e_t and m, or learn them until one pass of the frozen generator over [e_t, m, ..., m] emits the targets.
     if inputs.learned:
         proto_tokens, predictions = inputs.learned.proto_tokens(models.device), None
         learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
@@ -3264,7 +3264,7 @@ def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
         proto_tokens, predictions = learning.best, learning.predictions
         learned = learning.summary()
         rows = learning.targets.rows(reference.prompts)
-    # 3. Reconstruct, and measure what e_t and m tell the generator.
+    # 3. Reconstruct the pictures, and measure how much information e_t and m give the generator.
     with tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         targets = describe_targets(models, reference, reconstruction, rows, args.cfg_scale)
@@ -3291,7 +3291,7 @@ def run_experiment(args: argparse.Namespace) -> None:
             refuse_other_settings(folder, settings)
             if is_finished(folder):
                 print(f"the run in {folder} is finished: there is nothing to resume")
-                remove_unfinished(folder)  # a run killed right after its summary leaves them behind
+                remove_unfinished(folder)  # a run killed right after its summary leaves its state behind
                 return
         with Recorder(args, folder, settings, tracker) as record, on_stop_signal(tracker.end_by_signal):
             summary = experiment(models, inputs, record)
