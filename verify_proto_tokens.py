@@ -9,9 +9,10 @@ tokens to an image and reports how close this reconstruction is to the reference
 
 The method is Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
 (arXiv 2505.21189), applied to image tokens. Start reading at `experiment`, near the end, which shows all steps in
-order. `load_generator` freezes the generator, `generate_visual_codes` makes the reference, `learn_batch` is the
-training loop, `ProtoTokens.inputs` builds [e_t, m, ..., m], `loss_and_gradient` is the loss, `TargetResults.record`
-finds a target's best step and its end, `make_optimizer` picks the optimiser, and `reconstruct` decodes the predictions.
+order. `load_generator` freezes the generator. `generate_visual_codes` makes the reference, from `conditional_prompt`
+and with `guided_scores`. `learn_batch` is the training loop, `ProtoTokens.inputs` builds [e_t, m, ..., m],
+`loss_and_gradient` is the loss, `predict_positions` compares predictions with the target, `TargetResults.update` finds
+a target's best step and its end, `make_optimizer` picks the optimiser, and `reconstruct` decodes the predictions.
 
 Shapes in comments: B = targets (default: 1), N = tokens, K = embeddings e_t per target (default: 1), D = hidden size,
 V = ids that compete in the softmax, C = visual codes, P = positions in a chunk of logits, A = targets that still learn,
@@ -736,7 +737,7 @@ class Models:
         return 0 if self.vocabulary == "visual" else self.visual_offset
 
     def size_token(self, num_tokens: int) -> str:
-        return size_token(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
+        return size_token_of(self.text_tokenizer, math.isqrt(num_tokens) * self.factor)
 
     def are_visual(self, codes: Tensor) -> bool:
         """Return whether all `codes` are visual codes."""
@@ -758,7 +759,7 @@ def load_models(args: argparse.Namespace) -> Models:
     generator_folder = local_folder(args.model_path, CONFIGURATION_FILES, "--model-path")
     config = read_config(generator_folder)
     text_tokenizer = load_text_tokenizer(generator_folder)
-    visual_offset = len(text_tokenizer)
+    visual_offset = len(text_tokenizer)  # the visual ids follow all text ids
     vq_files = (VQ_DECODER, VQ_ENCODER) if args.images else (VQ_DECODER,)
     vq_folder = local_folder(args.vq_model_ckpt, vq_files, "--vq-model-ckpt")
     print(f"loading the VQ tokenizer from {vq_folder}")
@@ -820,7 +821,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def tf32_if_asked(models: Models) -> Iterator[None]:
-    """Compute products in TF32 inside the block if the generator uses it; the optimiser needs full float32."""
+    """Compute products in TF32 inside the block if the generator uses it. Not for the optimiser; do not nest."""
     torch.set_float32_matmul_precision("high" if models.precision == "tf32" else "highest")
     try:
         yield
@@ -989,7 +990,7 @@ def refuse_misfits(
         raise UserError(f"--image-size {image_size} is no multiple of the tokenizer's factor of {factor}: try {above}")
     if args.num_e_tokens > num_tokens:
         raise UserError(f"--num-e-tokens {args.num_e_tokens} exceeds the {num_tokens} tokens of the image")
-    size = size_token(text_tokenizer, image_size)
+    size = size_token_of(text_tokenizer, image_size)
     texts = [conditional_prompt(prompt, size) for prompt in args.prompts] + [negative_prompt(size)]
     lengths = [len(ids) for ids in text_tokenizer(texts)["input_ids"]]
     longest = max(lengths)
@@ -1056,7 +1057,7 @@ def digest_of(files: list[Path]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 5  # raise it when the same settings give other codes
 BATCH_WITHOUT_GRADIENTS = 16  # targets at a time, to generate codes and to decode them to pictures
 NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -1085,7 +1086,7 @@ def negative_prompt(size_token: str = "") -> str:
     return f"{TEXT_TO_IMAGE}{NEGATIVE_PROMPT}{size_token}{START_OF_IMAGE}"
 
 
-def size_token(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
+def size_token_of(text_tokenizer: PreTrainedTokenizerBase, image_size: int) -> str:
     """Return the token for the image size, such as `<|512px|>`, or "" if the tokenizer has none, as in SimpleAR."""
     token = f"<|{image_size}px|>"
     return token if token in text_tokenizer.get_vocab() else ""
@@ -1119,8 +1120,8 @@ def new_targets(
     """Make new codes [B, N] as --image and --control ask; return them and the seconds to generate them (or None).
 
     To add a kind of target, add an option. Check it in `refuse_contradictions` and `fill_in`; take a shard of it in
-    `take_shard`. If it names files, add them to `refuse_git_lfs_pointers` and `read_inputs`, and their fingerprint to
-    DECIDES and `describe_run`. Add a branch here that returns int64 codes, all of them visual, and None.
+    `take_shard`. If it names files, add them to `refuse_git_lfs_pointers`, `read_inputs` and `Inputs`, and their
+    fingerprint to DECIDES and `describe_run`. Add a branch here that returns int64 codes, one row per prompt, and None.
     """
     num_tokens, rng = num_tokens_of(args.image_size, models.factor), torch.Generator().manual_seed(args.seed)
     if args.control == "random":
@@ -1429,8 +1430,9 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
 
 # ---- optimisers: `step` moves the points [G, L] in place, using points.grad and the losses [A]. To add one, write a
 # ---- class with the methods `step`, `load_state_dict`, `state_dict` (of tensors and numbers) and `drop_others` (may be
-# ---- called before the first `step`). Its tensors `change` and `can_go_back` [G] describe the last `step`. Then add a
-# ---- branch to `make_optimizer`, a choice to --optimizer and its rate to `fill_in`; adapt `refuse_contradictions`.
+# ---- called before the first `step`). Its tensors `change` and `can_go_back` [G] describe the last `step`; the loop
+# ---- reads them after the next evaluation. A problem that is not finite must not affect the others. Then add a branch
+# ---- to `make_optimizer`, a choice to --optimizer and its rate to `fill_in`; adapt `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -1438,7 +1440,7 @@ def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     warmup = min(warmup_steps, num_steps // 10)
     if step <= warmup:
         return peak * step / warmup
-    progress = min(1, (step - warmup - 1) / max(1, num_steps - warmup - 1))
+    progress = (step - warmup - 1) / max(1, num_steps - warmup - 1)
     final = min(FINAL_RATE, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -1550,7 +1552,7 @@ class LBFGS:
         self.alpha = torch.where(search_ended, alpha, shorter_alpha)
 
     def remember(self, s: Tensor, y: Tensor, accepted: Tensor, given_up: Tensor) -> None:
-        """Store the pair of an accepted point if the loss curves upwards; where a direction is given up, discard all."""
+        """Store the pair of an accepted point if the loss curves upwards; discard all if the direction is given up."""
         new = accepted & ((s * y).sum(1) > self.MIN_CURVATURE_COSINE * s.norm(dim=1) * y.norm(dim=1))
         newest = torch.stack((s, y), dim=1)[:, :, None]  # [G, 2, 1, L]
         shifted = torch.cat((self.pairs[:, :, 1:], newest), dim=2)
@@ -1601,9 +1603,9 @@ def scales_of_embeddings(s: Tensor, y: Tensor, embedding_size: int, max_ratio: f
 def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor) -> Tensor:
     """Multiply gradient [G, L] by the inverse BFGS matrix H of pairs s and y [G, M, L]; missing pairs are zero.
 
-    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2: with the pairs as
-    columns of S and Y, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales [G, L],
-    H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'. Multiplied out from the right, with
+    Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices" (1994), theorem 2.2, in its own letters: with
+    the pairs as columns of S and Y, R the upper triangle of S'Y, D its diagonal, and C the diagonal matrix of scales
+    [G, L], H = C + [S, CY] [[R^-T (D + Y'CY) R^-1, -R^-T], [-R^-1, 0]] [S, CY]'. Multiplied out from the right, with
     a = R^-1 S'g and r = C (g - Ya), this gives Hg = r + S R^-T (Da - Y'r).
     """
     triangle = (s @ y.mT).triu()  # R, [G, M, M]
@@ -1619,7 +1621,7 @@ def inverse_hessian_times(gradient: Tensor, s: Tensor, y: Tensor, scales: Tensor
 
 def make_optimizer(points: Tensor, args: argparse.Namespace, generator: Qwen2ForCausalLM) -> AdamW | LBFGS:
     if args.optimizer == "lbfgs":
-        rounding = torch.finfo(generator.dtype).eps
+        rounding = torch.finfo(generator.dtype).eps  # also with TF32: its larger errors cost no accuracy in a trial
         return LBFGS(points, generator.config.hidden_size, args.learning_rate, rounding)
     return AdamW(points, args)
 
@@ -1668,7 +1670,7 @@ class TargetResults:
         """Return which targets ended because the loss or gradient was not finite; their last step is not counted."""
         return self["ended"] & ~self["reached"] & (self["steps"] < self.num_steps)
 
-    def record(self, active: list[int], numbers: dict[str, Tensor]) -> Tensor:
+    def update(self, active: list[int], numbers: dict[str, Tensor]) -> Tensor:
         """Record a step's numbers [A] for the active targets, and mark those that end.
 
         Return a mask [A] of those with a new best step.
@@ -1804,6 +1806,7 @@ class Optimisation:
         self.active = [self.active[place] for place in kept]
         kept = torch.tensor(kept, dtype=torch.long, device=self.models.device)
         self.active_codes = self.active_codes[kept]
+        # Here, places of targets are places of problems: targets that learn one m together also end together.
         points = self.proto_tokens.points.detach()[kept].requires_grad_()
         self.proto_tokens = replace(self.proto_tokens, points=points)
         self.optimizer.drop_others(kept, points)
@@ -1919,7 +1922,10 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
         while not learning.finished:
             learn_batch(learning, record)
             if not learning.active:
-                record.end_batch(learning)  # also begins the next batch
+                record.keep_targets(learning)
+                if not learning.finished:
+                    learning.begin_batch(learning.batch.stop)
+                record.save_state(learning)
             if record.stop_signals:
                 record.save_state(learning)
                 raise Stopped(128 + record.stop_signals[0])
@@ -1931,14 +1937,15 @@ def learn_batch(learning: Optimisation, record: Recorder) -> None:
 
     A target ends after --num-steps steps, when it reaches --target-accuracy, or when its loss or gradient is not finite
     and the optimiser cannot return to a finite loss. Targets that share a learned m end together; for
-    --target-accuracy, all must reach it. The numbers of a step describe the embeddings before its update.
+    --target-accuracy, all must reach it. The numbers of a step describe the embeddings before its update. So
+    `numbers_of` and `keep_best` must come before the update, and `drop_ended` after it.
     """
     while learning.active and not record.stop_signals:
         started = time.perf_counter()
         predictions = learning.evaluate()  # one pass over [e_t, m, ..., m], and its backward pass
         numbers = numbers_of(predictions, learning.proto_tokens, learning.optimizer)  # the host waits for the device
         learning.step += 1
-        new_best = learning.targets.record(learning.active, numbers)  # also marks the targets that end
+        new_best = learning.targets.update(learning.active, numbers)  # also marks the targets that end
         learning.keep_best(new_best, predictions)
         learning.optimizer.step(predictions.losses.mean(1))  # moves the proto-tokens
         learning.drop_ended()
@@ -2479,7 +2486,7 @@ def draw_results(
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 14
+STATE_FILE, STATE_FORMAT = "interrupted_run.pt", 14  # raise the format when the saved state has other contents
 HISTORY_FILE, TARGETS_FILE = "history.csv", "targets.csv"
 # Files that a run writes, in the order of removal: first the files that show whether the others are complete.
 RESULTS = ["summary.json", STATE_FILE, "config.json", HISTORY_FILE, TARGETS_FILE, "capacity.csv", PROTO_TOKENS_FILE]
@@ -2590,7 +2597,8 @@ def remove_unfinished(folder: Path) -> None:
 
 def frames_in(folder: Path) -> list[Path]:
     """Return the frame files of progress.gif in the order of their steps; ignore other files."""
-    return sorted(folder.glob(f"progress/step_{'[0-9]' * 6}.png"))
+    frames = [file for file in folder.glob("progress/step_*.png") if file.stem[5:].isdecimal()]
+    return sorted(frames, key=lambda file: int(file.stem[5:]))
 
 
 def describe_run(args: argparse.Namespace, models: Models) -> dict:
@@ -2719,7 +2727,7 @@ class ReferenceCache:
 
 # The settings that are properties of the models.
 MODEL_SETTINGS = ("hidden_size", "visual_offset", "codebook_size", "factor", "generator_fingerprint", "vq_fingerprint")
-# --from-proto-tokens takes these settings and the prompts from the earlier run: its proto-tokens depend on them.
+# --from-proto-tokens takes these settings and the prompts from the earlier run: its proto-tokens or results need them.
 INHERITED_SETTINGS = ("image_size", "seed", "cfg_scale", "control", "num_e_tokens", "m", "m_from", "vocabulary")
 
 
@@ -3023,7 +3031,7 @@ class Tracker:
 class Recorder:
     """Write a run's files while it learns, log to W&B, and save the state that --resume needs.
 
-    Call `begin` first. Each `learn` calls `start_learning`, `keep_step` after a step, and `end_batch` after a batch.
+    Call `begin` first. Each `learn` calls `start_learning`, `keep_step` after a step, and `keep_targets` after a batch.
     Last, call `write_results` or `write_capacity`. On exit, the W&B run ends. It is shown as failed after an exception.
     """
 
@@ -3065,7 +3073,7 @@ class Recorder:
         self.stop_signals.append(number)
 
     def start_learning(self, learning: Optimisation) -> None:
-        """Restore the optimisation and the history if the run was interrupted. In any case, save the state."""
+        """Restore the optimisation and the history from `saved`, once. In any case, save the state."""
         if self.saved:
             learning.load_state_dict(self.saved["learning"])
             print(f"resumed after step {learning.step}")
@@ -3100,16 +3108,13 @@ class Recorder:
         done = learning.targets.num_ended if learning.num_batches > 1 else learning.step
         self.bar.update(done - self.bar.n)
         if learning.active and learning.step % self.args.save_every == 0:
-            self.save_state(learning)  # at the end of a batch, `end_batch` saves it
+            self.save_state(learning)  # at the end of a batch, `learn` saves it
 
-    def end_batch(self, learning: Optimisation) -> None:
-        """Write the results of all batches so far, begin the next batch if there is one, and save the state."""
+    def keep_targets(self, learning: Optimisation) -> None:
+        """Write the results of all batches so far, if there are several targets."""
         if len(learning.codes) > 1 and not self.args.capacity:
             prompts = self.reference.prompts[: learning.batch.stop]
             write_table(self.folder / TARGETS_FILE, learning.targets.rows(prompts))
-        if not learning.finished:
-            learning.begin_batch(learning.batch.stop)
-        self.save_state(learning)
 
     def keep_frame(self, learning: Optimisation) -> None:
         """Draw, write and log the reconstruction from the best embeddings so far, as a frame of progress.gif."""
@@ -3130,8 +3135,7 @@ class Recorder:
             "run_id": self.tracker.run_id,
         }
         buffer = io.BytesIO()
-        with one_line_for("the state cannot be saved", "the previous one is unchanged"):
-            torch.save(state, buffer)
+        torch.save(state, buffer)
         with atomic_write(self.folder / STATE_FILE) as partial:
             partial.write_bytes(buffer.getbuffer())
 
@@ -3148,7 +3152,7 @@ class Recorder:
             print(f"note: {lost} ended because their loss or its gradient was no longer finite")
 
     def add_trial(self, trial: dict) -> None:
-        """Keep a trial of the search for the capacity."""
+        """Keep a trial of the search for the capacity; its number is W&B's step, as such a run logs nothing else."""
         self.trials.append(trial)
         self.tracker.log({f"capacity/{name}": value for name, value in trial.items()}, len(self.trials))
 
@@ -3233,7 +3237,7 @@ def lines_of_results(s: dict) -> dict[str, str]:
     lines["parameters"] = f"{s['total_params']} for {total} tokens"
     if "steps" in s:
         took = f"{s['steps']} steps in {s['optimisation_seconds']:.1f} s"
-        lines["optimisation"] = f"{took}, the best at {s['best_step']}"
+        lines["optimisation"] = took if num_targets > 1 else f"{took}, the best at {s['best_step']}"
     lines["one pass"] = f"{s['one_pass_seconds']:.4f} s for {total} tokens"
     if "speedup" in s:
         lines["one by one"] = f"{s['autoregressive_seconds']:.2f} s: one pass is {s['speedup']:.0f} x faster"
@@ -3257,18 +3261,18 @@ def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
     # 2. Load e_t and m, or learn them until one pass of the frozen generator over [e_t, m, ..., m] emits the targets.
     if inputs.learned:
         proto_tokens, predictions = inputs.learned.proto_tokens(models.device), None
-        learned, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
+        optimisation, rows = {}, [{"target": k, "prompt": prompt} for k, prompt in enumerate(reference.prompts)]
     else:
         learning = learn(models, reference.codes, given_m, record)
         record.report_divergence(learning)
         proto_tokens, predictions = learning.best, learning.predictions
-        learned = learning.summary()
+        optimisation = learning.summary()
         rows = learning.targets.rows(reference.prompts)
     # 3. Reconstruct the pictures, and measure how much information e_t and m give the generator.
     with tf32_if_asked(models):
         reconstruction = reconstruct(models, proto_tokens, reference.codes, predictions)
         targets = describe_targets(models, reference, reconstruction, rows, args.cfg_scale)
-    summary = summarise(reference, reconstruction, targets, proto_tokens) | learned
+    summary = summarise(reference, reconstruction, targets, proto_tokens) | optimisation
     record.write_results(reconstruction, proto_tokens, summary, targets)
     return summary
 
@@ -3281,6 +3285,7 @@ def run_experiment(args: argparse.Namespace) -> None:
         if inputs.learned:
             inherited = {name: inputs.learned.settings[name] for name in INHERITED_SETTINGS}
             args = argparse.Namespace(**vars(args) | inherited | {"prompts": inputs.learned.prompts})
+            print(f"the earlier run decides the prompts, {', '.join(INHERITED_SETTINGS)}")
         models = load_models(args)
         if earlier := inputs.learned or inputs.m_source:
             refuse_other_models(models, args, earlier)

@@ -107,14 +107,14 @@ def test_a_search_killed_in_a_trial_of_several_batches_can_be_resumed(call_tiny,
     class Killed(BaseException):
         pass
 
-    def end_batch(recorder, learning):
+    def keep_targets(recorder, learning):
         really_end(recorder, learning)
         if not learning.finished and next(ended) == 4:  # two of each trial's three batches are counted
             raise Killed
 
-    really_end, ended = vpt.Recorder.end_batch, iter(range(10**6))
+    really_end, ended = vpt.Recorder.keep_targets, iter(range(10**6))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(vpt.Recorder, "end_batch", end_batch)
+        patch.setattr(vpt.Recorder, "keep_targets", keep_targets)
         call_tiny(*arguments)
     assert call_tiny(*arguments, "--resume").code == 0
     assert trials_in(tmp_path / "out" / "run") == whole

@@ -41,7 +41,7 @@ def test_a_rank_without_a_prompt_ends_with_exit_code_0(call_tiny):
 
 @pytest.mark.parametrize("options", [("--prompt", "a"), (*TWO, "--m", "own", "--shard", "1/2"), TWO])
 def test_a_run_that_cannot_be_shared_among_ranks_is_refused(call_tiny, options):
-    refused(call_tiny(*options, env={"RANK": "0", "WORLD_SIZE": "3"}), "share")
+    refused(call_tiny(*options, env={"RANK": "0", "WORLD_SIZE": "3"}), "split the")
 
 
 def test_a_launch_is_resumed_after_one_of_its_ranks_was_killed(call_tiny, model_folders, tmp_path):

@@ -208,7 +208,7 @@ def test_a_larger_demo_picture_is_a_larger_grid():
 
 def test_the_demos_prompts_have_a_size_token_only_at_512_px():
     text_tokenizer = vpt.load_text_tokenizer(DEMO / "generator")
-    assert [vpt.size_token(text_tokenizer, size) for size in (256, 512)] == ["", "<|512px|>"]
+    assert [vpt.size_token_of(text_tokenizer, size) for size in (256, 512)] == ["", "<|512px|>"]
     assert len(text_tokenizer("<|512px|>")["input_ids"]) == 1
 
 

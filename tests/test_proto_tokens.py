@@ -531,15 +531,15 @@ def test_targets_that_share_m_end_at_the_first_step_at_which_all_have_reached_th
     targets = vpt.TargetResults(2, together=True, args=make_args("--target-accuracy", 99))
     for accuracies in ([100.0, 98.8], [99.2, 99.2]):
         assert not targets["ended"].any()
-        better = targets.record([0, 1], numbers_of(accuracies, [True] * 2))
+        better = targets.update([0, 1], numbers_of(accuracies, [True] * 2))
     assert targets["ended"].all() and targets["reached"].all() and better.all()
     assert targets["best_accuracy"].tolist() == [99.2, 99.2] and targets["best_step"].tolist() == [2, 2]
 
 
 def test_means_cover_the_targets_that_began_and_the_best_accuracy_covers_all(make_args):
     targets = vpt.TargetResults(3, together=False, args=make_args())
-    targets.record([0, 2], numbers_of([80.0, 50.0], [True, True]))
-    targets.record([0, 2], numbers_of([70.0, 0.0], [True, False]))
+    targets.update([0, 2], numbers_of([80.0, 50.0], [True, True]))
+    targets.update([0, 2], numbers_of([70.0, 0.0], [True, False]))
     means, columns = targets.means(), targets.numbers_per_target()
     assert means["train/accuracy"] == 60 and means["train/best_accuracy"] == pytest.approx((80 + 50) / 3)
     assert columns["targets/0/best_accuracy"] == 80 and columns["targets/1/accuracy"] is None
@@ -549,10 +549,10 @@ def test_means_cover_the_targets_that_began_and_the_best_accuracy_covers_all(mak
 
 def test_a_step_that_is_not_finite_keeps_the_last_numbers_and_ends_only_a_target_that_cannot_go_back(make_args):
     targets = vpt.TargetResults(1, together=False, args=make_args())
-    targets.record([0], numbers_of([80.0], [True]))
-    better = targets.record([0], numbers_of([90.0], [False], can_go_back=True))
+    targets.update([0], numbers_of([80.0], [True]))
+    better = targets.update([0], numbers_of([90.0], [False], can_go_back=True))
     assert not better and not targets["ended"] and targets["steps"] == 2 and targets["accuracy"] == 80
-    targets.record([0], numbers_of([90.0], [False]))
+    targets.update([0], numbers_of([90.0], [False]))
     assert targets["ended"] and targets.diverged and targets["best_accuracy"] == 80 and targets["steps"] == 2
 
 

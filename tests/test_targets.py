@@ -398,12 +398,13 @@ def test_a_run_killed_as_a_batch_begins_goes_on_as_if_nothing_had_happened(
     whole = run_into("whole", *arguments)
     with monkeypatch.context() as patch:
 
-        def kill(recorder, learning):
-            really_begin(recorder, learning)
-            raise KeyboardInterrupt
+        def kill(learning, first):
+            really_begin(learning, first)
+            if first > 0:
+                raise KeyboardInterrupt
 
-        really_begin = vpt.Recorder.end_batch
-        patch.setattr(vpt.Recorder, "end_batch", kill)
+        really_begin = vpt.Optimisation.begin_batch
+        patch.setattr(vpt.Optimisation, "begin_batch", kill)
         with pytest.raises(KeyboardInterrupt):
             call_tiny("--save-dir", "out", "--wandb-run-name", "cut", *arguments)
     assert results_of(run_into("cut", *arguments, "--resume")) == results_of(whole)

@@ -102,13 +102,13 @@ def test_the_generators_training_is_reproducible(settings):
         )
 
     assert torch.equal(weights_of(trained("first")), weights_of(trained("second")))
-    assert vpt.size_token(text_tokenizer, 512) and not vpt.size_token(text_tokenizer, 256)
+    assert vpt.size_token_of(text_tokenizer, 512) and not vpt.size_token_of(text_tokenizer, 256)
 
 
 def test_a_training_can_start_from_the_bundled_demo_model():
     generator, text_tokenizer = train.load_generator(vpt.DEMO_FOLDER / "generator")
     assert generator.config.vocab_size == len(text_tokenizer) + train.vq.CODEBOOK_SIZE
-    assert generator.dtype == torch.float32 and vpt.size_token(text_tokenizer, 512)
+    assert generator.dtype == torch.float32 and vpt.size_token_of(text_tokenizer, 512)
 
 
 def test_a_generator_can_be_of_another_width_and_depth():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from verify_proto_tokens import conditional_prompt, negative_prompt, size_token
+from verify_proto_tokens import conditional_prompt, negative_prompt, size_token_of
 
 DEMO = Path(__file__).resolve().parents[1]
 SIZES = (256, 512)  # in pixels; 8 x 8 and 16 x 16 tokens
@@ -302,7 +302,7 @@ def train_generator(
     seen = [index for index, text in enumerate(captions) if text not in held_out]
     prompts, negatives, targets = {}, {}, {}
     for size in sizes:
-        told = size_token(text_tokenizer, size)
+        told = size_token_of(text_tokenizer, size)
         prompts[size] = padded(text_tokenizer([conditional_prompt(captions[i], told) for i in seen])["input_ids"])
         negatives[size] = padded(text_tokenizer([negative_prompt(told)])["input_ids"])
         targets[size] = codes[size][seen].flatten(1) + len(text_tokenizer)  # [M, N]
