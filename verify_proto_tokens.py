@@ -177,10 +177,10 @@ SWITCH = {
 # Laid out by hand, like a table: the formatter would put each argument on a line of its own.
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; its `decides` maps each setting to what the setting affects (the second argument of `add`).
+    """Return the parser; its `decides` maps each setting to a category (the second argument of `add`).
 
-    "model": which models are used. "reference": the codes that the generator decodes for a prompt, and so the key of
-    the reference cache. "result": what else affects what is learned, or the rows of the history. "nothing": how the run
+    "model": chooses the models. "reference": changes the codes generated for a prompt, and is in the cache's key.
+    "result": changes something else about the targets, the learning or the history. "nothing": changes only how the run
     works and reports. A run's default name leaves out "nothing" settings; --resume compares "reference" and "result".
     """
     parser = argparse.ArgumentParser(
@@ -850,7 +850,7 @@ def local_folder(name: str, patterns: tuple[str, ...], option: str) -> Path:
     except Exception as error:  # from the hub client, HTTP library or disk: no common base class
         failed = f"it cannot be fetched from the Hugging Face hub ({textwrap.shorten(str(error), 160)})"
         why = f"{failed}: check the name, the network, and for a private repository HF_TOKEN or `hf auth login`"
-    raise UserError(f"{option} {name}: there is no such folder, and {why}; give a local folder, or try --demo")
+    raise UserError(f"{option} {name}: no such folder, and as a hub repository {why}; or give a local folder or --demo")
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -1369,7 +1369,7 @@ def predict_positions(models: Models, hidden_states: Tensor, codes: Tensor) -> P
     losses = F.cross_entropy(logits, target_rows, reduction="none")
     likeliest_rows = logits.argmax(-1)
     likelier = (logits > logits.gather(-1, target_rows[:, None])).sum(-1, dtype=torch.int32)
-    # In a tie, argmax decides what is right.
+    # If the target shares the largest logit with another id, it is right (rank 0) only if argmax picks it.
     rank = torch.where(likeliest_rows == target_rows, 0, likelier.clamp(min=1))
     visual_logits = logits[:, models.first_code_row : models.first_code_row + models.codebook_size]
     predicted_ids = likeliest_rows - models.first_code_row + models.visual_offset
@@ -2084,7 +2084,7 @@ def reconstruct(
     set of targets may round differently. If the argmax of a position is a text id, the position counts as wrong, and
     the picture shows its likeliest visual code.
     """
-    print("reconstruction: timing the pass, and decoding its codes")
+    print("reconstruction: timing one pass, and decoding the best predictions")
     one_pass_seconds = timed_pass(models, proto_tokens, codes.shape[1])
     predictions = predictions or predict_in_one_pass(models, proto_tokens, codes)
     shown = targets_to_show(codes.shape[1] - predictions.num_correct)
@@ -3278,7 +3278,7 @@ def experiment(models: Models, inputs: Inputs, record: Recorder) -> dict:
 
 
 def run_experiment(args: argparse.Namespace) -> None:
-    """Prepare and run the experiment. Raises UserError for what the user can correct, and Stopped at a stop signal."""
+    """Prepare and run the experiment. Raises UserError, and Stopped if a stop signal comes while it learns."""
     with run_folder(args) as folder:
         tracker = Tracker(args)  # before anything slow, so that a wrong W&B setting is found at once
         inputs = read_inputs(args, folder)

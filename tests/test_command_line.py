@@ -73,7 +73,7 @@ def test_the_run_ends_by_printing_its_results_and_their_folder(demo_run):
 
 
 def test_each_slow_stage_prints_that_it_begins(demo_run):
-    lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "timing the pass", "writing")
+    lines = ("loading the VQ tokenizer", "loading the generator", "decoding its picture", "timing one pass", "writing")
     places = [demo_run.out.index(line) for line in lines]
     assert places == sorted(places)
     for bar in ("reference", "proto-tokens", "pictures", "bits"):
