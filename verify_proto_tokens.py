@@ -243,8 +243,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--m-from", "result", "use the m of an earlier run, frozen; give its folder or its proto_tokens.safetensors",
         type=PROTO_TOKENS, metavar="FILE")
     add("--optimizer", "result", "optimiser", choices=("lbfgs", "adamw"), default="lbfgs")
-    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of e_t and m in a step (default: 0.2); "
-        "AdamW: peak rate before a cosine decay (default: 0.01)", type=POSITIVE, metavar="RATE")
+    add("--learning-rate", "result", "L-BFGS: largest root-mean-square change of e_t and m in a step; AdamW: peak rate "
+        "before a cosine decay", type=POSITIVE, default=0.2, metavar="RATE")
     add("--warmup-steps", "result", "AdamW: warm-up steps, capped at a tenth of --num-steps",
         type=COUNT_OR_0, default=20, metavar="STEPS")
     add("--betas", "result", "AdamW: decay of the first and second moments",
@@ -315,8 +315,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Set the options that were not given and depend on others; read the prompts files. Raises UserError."""
-    if args.learning_rate is None:
-        args.learning_rate = 0.2 if args.optimizer == "lbfgs" else 0.01
     if args.target_accuracy is None:
         args.target_accuracy = 99.0 if args.capacity else 100.0
     args.model_path = args.model_path or (str(DEMO_FOLDER / "generator") if args.demo else DEFAULT_MODEL)
@@ -771,8 +769,8 @@ def load_models(args: argparse.Namespace) -> Models:
     codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
     refuse_misfits(args, config, text_tokenizer, factor, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
+    repetition_penalty = args.repetition_penalty or read_repetition_penalty(generator_folder)
     generator = load_generator(generator_folder, precision, device)
-    print(f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}")
     print(f"vocabulary: {visual_offset} text ids + {codebook_size} visual codes")
     return Models(
         generator=generator,
@@ -784,7 +782,7 @@ def load_models(args: argparse.Namespace) -> Models:
         codebook_size=codebook_size,
         factor=factor,
         precision=precision,
-        repetition_penalty=pick_repetition_penalty(args, generator),
+        repetition_penalty=repetition_penalty,
         generator_fingerprint=fingerprint_of(generator_folder, GENERATOR_FILES),
         vq_fingerprint=fingerprint_of(vq_folder, (VQ_DECODER,)),
     )
@@ -792,15 +790,18 @@ def load_models(args: argparse.Namespace) -> Models:
 
 def pick_device(name: str | None) -> torch.device:
     if name is None and torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)  # torchrun, srun
-        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # torchrun, srun
+        index = int(local_rank) if local_rank.isdigit() else 0
+        name = f"cuda:{index % torch.cuda.device_count()}"
     elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if os.path.exists("/dev/nvidia0"):
             print("note: torch cannot use the NVIDIA GPU here; its driver may be older than torch's CUDA")
-    with one_line_for(f"--device {name} cannot be used here", "try --device cpu"):
+    try:
         probe = torch.zeros(1, device=name)
         probe.cpu()
+    except (RuntimeError, AssertionError) as error:  # no such device, a full one, or a torch built without it
+        raise UserError(f"--device {name} cannot be used here ({main_line(error)}): try --device cpu") from None
     return probe.device  # includes the device number, unlike `cuda`
 
 
@@ -871,6 +872,18 @@ def read_config(folder: Path) -> Qwen2Config:
     return config
 
 
+def read_repetition_penalty(folder: Path) -> float:
+    """Read the checkpoint's repetition penalty; return 1 if it sets none. Raises UserError."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        file = folder / "config.json"  # as in SimpleAR
+    with one_line_for(f"{file} cannot be used", "fix it, or give a --repetition-penalty"):
+        penalty = PENALTY(str(json.loads(file.read_text(encoding="utf-8")).get("repetition_penalty") or 1))
+    if penalty != 1:
+        print(f"note: decoding with the checkpoint's own repetition_penalty of {penalty:g}; 1 means no penalty")
+    return penalty
+
+
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with one_line_for(f"the text tokenizer in {folder} does not load", "download its files again"):
         text_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -904,6 +917,7 @@ def load_generator(folder: Path, precision: str, device: torch.device) -> Qwen2F
     with one_line_for(f"the generator does not run in {precision} on {device}", "try --dtype float32 or --device cpu"):
         generator = generator.to(device).eval().requires_grad_(False)  # frozen: from here on, no parameter learns
         generator(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    print(f"generator: {generator.num_parameters() / 1e6:,.1f} M parameters, {precision} on {device}")
     return generator
 
 
@@ -948,12 +962,6 @@ def randomise_weights(generator: Qwen2ForCausalLM, seed: int) -> None:
         torch.manual_seed(seed)
         untrained = Qwen2ForCausalLM(generator.config)
     generator.load_state_dict(untrained.state_dict())
-
-
-def pick_repetition_penalty(args: argparse.Namespace, generator: Qwen2ForCausalLM) -> float:
-    """Return --repetition-penalty, else the checkpoint's own, else 1. Raises UserError."""
-    with one_line_for("the checkpoint's repetition_penalty cannot be used", "give a --repetition-penalty"):
-        return args.repetition_penalty or PENALTY(str(generator.generation_config.repetition_penalty or 1))
 
 
 def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -1432,7 +1440,7 @@ def loss_and_gradient(models: Models, proto_tokens: ProtoTokens, codes: Tensor, 
 # ---- class with the methods `step`, `load_state_dict`, `state_dict` (of tensors and numbers) and `drop_others` (may be
 # ---- called before the first `step`). Its tensors `change` and `can_go_back` [G] describe the last `step`; the loop
 # ---- reads them after the next evaluation. A problem that is not finite must not affect the others. Then add a branch
-# ---- to `make_optimizer`, a choice to --optimizer and its rate to `fill_in`; adapt `refuse_contradictions`.
+# ---- to `make_optimizer` and a choice to --optimizer; adapt `refuse_contradictions`.
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
@@ -2219,7 +2227,8 @@ def summarise(
     num_targets, num_tokens = reference.codes.shape
     num_errors = sum(target["num_errors"] for target in targets)
     averaged = [name for name in targets[0] if name in ("best_accuracy", "text_ids_ahead") or "bits" in name]
-    total_params = proto_tokens.points.numel()
+    m_is_used = num_tokens > proto_tokens.num_e_tokens
+    total_params = (proto_tokens.points if m_is_used else proto_tokens.e_t).numel()
     summary = {
         **{name: statistics.fmean(target[name] for target in targets) for name in averaged},
         "num_errors": num_errors,
@@ -2384,7 +2393,8 @@ def draw_capacity(trials: list[dict], capacity: int, target_accuracy: float) -> 
         axis.scatter(counts, y, color=colour, s=34, label=label, zorder=2)
     axis.axhline(target_accuracy, color=ORANGE, linewidth=1, linestyle="--", label=f"target {target_accuracy:g} %")
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
+    ticks = [2**power for power in range(1 + max(counts).bit_length()) if min(counts) <= 2**power < 2 * max(counts)]
+    axis.set_xticks(ticks, labels=map(str, ticks))
     axis.set(ylim=(-2, 104), xlabel="length of the target's prefix (tokens)", ylabel="best token accuracy (%)")
     axis.set_title(f"capacity: {capacity} tokens", fontsize=13, fontweight="bold")
     axis.grid()
@@ -2591,7 +2601,8 @@ def remove_results(folder: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove an interrupted run's state, and the half-written files of a killed run. Raises OSError."""
-    for file in (folder / STATE_FILE, *folder.rglob("*.[0-9]*.partial")):
+    half_written = [*folder.glob("*.[0-9]*.partial"), *folder.glob("progress/*.[0-9]*.partial")]
+    for file in (folder / STATE_FILE, *half_written):
         file.unlink(missing_ok=True)
 
 
@@ -2825,12 +2836,15 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     stored = read_settings(folder)
     if stored is None:
         raise UserError(f"{folder}/config.json is missing or damaged: leave out --resume to start again")
-    deciding = settings_deciding(settings, "reference", "result")
-    changed = [f"{name} ({stored.get(name)}, now {now})" for name, now in deciding.items() if stored.get(name) != now]
+    short = functools.partial(textwrap.shorten, width=80, placeholder="...")
+    changed = [
+        f"{name} ({short(str(stored.get(name)))}, now {short(str(value))})"
+        for name, value in settings_deciding(settings, "reference", "result").items()
+        if stored.get(name) != value
+    ]
     if changed:
-        differences = textwrap.shorten(", ".join(changed), 250, placeholder="...")
         remedy = "repeat its settings, give another --wandb-run-name, or leave out --resume to replace it"
-        raise UserError(f"--resume: the run in {folder} has other settings: {differences}; {remedy}")
+        raise UserError(f"--resume: the run in {folder} has other settings: {', '.join(changed)}; {remedy}")
 
 
 def read_state(folder: Path) -> dict | None:

@@ -76,9 +76,7 @@ def test_a_restored_state_continues_bit_for_bit(tiny_models, make_args, batch, o
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adamw"])
 def test_a_state_saved_after_some_targets_ended_continues_bit_for_bit(tiny_models, make_args, optimizer):
     """Save the state also after all targets have ended; the last two end in the same step."""
-    args = make_args(
-        "--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40, "--learning-rate", 0.2
-    )
+    args = make_args("--m", "own", "--optimizer", optimizer, "--num-steps", 12, "--target-accuracy", 40)
     codes = torch.stack([torch.zeros(16, dtype=torch.long), torch.arange(16) % 12, torch.arange(16) % 11])
 
     def optimisation() -> vpt.Optimisation:

@@ -224,11 +224,11 @@ def test_logits_that_are_not_finite_end_the_decoding_in_one_line(call_tiny, monk
     refused(call_tiny(), "not finite", "--dtype")
 
 
-def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tmp_path, make_args):
+def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tmp_path, make_args, capsys):
     save_tiny_generator(tmp_path / "generator")
     change(tmp_path / "generator" / "generation_config.json", repetition_penalty=1.1)
     own = vpt.load_models(make_args("--model-path", tmp_path / "generator"))
-    assert own.repetition_penalty == 1.1
+    assert own.repetition_penalty == 1.1 and "own repetition_penalty of 1.1" in capsys.readouterr().out
     none = vpt.load_models(make_args("--model-path", tmp_path / "generator", "--repetition-penalty", "1"))
     assert none.repetition_penalty == 1
     args = make_args()
@@ -236,7 +236,7 @@ def test_the_checkpoints_own_repetition_penalty_holds_unless_another_is_given(tm
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize("penalty", ["much", -1])
-def test_a_repetition_penalty_that_is_no_penalty_is_refused(call_tiny, model_folders, penalty):
-    change(model_folders[0] / "generation_config.json", repetition_penalty=penalty)
-    refused(call_tiny(), "repetition_penalty", "from 0.01 to 100")
+@pytest.mark.parametrize("content", ["{", "[]", '{"repetition_penalty": "much"}', '{"repetition_penalty": -1}'])
+def test_a_damaged_generation_config_is_named(call_tiny, model_folders, content):
+    (model_folders[0] / "generation_config.json").write_text(content)
+    refused(call_tiny(), "generation_config.json")
