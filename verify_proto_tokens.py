@@ -2372,8 +2372,8 @@ def draw_contact_sheet(shown: list[dict], title: str) -> Image.Image:
         column, row = divmod(k, num_rows)
         text_axis, *picture_axes = axes[row, 4 * column : 4 * column + 4]
         heading = textwrap.fill(target["prompt"], 22, max_lines=3, placeholder=" …")
-        text_axis.text(0, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
-        text_axis.text(0, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
+        text_axis.text(0.06, 0.52, heading, fontsize=10, va="bottom", fontweight="bold", parse_math=False)
+        text_axis.text(0.06, 0.48, f"{target['best_accuracy']:.1f} %", fontsize=10, va="top")
         names = {"reference": "reference", "reconstruction": "one forward pass", "error_map": "wrong tokens"}
         for axis, (name, label) in zip(picture_axes, names.items(), strict=True):
             show(axis, target[name], label if row == 0 else "")
