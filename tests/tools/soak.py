@@ -153,7 +153,9 @@ def look_up(outcome: Outcome, server: WandbServer, save_dir: Path) -> None:
             outcome.problems += [f"{run.id}: {problem}" for problem in problems]
         elif run.id not in outcome.killed:
             outcome.problems.append(f"{run.id}: exit code {run.exit_code}, summary on disk: {on_disk}")
-    outcome.problems += [f"left behind: {file}" for file in save_dir.rglob("*.partial")]
+    left_behind = list(save_dir.rglob("*.partial"))
+    if len(left_behind) > len(outcome.killed):  # a killed run leaves the file that it was writing
+        outcome.problems.append(f"left behind: {left_behind}")
     outcome.problems += [f"not known to the server: {request}" for request in server.unknown]
 
 
