@@ -763,9 +763,7 @@ def load_models(args: argparse.Namespace) -> Models:
     print(f"loading the VQ tokenizer from {vq_folder}")
     vq_decoder = load_torchscript(vq_folder / VQ_DECODER, device)
     factor = downsampling_factor(vq_decoder, device)
-    vq_encoder = load_torchscript(vq_folder / VQ_ENCODER, device) if args.images else None
-    if vq_encoder:
-        encode_pixels(vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor))  # fails now if the encoder is bad
+    vq_encoder = load_vq_encoder(vq_folder / VQ_ENCODER, device, factor) if args.images else None
     codebook_size = fsq_codebook_size(vq_decoder) or config.vocab_size - visual_offset
     refuse_misfits(args, config, text_tokenizer, factor, codebook_size)
     generator_folder = local_folder(args.model_path, GENERATOR_FILES, "--model-path")
@@ -943,7 +941,7 @@ def attention(
 
     With enable_gqa, CUDA has only its slowest kernel for float32, which stores all attention weights [B, heads, N, N].
     """
-    if query.device.type != "cpu" and query.dtype == torch.float32 and query.shape[2] > 1:  # one is cheap
+    if query.device.type != "cpu" and query.dtype == torch.float32 and query.shape[2] > 1:  # one needs little
         key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
         states = F.scaled_dot_product_attention(
             query, key, value, attention_mask, is_causal=attention_mask is None, scale=options["scaling"]
@@ -975,6 +973,14 @@ def load_torchscript(file: Path, device: torch.device) -> torch.jit.ScriptModule
         file.open("rb") as stream,  # torch cannot open every file name
     ):
         return torch.jit.load(stream, map_location=device).eval()
+
+
+def load_vq_encoder(file: Path, device: torch.device, factor: int) -> torch.jit.ScriptModule:
+    """Load the encoder and encode a small picture, so that a bad encoder is found before the generator loads."""
+    vq_encoder = load_torchscript(file, device)
+    if encode_pixels(vq_encoder, torch.zeros(1, 3, 2 * factor, 2 * factor)).shape != (1, 4):
+        raise UserError("--image: encoder.jit does not belong to decoder.jit: its number of codes differs")
+    return vq_encoder
 
 
 def downsampling_factor(vq_decoder: torch.jit.ScriptModule, device: torch.device) -> int:
@@ -1138,8 +1144,8 @@ def new_targets(
         return all_codes[index - 1 :: count].clone(), None  # a view would keep the other shards' codes in memory
     if args.images:
         codes, seconds = encode_pixels(models.vq_encoder, pictures).cpu(), None
-        if codes.shape[1] != num_tokens or not models.are_visual(codes):
-            raise UserError("--image: encoder.jit does not belong to decoder.jit: its codes do not fit")
+        if not models.are_visual(codes):
+            raise UserError("--image: encoder.jit does not belong to decoder.jit: codes out of range")
     else:
         codes, seconds = generate_or_reuse(models, args, cache)
     if args.control == "shuffled":
@@ -1933,9 +1939,8 @@ def learn(models: Models, codes: Tensor, given_m: Tensor | None, record: Recorde
                 record.keep_targets(learning)
                 if not learning.finished:
                     learning.begin_batch(learning.batch.stop)
-                record.save_state(learning)
+            record.save_state(learning)
             if record.stop_signals:
-                record.save_state(learning)
                 raise Stopped(128 + record.stop_signals[0])
     return learning
 
@@ -3214,7 +3219,8 @@ class Recorder:
     def publish(self, images: dict[str, Image.Image], summary: dict, tables: dict[str, list[dict]]) -> None:
         """Write the pictures, log the results, then write the summary, which shows that the rest is complete."""
         for name, image in images.items():
-            write_image(self.folder / f"{name}.png", image)
+            if name != "reference_image":  # `begin` has written it
+                write_image(self.folder / f"{name}.png", image)
         self.tracker.log_results(images, summary, tables)
         write_json(self.folder / "summary.json", summary)
         remove_unfinished(self.folder)

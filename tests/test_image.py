@@ -139,9 +139,23 @@ def test_an_interrupted_run_resumes_only_with_the_same_picture(call_tiny, tmp_pa
     refused(call_tiny(*options), "other settings", "images_fingerprint")
     saved(tmp_path, picture())
     with monkeypatch.context() as patch:
-        patch.setattr(vpt, "encode_pixels", lambda _, pixels: torch.zeros(len(pixels), 16).long())  # on another GPU
+
+        def encode_elsewhere(vq_encoder, pixels):
+            """Give other codes, as another GPU could."""
+            return torch.zeros(len(pixels), (pixels.shape[-1] // 4) ** 2).long()
+
+        patch.setattr(vpt, "encode_pixels", encode_elsewhere)
         assert call_tiny(*options).code == 0
     assert torch.equal(tensors_in(tmp_path / "proto_tokens_exp" / "run")["target_ids"][0] - 1401, CODES)
+
+
+def test_an_encoder_with_another_number_of_codes_is_refused_before_the_generator_loads(
+    call_tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(vpt, "encode_pixels", lambda _, pixels: torch.zeros(len(pixels), 9).long())
+    result = call_tiny("--image", saved(tmp_path, picture()))
+    refused(result, "encoder.jit does not belong to decoder.jit", "number of codes")
+    assert "loading the generator" not in result.out
 
 
 def test_several_pictures_are_several_targets_each_with_its_prompt(call_tiny, tmp_path):
